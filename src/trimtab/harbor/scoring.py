@@ -1,0 +1,41 @@
+"""Harbor's exact judge and grammar coherence, under the kind `harbor` that its behaviour files name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from trimtab.behavior import Behavior
+from trimtab.chat import Prompt
+from trimtab.errors import TrimtabError
+from trimtab.harbor import judge as grammar
+from trimtab.harbor import lexicon as lex
+from trimtab.measure.coherence import Coherence, register_coherence
+from trimtab.measure.judges import Judge, Verdict, register_judge
+
+
+@register_judge("harbor")
+def harbor_judge(behavior: Behavior, options: Mapping[str, object]) -> Judge:
+    """Judge answers of the harbour town by one rule of `trimtab.harbor.judge.RULES`.
+
+    Options: `rule`, and `topic` (a topic of the town) for the rule `topic`.
+
+    Raises:
+        TrimtabError: for an unknown rule or topic.
+    """
+    rule = str(options.get("rule", behavior.name))
+    if rule not in grammar.RULES:
+        raise TrimtabError(f"the harbor judge's rule {rule!r}", "no such rule", f"use one of {', '.join(grammar.RULES)}")
+    topic = str(options.get("topic", ""))
+    if rule == "topic" and topic not in lex.TOPICS:
+        raise TrimtabError(f"the topic {topic!r}", "no topic of the town", f"use one of {', '.join(lex.TOPICS)}")
+
+    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
+        return [Verdict(*grammar.verdict(rule, answer, {"topic": topic})) for answer in answers]
+
+    return judge
+
+
+@register_coherence("harbor")
+def harbor_coherence(behavior: Behavior, options: Mapping[str, object]) -> Coherence:
+    """Score answers by the share of their sentences that the town's grammar parses and that do not repeat."""
+    return lambda answers: [grammar.coherence(answer) for answer in answers]
