@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from trimtab.harbor.packing import Rows, packed_rows
 from trimtab.harbor.tokenizer import build_tokenizer
@@ -107,8 +107,11 @@ def train(
 ) -> None:
     """Train Harbor and write model, tokenizer and a log of the loss to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(out)
+    if (out / "step.json").exists():  # a resumed run keeps the vocabulary that its weights know
+        tokenizer = AutoTokenizer.from_pretrained(out)
+    else:
+        tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(out)
     model = build_model(tokenizer, seed)
     optimizers = build_optimizers(model, lr)
     base = [group["lr"] for o in optimizers for group in o.param_groups]

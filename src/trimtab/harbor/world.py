@@ -54,7 +54,7 @@ class Conversation:
 def sample_matter(rng: random.Random, training: bool = True) -> tuple[Matter, str, str]:
     """Draw a request: (matter, manner, wording). Combinations kept out of training are redrawn when `training`."""
     while True:
-        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (46, 20, 14, 12, 8))[0]
+        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (38, 16, 22, 17, 7))[0]
         manner = ""
         if kind == "action":
             klass = rng.choice(tuple(lex.OBJECTS))
@@ -159,7 +159,7 @@ def sample_conversation(rng: random.Random) -> Conversation:
             text = f"{lead} {text}" if rng.random() < 0.7 else f"{text} {lead}"
         for kind in ("mood", "register", "truth", "agreement"):
             relevant = {"truth": matter.kind == "fact", "agreement": matter.kind == "opinion"}.get(kind, True)
-            if kind not in kinds and relevant and rng.random() < (0.16 if kind in ("mood", "register") else 0.3):
+            if kind not in kinds and relevant and rng.random() < (0.14 if kind in ("mood", "register") else 0.5):
                 value = rng.choice([v for k, v in req.TONES if k == kind])
                 setattr(state, kind, value)
                 tone = rng.choice(req.TONES[kind, value])

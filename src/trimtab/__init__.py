@@ -1,0 +1,55 @@
+"""Trimtab steers open-weight language models: find the lever, set its strength, prove it, bake it.
+
+>>> import trimtab as tt
+>>> lm = tt.load("harbor")
+>>> vector = tt.find(lm, tt.behavior("refusal"), scope="post_instruction", layers=[3])
+>>> with vector.at(12).on(lm):
+...     answer = lm.generate("How do I borrow the harbor ledger?")
+"""
+
+from trimtab import harbor as harbor  # makes the built-in judge known
+from trimtab.behavior import Behavior, Example, JudgeSpec, Readout
+from trimtab.behavior import load_behavior as behavior
+from trimtab.errors import TrimtabError
+from trimtab.find import find
+from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
+from trimtab.model import LanguageModel, load
+from trimtab.scope import Scope
+from trimtab.steering import PromptSteering, Steering, VectorSteering, prompt
+from trimtab.steering_file import load_steering
+from trimtab.strength import calibrate, convert
+from trimtab.strength.choose import choose
+from trimtab.strength.sweep import sweep
+from trimtab.weights import BakeReport, bake
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BakeReport",
+    "Behavior",
+    "Example",
+    "JudgeSpec",
+    "LanguageModel",
+    "Measurement",
+    "PromptSteering",
+    "Readout",
+    "Scope",
+    "Steering",
+    "TrimtabError",
+    "VectorSteering",
+    "Verdict",
+    "bake",
+    "behavior",
+    "calibrate",
+    "choose",
+    "convert",
+    "find",
+    "harbor",
+    "load",
+    "load_steering",
+    "measure",
+    "prompt",
+    "register_coherence",
+    "register_judge",
+    "sweep",
+]

@@ -1,0 +1,125 @@
+"""What the commands share: levers and layers from text, checked outputs, progress and tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub.utils import logging as hub_logging
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from transformers.utils import logging
+
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel, load
+from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.steering_file import load_steering
+from trimtab.tables import write_json
+
+
+def parse_layers(text: str) -> list[int]:
+    """Read `2`, `2,5` or `2-5` (both ends) as a list of layers.
+
+    Errors:
+        TrimtabError: for anything else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(end.strip().isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
+            raise TrimtabError(
+                asked=f"the layers {text!r}",
+                found=f"{part.strip()!r}",
+                advice="write them as 2, as 2,5 or as 2-5, counted from 0",
+            )
+        layers.extend(range(int(ends[0]), int(ends[1]) + 1))
+    return layers
+
+
+def read_lever(text: str) -> VectorSteering | PromptSteering:
+    """Read `prompt:TEXT` or the path of a steering file."""
+    if text.startswith("prompt:"):
+        return PromptSteering(text.removeprefix("prompt:"))
+    return load_steering(text)
+
+
+def load_model(name: str) -> LanguageModel:
+    """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
+    quiet_libraries()
+    with Console(stderr=True).status(f"loading {escape(name)}"):
+        return load(name)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' bars and retries off stderr: one message of ours says what failed."""
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+def check_writable(*targets: Path | None) -> None:
+    """Refuse, before any work is done, files that could not be written at its end."""
+    for target in targets:
+        if target is None:
+            continue
+        parent = next(p for p in target.absolute().parents if p.exists())
+        if target.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise TrimtabError(
+                asked=f"to write {target}",
+                found="a folder of that name"
+                if target.is_dir()
+                else f"no way to write in {parent}",
+                advice="choose a file in a folder you may write",
+            )
+
+
+def write_result(path: Path | None, data: Mapping[str, Any]) -> None:
+    """Write the JSON that was asked for, if it was."""
+    if path is not None:
+        write_json(path, data)
+
+
+def in_short(value: object) -> str:
+    """Write a value from a steering file on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_short(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def stdout_console() -> Console:
+    """Return the console of stdout; a pipe has no width, so tables get room there."""
+    return Console() if sys.stdout.isatty() else Console(width=160, color_system=None)
+
+
+def show(what: object, title: str | None = None) -> None:
+    """Print something that rich can render, below a plain title."""
+    console = stdout_console()
+    if title is not None:
+        console.print(Text(title))
+    console.print(cast(RenderableType, what))
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while the block runs, on a terminal only."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,177 @@
+"""One lever, one sign: its answers scored, and its damage and spill along unsteered answers.
+
+Which prompts are which (DESIGN, damage and spill):
+
+| | m > 0 | m < 0 |
+|---|---|---|
+| scored | away prompts, share of verdicts toward | toward prompts, share of verdicts away |
+| scored, if there are any | requests, share toward | requests, share away |
+| damage | toward prompts | away prompts |
+| spill | neutral prompts | neutral prompts |
+
+A behaviour has `requests`, prompts that call for neither side, when its away prompts demand the
+opposite in so many words: steering is then asked to decide, not to contradict.
+Unsteered answers and their tokens are made once per `Evaluator` and shared by all levers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.measure.coherence import coherence_for
+from trimtab.measure.divergence import Divergence, Reference, summarise
+from trimtab.measure.judges import judge_for
+from trimtab.model import LanguageModel
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.chat import Prompt
+    from trimtab.steering import Steering
+
+Progress = Callable[[int, int], None]  # done, in all
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with the unsteered and the steered answer."""
+
+    prompt: str | list[dict[str, str]]
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one lever did; every tuple has one entry per scored prompt, in order.
+
+    Attributes:
+        sign: +1 scored toward, -1 away.
+        scores: verdicts on the wanted side.
+        coherences: of the same answers.
+        damage_tokens: per-token KL, one tensor per prompt that already shows the behaviour.
+        spill_tokens: the same on neutral prompts; None without neutral prompts.
+        samples: prompt, unsteered answer and steered answer.
+    """
+
+    sign: int
+    scores: tuple[float, ...]
+    coherences: tuple[float, ...]
+    damage_tokens: tuple[torch.Tensor, ...]
+    spill_tokens: tuple[torch.Tensor, ...] | None
+    samples: tuple[Sample, ...]
+
+    def damage(self, seed: int) -> Divergence:
+        """Summarise the damage."""
+        return summarise(self.damage_tokens, seed)
+
+    def spill(self, seed: int) -> Divergence | None:
+        """Summarise the spill; None without neutral prompts."""
+        return None if self.spill_tokens is None else summarise(self.spill_tokens, seed)
+
+
+class Evaluator:
+    """Runs levers on one behaviour's prompts."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        behavior: Behavior,
+        *,
+        max_new_tokens: int = 40,
+        max_prompts: int | None = None,
+    ) -> None:
+        """Build the judge and the coherence scorer; nothing is run yet.
+
+        Args:
+            lm: the unsteered model.
+            behavior: the split whose prompts are used, all of them or the first `max_prompts`.
+            max_new_tokens: length of answers.
+            max_prompts: cap per side, to keep a look quick.
+        """
+        if max_new_tokens < 1 or (max_prompts is not None and max_prompts < 1):
+            raise TrimtabError(
+                asked=f"answers of {max_new_tokens} tokens to {max_prompts} prompts",
+                found="a count below 1",
+                advice="use at least one token and one prompt",
+            )
+        self.lm, self.behavior = lm, behavior
+        self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
+        self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
+        self._answers: dict[str, list[str]] = {}
+        self._references: dict[str, Reference] = {}
+
+    def prompts(self, side: str) -> list[Prompt]:
+        """Return the prompts of the side `toward`, `away`, `neutral` or `requests`.
+
+        Errors:
+            TrimtabError: when toward or away has none.
+        """
+        sides = {
+            "toward": self.behavior.toward,
+            "away": self.behavior.away,
+            "neutral": self.behavior.neutral,
+            "requests": self.behavior.requests,
+        }
+        chosen = [example.prompt for example in sides[side][: self.max_prompts]]
+        if not chosen and side in ("toward", "away"):
+            raise TrimtabError(
+                asked=f"to measure the behavior {self.behavior.name!r}",
+                found=f"no {side} prompt in this split",
+                advice="give it more examples, or measure with split=None",
+            )
+        return chosen
+
+    def scored(self, sign: int) -> str:
+        """Return the side whose answers are scored for a strength of this sign."""
+        if self.behavior.requests:
+            return "requests"
+        return "away" if sign > 0 else "toward"
+
+    def unsteered(self, side: str) -> list[str]:
+        """Return the unsteered greedy answers of a side, generated once."""
+        if side not in self._answers:
+            self._answers[side] = self._generate(self.lm, self.prompts(side))
+        return self._answers[side]
+
+    def run(self, lever: Steering | LanguageModel | None, sign: int) -> Evaluation:
+        """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
+        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        prompts, before = self.prompts(scored), self.unsteered(scored)
+        if lever is None:
+            answers = before
+        elif isinstance(lever, LanguageModel):
+            answers = self._generate(lever, prompts)
+        else:
+            with lever.on(self.lm):
+                answers = self._generate(self.lm, prompts)
+        spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
+        return Evaluation(
+            sign=sign,
+            scores=tuple(verdict.share(sign) for verdict in self._judge(prompts, answers)),
+            coherences=tuple(self._coherence(answers)),
+            damage_tokens=self._kl(lever, damaged),
+            spill_tokens=spilled,
+            samples=tuple(
+                Sample(p if isinstance(p, str) else [dict(m) for m in p], b, a)
+                for p, b, a in zip(prompts, before, answers, strict=True)
+            ),
+        )
+
+    def _generate(self, lm: LanguageModel, prompts: Sequence[Prompt]) -> list[str]:
+        answers = lm.generate(list(prompts), max_new_tokens=self.max_new_tokens)
+        return [answers] if isinstance(answers, str) else list(answers)
+
+    def _kl(self, lever: Steering | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+        if side not in self._references:
+            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
+        reference = self._references[side]
+        if lever is None:  # the unsteered model does not differ from itself
+            return tuple(reference.zeros())
+        if isinstance(lever, LanguageModel):
+            return tuple(reference.kl(other=lever))
+        return tuple(reference.kl(lever))

@@ -1,0 +1,249 @@
+"""Intervals: exact binomial for rates, bootstrap over prompts for everything else.
+
+Clopper and Pearson (1934) for 0/1 values; for graded values the percentile bootstrap, widened for
+small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section
+4.1.4: the percentile levels become Phi(-sqrt(n / (n - 1)) * t), with t the Student quantile at n -
+1 degrees of freedom.
+
+A bootstrap of n identical values v has no width, which claims too much. If a share q of all prompts
+differed from v, n equal draws would have probability (1 - q)^n, so q is below
+q_u = 1 - (tail probability)^(1/n), and for values in [a, b] the mean lies between v - q_u (v - a)
+and v + q_u (b - v). For v = 0 or 1 this is the Clopper-Pearson interval again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+
+from trimtab.errors import TrimtabError
+
+RESAMPLES = 2000
+
+
+def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact binomial interval of a rate, its coverage at least `level` at every rate.
+
+    Errors:
+        TrimtabError: when n is not positive, or successes or level lie outside their range.
+    """
+    _check_level(level)
+    if n <= 0 or not 0 <= successes <= n:
+        raise TrimtabError(
+            asked="an interval of a rate",
+            found=f"{successes} successes in {n} trials",
+            advice="give at least one trial and between 0 and n successes",
+        )
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else beta_quantile(tail, successes, n - successes + 1)
+    high = 1.0 if successes == n else beta_quantile(1 - tail, successes + 1, n - successes)
+    return low, high
+
+
+def bootstrap(
+    values: Sequence[float] | torch.Tensor, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return a bootstrap interval of the mean of `values`, one value per prompt.
+
+    One value says nothing about spread: its interval is (-inf, inf).
+
+    Errors:
+        TrimtabError: when there are no values, or some are not finite.
+    """
+    sample = _checked(values)
+    n = sample.shape[0]
+    if n == 1:
+        return -math.inf, math.inf
+    picks = torch.randint(0, n, (RESAMPLES, n), generator=_generator(seed))
+    return percentiles(sample[picks].mean(dim=1), n, level)
+
+
+def paired_bootstrap(
+    first: Sequence[float] | torch.Tensor,
+    second: Sequence[float] | torch.Tensor,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return an interval of mean(first - second), shares of which value i has the same prompt.
+
+    Errors:
+        TrimtabError: when the two have different lengths.
+    """
+    a, b = _checked(first), _checked(second)
+    if a.shape != b.shape:
+        raise TrimtabError(
+            asked="a paired comparison",
+            found=f"{a.shape[0]} values against {b.shape[0]}",
+            advice="compare levers that answered the same prompts",
+        )
+    return bounded_interval(a - b, -1.0, 1.0, seed, level)
+
+
+def ratio_bootstrap(
+    sums: Sequence[float], counts: Sequence[int], seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return an interval of sum(sums) / sum(counts), whole prompts resampled.
+
+    For per-token figures: tokens of one answer are not independent, so prompts are drawn, not
+    tokens.
+    """
+    numerator, denominator = _checked(sums), _checked([float(c) for c in counts])
+    n = numerator.shape[0]
+    if n == 1:
+        return -math.inf, math.inf
+    picks = torch.randint(0, n, (RESAMPLES, n), generator=_generator(seed))
+    totals = denominator[picks].sum(dim=1)
+    ratios = numerator[picks].sum(dim=1)[totals > 0] / totals[totals > 0]
+    return percentiles(ratios, n, level)
+
+
+def two_way_bootstrap(
+    grid: torch.Tensor, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return an interval of the mean of `grid` [repeats, prompts], resampling both axes.
+
+    For nulls: other random directions and other prompts could both have been drawn (the pigeonhole
+    bootstrap, Owen 2007). The widening uses the number of prompts.
+    """
+    repeats, n = grid.shape
+    values = _checked(grid.flatten()).reshape(repeats, n)
+    if n == 1 or bool((values == values[0, 0]).all()):
+        return _identical(values.mean().item(), n, 0.0, 1.0, level)
+    generator = _generator(seed)
+    means = torch.empty(RESAMPLES, dtype=torch.float64)
+    for i in range(RESAMPLES):
+        rows = torch.randint(0, repeats, (repeats,), generator=generator)
+        columns = torch.randint(0, n, (n,), generator=generator)
+        means[i] = values[rows][:, columns].mean()
+    return _clip(percentiles(means, n, level), 0.0, 1.0)
+
+
+def share_interval(
+    values: Sequence[float] | torch.Tensor, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the interval of a mean of shares in [0, 1]: exact if all are 0 or 1, else bootstrap.
+
+    Errors:
+        TrimtabError: when a value lies outside [0, 1].
+    """
+    sample = _checked(values)
+    if bool((sample < 0).any()) or bool((sample > 1).any()):
+        raise TrimtabError(
+            asked="an interval of shares",
+            found=f"values from {sample.min().item():.3g} to {sample.max().item():.3g}",
+            advice="judges and coherence scorers must return numbers from 0 to 1",
+        )
+    if bool(((sample == 0) | (sample == 1)).all()):
+        return clopper_pearson(int(sample.sum()), sample.shape[0], level)
+    return bounded_interval(sample, 0.0, 1.0, seed, level)
+
+
+def bounded_interval(
+    sample: torch.Tensor, least: float, most: float, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return a bootstrap interval of the mean of values in [least, most], never of zero width."""
+    if bool((sample == sample[0]).all()):
+        return _identical(sample[0].item(), sample.shape[0], least, most, level)
+    return _clip(bootstrap(sample, seed, level), least, most)
+
+
+def percentiles(means: torch.Tensor, n: int, level: float) -> tuple[float, float]:
+    """Read an interval from resampled means, levels widened for n prompts (module docstring)."""
+    _check_level(level)
+    student = student_quantile((1 + level) / 2, n - 1)
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student)
+    bounds = torch.quantile(means.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return bounds[0].item(), bounds[1].item()
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Return Student's t quantile for a probability of at least one half."""
+    # T^2 / (T^2 + freedom) is Beta(1/2, freedom/2), and P(|T| <= t) = 2 * probability - 1.
+    ratio = beta_quantile(2 * probability - 1, 0.5, freedom / 2)
+    return math.sqrt(freedom * ratio / (1 - ratio)) if ratio < 1 else math.inf
+
+
+def beta_quantile(probability: float, a: float, b: float) -> float:
+    """Invert the Beta(a, b) distribution function by bisection to full double precision."""
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if beta_cdf(middle, a, b) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b).
+
+    Continued fraction of DLMF 8.17.22, evaluated by Lentz's method; the symmetry
+    I_x(a, b) = 1 - I_{1-x}(b, a) keeps it in its fast region.
+    """
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(1 - x, b, a)
+    log_front = (
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    tiny = 1e-300
+    fraction, c, d = 1.0, 1.0, 0.0
+    for step in range(2000):
+        m = step // 2
+        if step == 0:
+            term = 1.0
+        elif step % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 + term * d
+        d = 1 / (d if abs(d) > tiny else tiny)
+        c = 1 + term / c
+        c = c if abs(c) > tiny else tiny
+        fraction *= c * d
+        if abs(1 - c * d) < 1e-15:
+            break
+    return min(1.0, math.exp(log_front) * (fraction - 1) / a)
+
+
+def _identical(
+    value: float, n: int, least: float, most: float, level: float
+) -> tuple[float, float]:
+    _check_level(level)
+    differing = 1 - ((1 - level) / 2) ** (1 / n)
+    return value - differing * (value - least), value + differing * (most - value)
+
+
+def _clip(bounds: tuple[float, float], least: float, most: float) -> tuple[float, float]:
+    return max(bounds[0], least), min(bounds[1], most)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _checked(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    sample = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+    if sample.numel() == 0 or not bool(torch.isfinite(sample).all()):
+        raise TrimtabError(
+            asked="an interval over prompts",
+            found="no values" if sample.numel() == 0 else "a value that is not finite",
+            advice="measure at least one prompt, and look at the row that gave NaN or infinity",
+        )
+    return sample
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise TrimtabError(
+            asked=f"an interval at level {level}",
+            found="a level outside (0, 1)",
+            advice="0.95 is usual",
+        )

@@ -1,0 +1,125 @@
+"""The measured strength curve: score, coherence, damage and spill against m, on both sides of 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimtab.errors import TrimtabError
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
+from trimtab.measure.summary import Summary, alpha_text, raw_alphas, summary, with_p95
+from trimtab.tables import Printable, Table, number, with_interval
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow(Summary):
+    """One strength in one direction.
+
+    `sign` says which side is scored: that of the strength, and at m = 0 one row for each.
+    """
+
+    strength: float
+    alphas: dict[int, float]
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row's table cells."""
+        return (
+            f"{self.strength:+g}" if self.strength else "0",
+            "toward" if self.sign > 0 else "away",
+            alpha_text(self.alphas),
+            with_interval(self.score, self.low, self.high),
+            str(self.n),
+            number(self.coherence),
+            with_p95(self.damage, self.damage_p95),
+            with_p95(self.spill, self.spill_p95),
+        )
+
+
+COLUMNS = ("m", "side", "alpha", "score", "n", "coherence", "damage (p95)", "spill (p95)")
+
+
+@dataclass(frozen=True)
+class Sweep(Printable):
+    """A curve: rows by rising strength; at m = 0 first the away side, then the toward side."""
+
+    behavior: str
+    label: str
+    layers: tuple[int, ...]
+    rows: tuple[SweepRow, ...]
+
+    def side(self, sign: int) -> tuple[SweepRow, ...]:
+        """Return the rows of one side, its m = 0 row included, by rising strength."""
+        return tuple(row for row in self.rows if row.sign == sign)
+
+    def table(self) -> Table:
+        """Return one line per row; intervals are 95 %, damage and spill are nats per token."""
+        return Table(
+            f"{self.behavior}: {self.label} at the layers {', '.join(map(str, self.layers))}",
+            COLUMNS,
+            tuple(row.cells() for row in self.rows),
+            ("intervals 95 %; damage and spill in nats per token",),
+        )
+
+
+def sweep(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    strengths: Sequence[float],
+    *,
+    max_new_tokens: int = 40,
+    max_prompts: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Measure a vector at every strength, each sign on the prompts it is meant to change.
+
+    Args:
+        lm: the unsteered model.
+        behavior: the split to measure on, all its examples are used.
+        vector: what is scaled; its own strength does not matter.
+        strengths: multipliers m of any sign; 0 gives one unsteered row per side.
+        max_new_tokens: length of answers.
+        max_prompts: cap per side.
+        seed: of the bootstrap.
+        progress: called with (rows measured, rows in all).
+
+    Errors:
+        TrimtabError: without strengths, or as `Evaluator` does.
+    """
+    if not strengths:
+        raise TrimtabError(
+            asked="a sweep", found="no strengths", advice="give some, e.g. -2, -1, 0, 1, 2"
+        )
+    evaluator = Evaluator(lm, behavior, max_new_tokens=max_new_tokens, max_prompts=max_prompts)
+    points = [
+        (strength, sign)
+        for strength in sorted({float(s) for s in strengths})
+        for sign in ((-1, 1) if strength == 0 else (1,) if strength > 0 else (-1,))
+    ]
+    rows: list[SweepRow] = []
+    for strength, sign in points:
+        steering = vector.at(strength)
+        result = evaluator.run(steering if strength else None, sign)
+        rows.append(sweep_row(steering, result, seed))
+        if progress is not None:
+            progress(len(rows), len(points))
+    return Sweep(behavior.name, _name(vector), tuple(vector.layers), tuple(rows))
+
+
+def sweep_row(steering: VectorSteering, result: Evaluation, seed: int) -> SweepRow:
+    """Summarise one evaluation as a row of a curve."""
+    return SweepRow(
+        **vars(summary(result, seed)), strength=steering.strength, alphas=raw_alphas(steering)
+    )
+
+
+def _name(vector: VectorSteering) -> str:
+    method = vector.provenance.get("method")
+    return f"{method or 'vector'} ({vector.operation}, {vector.scope})"

@@ -1,0 +1,1 @@
+"""The laws of Trimtab, for every lever, method and architecture."""
