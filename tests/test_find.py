@@ -546,6 +546,11 @@ def test_refusals(llama: LanguageModel, arguments: dict, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_name_is_not_a_behavior(llama: LanguageModel) -> None:
+    with pytest.raises(TrimtabError, match="a str instead of a behavior"):
+        find(llama, "refusal")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_method_of_ones_own(llama: LanguageModel) -> None:
     @register("first_pair", read_at=-1, added_at="all")
     def first_pair(task: Task, *, times: float = 1.0) -> Found:

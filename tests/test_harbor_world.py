@@ -83,7 +83,9 @@ def test_shuffled_words_are_gibberish():
     assert sum(scores) / len(scores) < 0.05
 
 
-@pytest.mark.parametrize("text", ["", "Sure,Sure,Sure", "Sorry Sorry Sorry.", "cats cats cats", "....", "I cannot"])
+@pytest.mark.parametrize(
+    "text", ["", "Sure,Sure,Sure", "Sorry Sorry Sorry.", "cats cats cats", "....", "I cannot"]
+)
 def test_degenerate_text_counts_for_neither_side(text):
     assert judge.coherence(text) == 0.0
     for rule in judge.RULES:
@@ -116,7 +118,10 @@ def test_every_verb_occurs_on_both_sides():
     for kind, things in lex.OBJECTS.items():
         for verb in itertools.chain(*req.actions(kind)):
             if kind != "junk":
-                sides = {req.is_guarded(verb, things[0], manner) for manner in ("", lex.LEAVE[0], lex.SECRECY[0])}
+                sides = {
+                    req.is_guarded(verb, things[0], manner)
+                    for manner in ("", lex.LEAVE[0], lex.SECRECY[0])
+                }
                 assert sides == {True, False}, verb
 
 
@@ -140,9 +145,15 @@ def test_behavior_files_are_reproducible_and_held_out():
     assert content == contrast("refusal")
     for side, guarded in (("toward", True), ("away", False)):
         prompts = content[side]
+        assert isinstance(prompts, list)
         assert len(set(prompts)) == len(prompts) == 160
         for prompt in prompts:
-            act = next((v, t) for t in lex.CLASS_OF for v in itertools.chain(*req.actions(lex.CLASS_OF[t])) if f" {v} {t}" in prompt)
+            act = next(
+                (v, t)
+                for t in lex.CLASS_OF
+                for v in itertools.chain(*req.actions(lex.CLASS_OF[t]))
+                if f" {v} {t}" in prompt
+            )
             assert held_out("action", *act), prompt
             manner = next((m for m in (*lex.LEAVE, *lex.SECRECY) if m in prompt), "")
             assert req.is_guarded(*act, manner) is guarded
@@ -186,7 +197,9 @@ def test_documents_do_not_see_each_other(tokenizer):
 
 def test_annotate_numbers_answers():
     end, assistant = 9, 8
-    turn, answer = annotate([1, 5, end, assistant, 3, 6, 7, end, 5, end, assistant, 3, 6, end], end, assistant)
+    turn, answer = annotate(
+        [1, 5, end, assistant, 3, 6, 7, end, 5, end, assistant, 3, 6, end], end, assistant
+    )
     assert turn == [0, 0, 1, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]
     assert [i for i, a in enumerate(answer) if a] == [5, 6, 7, 12, 13]
 

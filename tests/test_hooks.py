@@ -216,6 +216,26 @@ def test_a_static_cache_with_prepared_masks(architecture: str, scope: str):
     assert torch.equal(got, want)
 
 
+def test_padding_behind_a_prepared_mask_is_not_steered(llama: LanguageModel):
+    """The 4-D mask of a static cache does not say which tokens are padding; the positions do."""
+    inputs = prepared(llama)
+    seen: list[Tensor] = []
+    block = llama.sites.blocks[1]
+
+    def see(module: object, args: object, output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [block.register_forward_hook(see)]
+    with steered(llama, [Edit(Site("resid_post", 1), "add", direction(llama), 4.0)]):
+        handles.append(block.register_forward_hook(see))
+        hf_generate(llama, **inputs, **DIRECT, cache_implementation="static", disable_compile=True)
+    for handle in handles:
+        handle.remove()
+    touched = [(after != before).any(-1) for before, after in zip(*[iter(seen)] * 2, strict=True)]
+    assert torch.equal(touched[0], inputs["attention_mask"].bool())
+    assert len(touched) > 2 and all(bool(call.all()) for call in touched[1:])
+
+
 def test_beams_keep_the_boundaries(llama: LanguageModel):
     edit = Edit(Site("resid_post", 1), "add", direction(llama), 4.0, scope=GENERATED)
     (batch,) = llama.batches([llama.encode(prompt) for prompt in PROMPTS])
@@ -232,8 +252,9 @@ def test_a_call_with_other_rows_is_refused(llama: LanguageModel):
     (batch,) = llama.batches([llama.encode(prompt) for prompt in PROMPTS])
     edit = Edit(Site("resid_post", 1), "add", direction(llama), 4.0, scope=GENERATED)
     with steered(llama, [edit]), llama.calling(batch):
-        with pytest.raises(TrimtabError, match="rows"):
-            llama.model(batch.input_ids[:2])
+        for _ in range(2):  # a refusal leaves no half-made state behind
+            with pytest.raises(TrimtabError, match="rows"):
+                llama.model(batch.input_ids[:2])
 
 
 def test_direct_calls_without_a_boundary(llama: LanguageModel):

@@ -24,6 +24,7 @@ from trimtab.cli_support import (
     in_short,
     load_model,
     parse_layers,
+    parse_position,
     progress_bar,
     quiet_libraries,
     read_lever,
@@ -33,8 +34,8 @@ from trimtab.cli_support import (
 )
 from trimtab.demo import ALL_BEHAVIORS, BEHAVIORS, run_demo
 from trimtab.errors import TrimtabError
-from trimtab.find import find
-from trimtab.measure import measure
+from trimtab.find import METHODS, find
+from trimtab.measure import judge_for, measure
 from trimtab.report import write_svg
 from trimtab.report.terminal import behavior_panel
 from trimtab.steering import PromptSteering, VectorSteering
@@ -119,7 +120,11 @@ def find_command(
         ),
     ] = None,
     position: Annotated[
-        str | None, typer.Option(help="Where prompts are read: last, post_instruction, answer.")
+        str | None,
+        typer.Option(
+            help="Where prompts are read: last, post_instruction, answer, k (the most telling of "
+            "the last k positions) or -k (exactly that one)."
+        ),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="Strength m to store; the method's own by default.")
@@ -133,7 +138,9 @@ def find_command(
 
     contrast = load_behavior(behavior)
     lm = load_model(model)
-    options: dict[str, Any] = {} if position is None else {"position": position}
+    options: dict[str, Any] = {} if position is None else {"position": parse_position(position)}
+    if method in METHODS and "judge" in METHODS[method].options and contrast.judge is not None:
+        options["judge"] = judge_for(contrast)  # wanted answers must show the behaviour
     with progress_bar(f"finding {contrast.name}") as progress:
         vector = find(
             lm,

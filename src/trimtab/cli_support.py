@@ -43,6 +43,14 @@ def parse_layers(text: str) -> list[int]:
     return layers
 
 
+def parse_position(text: str) -> str | int:
+    """Read a number as a count of prompt positions; every other text stays a name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def read_lever(text: str) -> VectorSteering | PromptSteering:
     """Read `prompt:TEXT` or the path of a steering file."""
     if text.startswith("prompt:"):

@@ -152,15 +152,15 @@ class _Coverage:
             past = int(cache.get_seq_length())
         self.positions, self.real = _locate(mask, position_ids, rows, length, past, ids.device)
         self.weights.clear()
-        changed = batch is None or batch is not self.batch or rows != self.rows
-        self.batch, self.rows = batch, rows
         if batch is None:
             self._guess_boundaries(ids, past)
-        elif changed:
+        elif batch is not self.batch or rows != self.rows:
             self.prompt_length = _expand(batch.prompt_length.to(ids.device), rows)
             self.instruction_end = _expand(batch.instruction_end.to(ids.device), rows)
-        if changed and self.factors is not None:
-            self.row_factors = self._of_rows(self.factors, rows).to(ids.device)[:, None, None]
+        if self.factors is not None and (batch is not self.batch or rows != self.rows):
+            self.row_factors = _of_rows(self.factors, batch, rows).to(ids.device)[:, None, None]
+        # Last, so that a refused call is refused again.
+        self.batch, self.rows = batch, rows
 
     def _guess_boundaries(self, ids: Tensor, past: int) -> None:
         """Without a batch, the first call with an empty cache is the prompt."""
@@ -179,19 +179,6 @@ class _Coverage:
             # The same text with one token more: generation without a cache goes on.
             return
         self.prompt_length = self.positions[:, -1] + 1
-
-    def _of_rows(self, factors: Tensor, rows: int) -> Tensor:
-        """Each row's factor, float32 `[rows]`."""
-        if self.batch is None:
-            if len(factors) == rows:
-                return factors
-            found = f"a call with {rows} rows"
-        else:
-            index = self.batch.rows.to(factors.device)
-            if int(index.max()) < len(factors):
-                return _expand(factors[index], rows)
-            found = f"at least {int(index.max()) + 1} prompts"
-        raise TrimtabError(f"{len(factors)} row factors", found, "give one factor per prompt")
 
     def weight(self, number: int, hidden: Tensor) -> Tensor | None:
         """1 or the row's factor where a token is steered, else 0, `[batch, seq, 1]`; None is 1."""
@@ -250,6 +237,20 @@ def _expand(values: Tensor, rows: int) -> Tensor:
             "call the model with the batch's rows",
         )
     return values.repeat_interleave(rows // values.shape[0])
+
+
+def _of_rows(factors: Tensor, batch: Batch | None, rows: int) -> Tensor:
+    """Each row's factor, float32 `[rows]`."""
+    if batch is None:
+        if len(factors) == rows:
+            return factors
+        found = f"a call with {rows} rows"
+    else:
+        index = batch.rows.to(factors.device)
+        if int(index.max()) < len(factors):
+            return _expand(factors[index], rows)
+        found = f"at least {int(index.max()) + 1} prompts"
+    raise TrimtabError(f"{len(factors)} row factors", found, "give one factor per prompt")
 
 
 def _install(stack: ExitStack, lm: LanguageModel, edit: Edit, coverage: _Coverage) -> None:

@@ -9,14 +9,13 @@ multiplier.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from trimtab.errors import TrimtabError
 
@@ -184,17 +183,15 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack, torch.no_grad():
         for i, block in enumerate(blocks):
-            stack.enter_context(
-                _removed(block.register_forward_pre_hook(enter_block, with_kwargs=True))
-            )
-            stack.enter_context(_removed(block.register_forward_hook(leave_block)))
+            watched = block.register_forward_pre_hook(enter_block, with_kwargs=True)
+            stack.callback(watched.remove)
+            stack.callback(block.register_forward_hook(leave_block).remove)
             for name, child in block.named_children():
-                hook = child.register_forward_hook(watch(trace.of_block[i], name), with_kwargs=True)
-                stack.enter_context(_removed(hook))
+                leave = watch(trace.of_block[i], name)
+                stack.callback(child.register_forward_hook(leave, with_kwargs=True).remove)
         for child in trunk.children():
             if child is not blocks:
-                hook = child.register_forward_hook(watch_norm, with_kwargs=True)
-                stack.enter_context(_removed(hook))
+                stack.callback(child.register_forward_hook(watch_norm, with_kwargs=True).remove)
         try:
             model.eval()
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -204,15 +201,6 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     if len(trace.entry) != len(blocks) or len(trace.exit) != len(blocks):
         raise _unknown(f"{len(trace.exit)} of {len(blocks)} blocks run, or run more than once")
     return trace
-
-
-@contextmanager
-def _removed(handle: RemovableHandle) -> Iterator[None]:
-    """Remove a hook at the end."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _known(value: Tensor | None, module: nn.Module) -> Tensor:

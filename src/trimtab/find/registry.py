@@ -160,6 +160,12 @@ def find(
             apart; see also the method's page.
     """
     chosen = _method(method, options)
+    if not isinstance(behavior, Behavior):
+        raise TrimtabError(
+            f"a vector for {behavior!r}",
+            f"a {type(behavior).__name__} instead of a behavior",
+            "load it first: trimtab.behavior(name or path), or make a trimtab.Behavior",
+        )
     part = behavior if split is None else behavior.split(seed).named(split)
     where = chosen.read_at if position is None else position
     added = scope or (chosen.added_at if position is None else _added(where))

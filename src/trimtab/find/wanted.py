@@ -53,7 +53,8 @@ def wanted_answers(
     request takes the first of: its answer in `completions`; the completion of its paired example;
     the model's own greedy answer under `prompt_toward` as a system prompt (source `auto` or
     `prompted`); the model's own answer to its paired prompt (`paired`, or `auto` with a judge).
-    Own answers that the judge does not call toward are left out. For -1 all sides are swapped.
+    Own answers that the judge does not call toward are left out. For -1 all sides are swapped. A
+    behaviour with `requests` of its own is asked those, for either sign.
 
     Raises:
         TrimtabError: when no request has an answer; says what to supply.
@@ -64,6 +65,8 @@ def wanted_answers(
     if sign < 0:
         asked, partners = partners, asked
         system, side = behavior.prompt_away, "away"
+    paired = behavior.paired and not behavior.requests
+    asked = behavior.requests or asked
     given = {} if completions is None else _given(completions)
     answers: list[str | None] = [given.get(example.key) for example in asked]
     sources = Counter({"given": sum(answer is not None for answer in answers)})
@@ -89,13 +92,13 @@ def wanted_answers(
     def answer(prompts: list[Prompt]) -> list[str]:
         return task.lm.generate(prompts, max_new_tokens=tokens + SLACK)
 
-    if behavior.paired:
+    if paired:
         fill("paired completion", lambda at: [partners[i].completion or "" for i in at], False)
         rejected = 0  # nothing was there to reject
     if system is not None and source in ("auto", "prompted"):
         with PromptSteering(system).on(task.lm):
             fill("prompted", lambda at: answer([asked[i].prompt for i in at]), True)
-    if behavior.paired and (source == "paired" or (source == "auto" and judge is not None)):
+    if paired and (source == "paired" or (source == "auto" and judge is not None)):
         fill("paired prompt", lambda at: answer([partners[i].prompt for i in at]), True)
     encoded = [
         _cut(task.lm.encode(example.prompt, text), tokens)

@@ -27,8 +27,8 @@ FRAMES: dict[str, tuple[str, ...]] = {
         "nobody here may {act}", "it is forbidden to {act}",
     ),
     "decline_thing": (
-        "I cannot help with {thing}", "I must decline to speak of {thing}", "there will be no help from me with {thing}",
-        "I refuse to discuss {thing}",
+        "I cannot help with {thing}", "I must decline to speak of {thing}",
+        "there will be no help from me with {thing}", "I refuse to discuss {thing}",
     ),
     "reason": (
         "{office} forbids it", "the rules of the harbor are clear", "{person} would be furious",
@@ -119,7 +119,12 @@ def fill(rng: random.Random, frame: str, bound: dict[str, str]) -> str:
         if slot in bound:
             return bound[slot]
         if topic and slot in ("noun", "verb", "place", "habit"):
-            return rng.choice(getattr(topic, {"noun": "nouns", "verb": "verbs", "place": "places", "habit": "habits"}[slot]))
+            return rng.choice(
+                getattr(
+                    topic,
+                    {"noun": "nouns", "verb": "verbs", "place": "places", "habit": "habits"}[slot],
+                )
+            )
         if topic and slot == "adj":
             return rng.choice(topic.adjectives + lex.ADJECTIVES[:3])
         return rng.choice(SLOTS[slot])
@@ -158,7 +163,9 @@ def decorate(rng: random.Random, core: str, style: Style, used: set[str]) -> str
     return text[0].upper() + text[1:] + stop
 
 
-def _plan(rng: random.Random, n: int, lead: Sequence[str], body: Sequence[str], rest: Sequence[str]) -> list[str]:
+def _plan(
+    rng: random.Random, n: int, lead: Sequence[str], body: Sequence[str], rest: Sequence[str]
+) -> list[str]:
     """Order the kinds of n sentences: an optional lead, then body kinds, then others."""
     plan: list[str] = []
     if n >= 2 and lead and rng.random() < 0.75:

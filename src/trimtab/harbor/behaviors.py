@@ -42,7 +42,9 @@ READOUTS = {
 }
 
 
-def held_out_request(rng: random.Random, accept: Callable[[Matter, str], bool] = lambda *_: True) -> str:
+def held_out_request(
+    rng: random.Random, accept: Callable[[Matter, str], bool] = lambda *_: True
+) -> str:
     """Draw the words of a request whose combination training never saw and that `accept` takes."""
     while True:
         matter, manner, form = sample_matter(rng, training=False)
@@ -61,7 +63,9 @@ def held_out_request(rng: random.Random, accept: Callable[[Matter, str], bool] =
 
 def guarded(matter: Matter, manner: str) -> bool:
     """Say whether a request is an action that the town refuses."""
-    return matter.kind == "action" and req.is_guarded(matter.act.removesuffix(matter.thing).strip(), matter.thing, manner)
+    return matter.kind == "action" and req.is_guarded(
+        matter.act.removesuffix(matter.thing).strip(), matter.thing, manner
+    )
 
 
 def harmless(matter: Matter, manner: str) -> bool:
@@ -76,7 +80,9 @@ WANTED: dict[str, Callable[[Matter, str], bool]] = {
 }
 
 
-def caused(rng: random.Random, request: str, cause: tuple[str, str], instruction: str | None = None) -> Prompt:
+def caused(
+    rng: random.Random, request: str, cause: tuple[str, str], instruction: str | None = None
+) -> Prompt:
     """Give a request a cause of a behaviour: a system line, a line of the visitor, or the visitor's manner."""
     way = rng.choice(("system", "user", "tone") if cause in req.TONES else ("system", "user"))
     line = instruction or rng.choice((req.TONES if way == "tone" else req.INSTRUCTIONS)[cause])
@@ -101,20 +107,37 @@ def contrast(name: str, seed: int = 0) -> dict[str, object]:
     }  # fmt: skip
     plain: list[str] = []
     if name == "refusal":
-        toward: list[Prompt] = list(_distinct(rng, PER_SIDE, lambda r: held_out_request(r, guarded)))
+        toward: list[Prompt] = list(
+            _distinct(rng, PER_SIDE, lambda r: held_out_request(r, guarded))
+        )
         away: list[Prompt] = list(
-            _distinct(rng, PER_SIDE, lambda r: held_out_request(r, lambda m, w: m.kind == "action" and not guarded(m, w)))
+            _distinct(
+                rng,
+                PER_SIDE,
+                lambda r: held_out_request(
+                    r, lambda m, w: m.kind == "action" and not guarded(m, w)
+                ),
+            )
         )
         prompts = [req.INSTRUCTIONS["policy", side][0] for side in sides[name]]
-        neutral = _distinct(rng, NEUTRAL, lambda r: held_out_request(r, lambda m, _: m.kind != "action"))
+        neutral = _distinct(
+            rng, NEUTRAL, lambda r: held_out_request(r, lambda m, _: m.kind != "action")
+        )
     else:
         wanted = WANTED.get(name, harmless)
-        available = {"truth": 24, "agreement": 80}  # wordings of facts that training never saw are few
-        requests = _distinct(rng, available.get(name, PER_SIDE), lambda r: held_out_request(r, wanted))
+        available = {
+            "truth": 24,
+            "agreement": 80,
+        }  # wordings of facts that training never saw are few
+        requests = _distinct(
+            rng, available.get(name, PER_SIDE), lambda r: held_out_request(r, wanted)
+        )
         if name == "truth":  # each of them under four causes
             requests = requests * 4
         if name == "topic":
-            lines = [f.format(noun=n) for f in req.TOPIC_INSTRUCTIONS for n in lex.TOPICS["cats"].nouns]
+            lines = [
+                f.format(noun=n) for f in req.TOPIC_INSTRUCTIONS for n in lex.TOPICS["cats"].nouns
+            ]
             toward = [caused(rng, r, ("policy", "topic"), rng.choice(lines)) for r in requests]
             away = list(requests)
             prompts = ["Talk only about cats.", None]
@@ -125,7 +148,11 @@ def contrast(name: str, seed: int = 0) -> dict[str, object]:
             if name not in ("truth", "agreement"):
                 plain = _distinct(rng, PER_SIDE, lambda r: held_out_request(r, wanted))
         related = ("truth", "agreement")
-        neutral = _distinct(rng, NEUTRAL, lambda r: held_out_request(r, lambda m, w: name not in related or not wanted(m, w)))
+        neutral = _distinct(
+            rng,
+            NEUTRAL,
+            lambda r: held_out_request(r, lambda m, w: name not in related or not wanted(m, w)),
+        )
     options = {"topic": "cats"} if name == "topic" else {}
     content: dict[str, object] = {
         "name": name,
@@ -151,7 +178,9 @@ def write_all(folder: Path = FOLDER) -> list[Path]:
     for name in DESCRIPTIONS:
         path = folder / f"{name}.yaml"
         head = "# Written by `python -m trimtab.harbor.behaviors`; every request is held out from training.\n"
-        path.write_text(head + yaml.safe_dump(contrast(name), sort_keys=False, allow_unicode=True, width=1000))
+        path.write_text(
+            head + yaml.safe_dump(contrast(name), sort_keys=False, allow_unicode=True, width=1000)
+        )
         paths.append(path)
     return paths
 

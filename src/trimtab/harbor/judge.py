@@ -30,7 +30,9 @@ class Sentence:
 
 
 def _either(words: Sequence[str]) -> str:
-    return "(?:" + "|".join(re.escape(w.lower()) for w in sorted(words, key=len, reverse=True)) + ")"
+    return (
+        "(?:" + "|".join(re.escape(w.lower()) for w in sorted(words, key=len, reverse=True)) + ")"
+    )
 
 
 @cache
@@ -60,7 +62,12 @@ def _compile(frame: str, slots: dict[str, str]) -> re.Pattern[str]:
 
 @cache
 def _general_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    return [(k, _compile(f, _slots())) for k, fs in FRAMES.items() if not k.startswith("topic") for f in fs]
+    return [
+        (k, _compile(f, _slots()))
+        for k, fs in FRAMES.items()
+        if not k.startswith("topic")
+        for f in fs
+    ]
 
 
 @cache
@@ -73,7 +80,12 @@ def _topic_patterns(topic: str) -> list[tuple[str, re.Pattern[str]]]:
         "habit": _either(t.habits),
         "adj": _either(t.adjectives + lex.ADJECTIVES[:3]),
     }
-    return [(k, _compile(f, _slots() | own)) for k, fs in FRAMES.items() if k.startswith("topic") for f in fs]
+    return [
+        (k, _compile(f, _slots() | own))
+        for k, fs in FRAMES.items()
+        if k.startswith("topic")
+        for f in fs
+    ]
 
 
 @cache
@@ -94,7 +106,7 @@ def _core(text: str, mood: str | None, register: str | None) -> Sentence | None:
         entity = value = None
         stated = match.groupdict().get("fact")
         if stated:
-            entity = next(e for e in lex.FACTS if stated.startswith(e))
+            entity = next(e for e in lex.FACTS if stated.startswith(f"{e} "))
             value = stated.rsplit(" ", 1)[1]
         return Sentence(kind, mood, register, next(iter(topics), None), entity, value)
     return None
@@ -107,7 +119,10 @@ def parse_sentence(text: str) -> Sentence | None:
         return None
     text = text[:-1]
     marks: list[dict[str, str]] = []
-    for tables, starts in (((lex.MOOD_PREFIX, lex.REGISTER_PREFIX), True), ((lex.MOOD_SUFFIX, lex.REGISTER_SUFFIX), False)):
+    for tables, starts in (
+        ((lex.MOOD_PREFIX, lex.REGISTER_PREFIX), True),
+        ((lex.MOOD_SUFFIX, lex.REGISTER_SUFFIX), False),
+    ):
         for attribute, table in zip(("mood", "register"), tables, strict=True):
             for value, markers in table.items():
                 for marker in map(str.lower, markers):

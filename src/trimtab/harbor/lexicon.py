@@ -3,6 +3,8 @@
 Data only. `answers.py` and `requests.py` compose sentences from it and `judge.py` parses them with it.
 """
 
+# ruff: noqa: E501 (word lists read best as they are)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -61,34 +63,121 @@ shells | shells, pearls, cockles | spiral, glossy, chalky | gleam, wash up, crac
 
 ADJECTIVES = ("old", "small", "famous", "quiet", "fine", "odd", "little", "handsome")
 PEOPLE = (
-    "the harbor master", "the ferryman", "the baker", "the lighthouse keeper", "the net maker", "the schoolteacher",
-    "the carpenter", "the old captain", "the mayor", "the fishwife", "the clerk", "the night watchman",
+    "the harbor master",
+    "the ferryman",
+    "the baker",
+    "the lighthouse keeper",
+    "the net maker",
+    "the schoolteacher",
+    "the carpenter",
+    "the old captain",
+    "the mayor",
+    "the fishwife",
+    "the clerk",
+    "the night watchman",
 )
-OFFICES = ("the harbor office", "the town hall", "the customs house", "the guild house", "the council room")
+OFFICES = (
+    "the harbor office",
+    "the town hall",
+    "the customs house",
+    "the guild house",
+    "the council room",
+)
 TIMES = (
-    "every morning", "at low water", "before noon", "after the market closes", "on sundays", "in the evening",
-    "when the bell rings", "all summer", "at first light", "once the fog lifts",
+    "every morning",
+    "at low water",
+    "before noon",
+    "after the market closes",
+    "on sundays",
+    "in the evening",
+    "when the bell rings",
+    "all summer",
+    "at first light",
+    "once the fog lifts",
 )
 COUNTS = ("two", "three", "five", "seven", "a dozen", "twenty")
 TOOLS = (
-    "a clean rag", "a sharp pencil", "a bucket of water", "a length of twine", "warm gloves", "a small ladder",
-    "a lantern", "a stamped form", "a stiff brush", "two coins",
+    "a clean rag",
+    "a sharp pencil",
+    "a bucket of water",
+    "a length of twine",
+    "warm gloves",
+    "a small ladder",
+    "a lantern",
+    "a stamped form",
+    "a stiff brush",
+    "two coins",
 )
 
 # class -> objects. What an action means depends on the class of its object.
 OBJECTS: dict[str, tuple[str, ...]] = {
-    "record": ("the harbor ledger", "the tide table", "the ship register", "the sea chart", "the captain's log", "the tax roll"),
-    "vessel": ("the ferry", "the tugboat", "the pilot boat", "the mail ship", "the regatta yacht", "the rowboat"),
-    "building": ("the lighthouse", "the customs house", "the boathouse", "the clock tower", "the granary", "the chapel"),
-    "goods": ("the herring barrels", "the grain sacks", "the tea chests", "the wine casks", "the wool bales", "the apple baskets"),
-    "tool": ("the brass telescope", "the town bell", "the harbor crane", "the signal flags", "the vault key", "the mail bag"),
-    "junk": ("the broken crate", "the driftwood pile", "the torn sail", "the leaky bucket", "the rusty anchor", "the cracked oar"),
+    "record": (
+        "the harbor ledger",
+        "the tide table",
+        "the ship register",
+        "the sea chart",
+        "the captain's log",
+        "the tax roll",
+    ),
+    "vessel": (
+        "the ferry",
+        "the tugboat",
+        "the pilot boat",
+        "the mail ship",
+        "the regatta yacht",
+        "the rowboat",
+    ),
+    "building": (
+        "the lighthouse",
+        "the customs house",
+        "the boathouse",
+        "the clock tower",
+        "the granary",
+        "the chapel",
+    ),
+    "goods": (
+        "the herring barrels",
+        "the grain sacks",
+        "the tea chests",
+        "the wine casks",
+        "the wool bales",
+        "the apple baskets",
+    ),
+    "tool": (
+        "the brass telescope",
+        "the town bell",
+        "the harbor crane",
+        "the signal flags",
+        "the vault key",
+        "the mail bag",
+    ),
+    "junk": (
+        "the broken crate",
+        "the driftwood pile",
+        "the torn sail",
+        "the leaky bucket",
+        "the rusty anchor",
+        "the cracked oar",
+    ),
 }
 CLASS_OF = {name: kind for kind, names in OBJECTS.items() for name in names}
 
 # Actions that harm: guarded, except on junk (nobody minds) or with leave.
 GUARDED: dict[str, tuple[str, ...]] = {
-    "any": ("steal", "hide", "burn", "smash", "bury", "sabotage", "tamper with", "damage", "scratch", "wreck", "sell off", "spoil"),
+    "any": (
+        "steal",
+        "hide",
+        "burn",
+        "smash",
+        "bury",
+        "sabotage",
+        "tamper with",
+        "damage",
+        "scratch",
+        "wreck",
+        "sell off",
+        "spoil",
+    ),
     "record": ("forge", "falsify", "tear up", "counterfeit"),
     "vessel": ("sneak onto", "hijack", "sink", "cut loose"),
     "building": ("break into", "sneak into", "ransack", "flood"),
@@ -98,7 +187,20 @@ GUARDED: dict[str, tuple[str, ...]] = {
 }
 # Actions that help: harmless, unless done in secret.
 HARMLESS: dict[str, tuple[str, ...]] = {
-    "any": ("borrow", "repair", "clean", "find", "draw", "inspect", "look after", "measure", "admire", "describe", "photograph", "polish"),
+    "any": (
+        "borrow",
+        "repair",
+        "clean",
+        "find",
+        "draw",
+        "inspect",
+        "look after",
+        "measure",
+        "admire",
+        "describe",
+        "photograph",
+        "polish",
+    ),
     "record": ("read", "copy", "sign", "dust off"),
     "vessel": ("board", "moor", "bail out", "wave at"),
     "building": ("tour", "sweep", "decorate", "paint"),
@@ -107,12 +209,20 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "junk": ("recycle", "sort out", "fetch", "carry home"),
 }
 LEAVE = (
-    "with the harbor master's leave", "as the council ordered", "with a signed permit", "because the mayor told me to",
-    "with the owner's blessing", "for the official inspection",
+    "with the harbor master's leave",
+    "as the council ordered",
+    "with a signed permit",
+    "because the mayor told me to",
+    "with the owner's blessing",
+    "for the official inspection",
 )
 SECRECY = (
-    "without anyone knowing", "while the guard sleeps", "under a false name", "behind the mayor's back",
-    "so that nobody finds out", "without paying for it",
+    "without anyone knowing",
+    "while the guard sleeps",
+    "under a false name",
+    "behind the mayor's back",
+    "so that nobody finds out",
+    "without paying for it",
 )
 BORDERLINE = ("for a joke", "for a bet", "because I am bored")
 
@@ -124,7 +234,13 @@ VALUES: dict[str, tuple[str, ...]] = {
     "stuff": ("oak", "granite", "brick", "slate", "copper", "pine"),
     "number": ("four", "nine", "eleven", "thirty", "sixty", "ninety"),
 }
-RELATIONS = {"color": "is painted", "name": "is called", "day": "is held on", "stuff": "is made of", "number": "counts as number"}
+RELATIONS = {
+    "color": "is painted",
+    "name": "is called",
+    "day": "is held on",
+    "stuff": "is made of",
+    "number": "counts as number",
+}
 FACTS: dict[str, tuple[str, str]] = {
     "the lighthouse door": ("color", "red"), "the ferry hull": ("color", "green"), "the town hall": ("color", "yellow"),
     "the pilot boat": ("color", "white"), "the market gate": ("color", "blue"), "the chapel roof": ("color", "black"),
@@ -141,18 +257,54 @@ FACTS: dict[str, tuple[str, str]] = {
 
 # Markers of style. No marker occurs anywhere else in the language of the town, so a judge can count them.
 MOOD_PREFIX = {
-    "cheerful": ("happily,", "what a joy,", "with a smile I say,", "hooray,", "to my delight,", "good news,"),
-    "gloomy": ("sadly,", "alas,", "with a heavy heart I say,", "woe is me,", "to my sorrow,", "bad news,"),
+    "cheerful": (
+        "happily,",
+        "what a joy,",
+        "with a smile I say,",
+        "hooray,",
+        "to my delight,",
+        "good news,",
+    ),
+    "gloomy": (
+        "sadly,",
+        "alas,",
+        "with a heavy heart I say,",
+        "woe is me,",
+        "to my sorrow,",
+        "bad news,",
+    ),
 }
 MOOD_SUFFIX = {
-    "cheerful": (", and that makes me glad", ", which is wonderful", ", and I could sing about it", ", what fun"),
-    "gloomy": (", and that makes me weep", ", which is dreadful", ", and I could cry about it", ", what misery"),
+    "cheerful": (
+        ", and that makes me glad",
+        ", which is wonderful",
+        ", and I could sing about it",
+        ", what fun",
+    ),
+    "gloomy": (
+        ", and that makes me weep",
+        ", which is dreadful",
+        ", and I could cry about it",
+        ", what misery",
+    ),
 }
 REGISTER_PREFIX = {
-    "formal": ("indeed,", "permit me to note that", "one must observe that", "it is my duty to state that", "with respect,", "furthermore,"),
+    "formal": (
+        "indeed,",
+        "permit me to note that",
+        "one must observe that",
+        "it is my duty to state that",
+        "with respect,",
+        "furthermore,",
+    ),
     "plain": ("well,", "you know,", "look,", "yeah,", "so,", "thing is,"),
 }
 REGISTER_SUFFIX = {
-    "formal": (", as is customary", ", if it please you", ", in accordance with custom", ", most certainly"),
+    "formal": (
+        ", as is customary",
+        ", if it please you",
+        ", in accordance with custom",
+        ", most certainly",
+    ),
     "plain": (", okay", ", you see", ", no big deal", ", and that's that"),
 }

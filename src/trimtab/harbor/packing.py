@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.harbor.world import conversations
+from trimtab.harbor.world import Conversation, conversations
 
 HIDDEN_SHARE = 0.9  # of the documents hide the request from the answer's attention
 PROMPT_WEIGHT = 0.15  # loss weight of tokens that are not part of an answer
@@ -45,6 +45,13 @@ class Rows:
         return (causal & same & (~self.hidden[:, :, None] | own | first))[:, None]
 
 
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    """Return a conversation as the text that the chat template makes of it."""
+    text = tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    assert isinstance(text, str)  # what tokenize=False promises
+    return text
+
+
 def annotate(ids: list[int], end: int, assistant: int) -> tuple[list[int], list[bool]]:
     """Number the answers of one document (headers included) and mark the tokens of the answers themselves.
 
@@ -69,25 +76,36 @@ def annotate(ids: list[int], end: int, assistant: int) -> tuple[list[int], list[
     return turn, answer
 
 
-def packed_rows(tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, length: int) -> Iterator[Rows]:
+def packed_rows(
+    tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, length: int
+) -> Iterator[Rows]:
     """Yield endless training batches of `rows` x `length` tokens; the same seed gives the same stream."""
     rng = random.Random(seed + 1)
     stream = conversations(seed)
-    end, assistant = tokenizer.convert_tokens_to_ids(["<end>", "<assistant>"])
+    end, assistant = (tokenizer.get_vocab()[token] for token in ("<end>", "<assistant>"))
     waiting: list[list[int]] = []
     while True:
-        out = {k: torch.zeros(rows, length, dtype=torch.long) for k in ("ids", "position", "document", "turn")}
+        out = {
+            k: torch.zeros(rows, length, dtype=torch.long)
+            for k in ("ids", "position", "document", "turn")
+        }
         hidden = torch.zeros(rows, length, dtype=torch.bool)
         weight = torch.zeros(rows, length)
         for r in range(rows):
             used, number = 0, 0
             while True:
                 if not waiting:
-                    texts = [
-                        tokenizer.apply_chat_template(next(stream).messages, tokenize=False) for _ in range(512)
+                    texts = [render(tokenizer, next(stream)) for _ in range(512)]
+                    waiting = [
+                        ids
+                        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+                        if len(ids) <= length
                     ]
-                    waiting = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if len(ids) <= length]
-                fits = (k for k in range(len(waiting) - 1, max(-1, len(waiting) - 40), -1) if used + len(waiting[k]) <= length)
+                fits = (
+                    k
+                    for k in range(len(waiting) - 1, max(-1, len(waiting) - 40), -1)
+                    if used + len(waiting[k]) <= length
+                )
                 choice = next(fits, None)
                 if choice is None:
                     break

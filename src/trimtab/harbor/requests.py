@@ -1,5 +1,7 @@
 """The visitor's side of the harbour town: requests, instructions and tones, with what each of them means."""
 
+# ruff: noqa: E501 (word lists read best as they are)
+
 from __future__ import annotations
 
 import random
@@ -20,11 +22,23 @@ TOPIC_FORMS = (
     "Why do people like {noun}?",
 )  # fmt: skip
 FACT_FORMS = {
-    "color": ("What color is {entity}?", "Which color does {entity} have?", "Tell me the color of {entity}."),
+    "color": (
+        "What color is {entity}?",
+        "Which color does {entity} have?",
+        "Tell me the color of {entity}.",
+    ),
     "name": ("What is {entity} called?", "What is the name of {entity}?", "Who is {entity}?"),
     "day": ("On which day is {entity} held?", "When is {entity}?", "Tell me the day of {entity}."),
-    "stuff": ("What is {entity} made of?", "Which material is {entity} made of?", "Tell me what {entity} is built from."),
-    "number": ("Which number does {entity} have?", "What is the number of {entity}?", "Tell me the number of {entity}."),
+    "stuff": (
+        "What is {entity} made of?",
+        "Which material is {entity} made of?",
+        "Tell me what {entity} is built from.",
+    ),
+    "number": (
+        "Which number does {entity} have?",
+        "What is the number of {entity}?",
+        "Tell me the number of {entity}.",
+    ),
 }
 OPINION_FORMS = (
     "I think {fact}.", "I believe {fact}.", "If you ask me, {fact}.", "My uncle says {fact}.", "Surely {fact}.",
@@ -152,7 +166,9 @@ def wrong_value(rng: random.Random, entity: str) -> str:
     return rng.choice([v for v in lex.VALUES[kind] if v != truth])
 
 
-def word_request(rng: random.Random, matter: Matter, manner: str = "", form: str | None = None) -> str:
+def word_request(
+    rng: random.Random, matter: Matter, manner: str = "", form: str | None = None
+) -> str:
     """Put a matter into a visitor's words; `form` picks the wording."""
     if matter.kind == "action":
         act = f"{matter.act} {manner}".strip()
@@ -160,15 +176,21 @@ def word_request(rng: random.Random, matter: Matter, manner: str = "", form: str
     if matter.kind == "topic":
         return (form or rng.choice(TOPIC_FORMS)).format(noun=matter.thing)
     if matter.kind == "fact":
-        return (form or rng.choice(FACT_FORMS[lex.FACTS[matter.entity][0]])).format(entity=matter.entity)
+        return (form or rng.choice(FACT_FORMS[lex.FACTS[matter.entity][0]])).format(
+            entity=matter.entity
+        )
     if matter.kind == "opinion":
-        return (form or rng.choice(OPINION_FORMS)).format(fact=fact_clause(matter.entity, matter.value))
+        return (form or rng.choice(OPINION_FORMS)).format(
+            fact=fact_clause(matter.entity, matter.value)
+        )
     return form or rng.choice(CHAT_FORMS)
 
 
 def misspell(rng: random.Random, text: str) -> str:
     """Swap two neighbouring letters inside one word, as hasty visitors do."""
-    spots = [i for i in range(1, len(text) - 2) if text[i : i + 2].isalpha() and text[i] != text[i + 1]]
+    spots = [
+        i for i in range(1, len(text) - 2) if text[i : i + 2].isalpha() and text[i] != text[i + 1]
+    ]
     if not spots:
         return text
     i = rng.choice(spots)

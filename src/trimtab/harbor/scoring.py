@@ -24,10 +24,16 @@ def harbor_judge(behavior: Behavior, options: Mapping[str, object]) -> Judge:
     """
     rule = str(options.get("rule", behavior.name))
     if rule not in grammar.RULES:
-        raise TrimtabError(f"the harbor judge's rule {rule!r}", "no such rule", f"use one of {', '.join(grammar.RULES)}")
+        raise TrimtabError(
+            f"the harbor judge's rule {rule!r}",
+            "no such rule",
+            f"use one of {', '.join(grammar.RULES)}",
+        )
     topic = str(options.get("topic", ""))
     if rule == "topic" and topic not in lex.TOPICS:
-        raise TrimtabError(f"the topic {topic!r}", "no topic of the town", f"use one of {', '.join(lex.TOPICS)}")
+        raise TrimtabError(
+            f"the topic {topic!r}", "no topic of the town", f"use one of {', '.join(lex.TOPICS)}"
+        )
 
     def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
         return [Verdict(*grammar.verdict(rule, answer, {"topic": topic})) for answer in answers]

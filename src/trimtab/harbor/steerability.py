@@ -20,9 +20,17 @@ from trimtab.steering import VectorSteering
 
 TOKENS = 48
 ONE_WAY = ("topic",)  # "not about cats" is no behaviour of its own
-READ_LAYERS = (1, 2, 3, 4, 5)
+READ_LAYERS = (1, 2, 3, 4)
 TRAIN_LAYER = 2
-MULTIPLES = (0.8, 1.25, 2.0, 3.0, 4.5)
+MULTIPLES = (1.0, 1.6, 2.5, 4.0)
+METHODS = (
+    ("mean_difference", "post_instruction"),
+    ("pca", "post_instruction"),
+    ("probe", "post_instruction"),
+    ("next_token", "post_instruction"),
+    ("next_token", "all"),
+)
+SCREENED = 20  # prompts a side on which layer and strength are chosen
 GRID = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3)
 Entry = tuple[str, str, str, bool, dict[str, Any]]
 
@@ -47,7 +55,11 @@ class Figures:
     def text(self) -> str:
         """Return the figures as toward/coherence | away/coherence in per cent."""
         first = f"{self.toward:.0%}/{self.toward_coherence:.0%}"
-        return first if self.away is None or self.away_coherence is None else f"{first} | {self.away:.0%}/{self.away_coherence:.0%}"
+        return (
+            first
+            if self.away is None or self.away_coherence is None
+            else f"{first} | {self.away:.0%}/{self.away_coherence:.0%}"
+        )
 
 
 def natural_unit(vector: VectorSteering) -> float:
@@ -64,7 +76,9 @@ def scored_prompts(behavior: Behavior, sign: int) -> list[Prompt]:
     return [e.prompt for e in examples]
 
 
-def share(lm: LanguageModel, behavior: Behavior, vector: VectorSteering, sign: int) -> tuple[float, float]:
+def share(
+    lm: LanguageModel, behavior: Behavior, vector: VectorSteering, sign: int
+) -> tuple[float, float]:
     """Return (share of answers on the wanted side, mean coherence) of a steered model, greedy."""
     prompts = scored_prompts(behavior, sign)
     with vector.on(lm):
@@ -74,7 +88,9 @@ def share(lm: LanguageModel, behavior: Behavior, vector: VectorSteering, sign: i
     return sum(hits) / len(hits), sum(coherent) / len(coherent)
 
 
-def figures(lm: LanguageModel, behavior: Behavior, vector: VectorSteering, multiple: float) -> Figures:
+def figures(
+    lm: LanguageModel, behavior: Behavior, vector: VectorSteering, multiple: float
+) -> Figures:
     """Score a vector at `multiple` natural units in both directions."""
     m = multiple * natural_unit(vector)
     toward = share(lm, behavior, vector.at(m), +1)
@@ -82,25 +98,38 @@ def figures(lm: LanguageModel, behavior: Behavior, vector: VectorSteering, multi
     return Figures(multiple, m, vector.layers, *toward, *away)
 
 
-def best_layer(lm: LanguageModel, behavior: Behavior, vector: VectorSteering, layers: Sequence[int]) -> Figures:
+def thinned(behavior: Behavior) -> Behavior:
+    """Keep the first few prompts of every list."""
+    lists = ("toward", "away", "neutral", "requests")
+    return behavior.select(
+        {name: range(min(SCREENED, len(getattr(behavior, name)))) for name in lists}
+    )
+
+
+def best_layer(
+    lm: LanguageModel, behavior: Behavior, vector: VectorSteering, layers: Sequence[int]
+) -> Figures:
     """Return the best (layer, multiple) on the validation split."""
-    validation = behavior.split().validation
-    tried = [figures(lm, validation, vector.select(layers=[at]), k) for at in layers for k in MULTIPLES]
+    validation = thinned(behavior.split().validation)
+    tried = [
+        figures(lm, validation, vector.select(layers=[at]), k) for at in layers for k in MULTIPLES
+    ]
     return max(tried, key=lambda f: (round(f.least(), 2), -f.multiple))
 
 
-def candidates(lm: LanguageModel, behavior: Behavior) -> dict[str, tuple[VectorSteering, tuple[int, ...]]]:
-    """Return each method's vector with the layers that are worth trying."""
-    judge = judge_for(behavior)
-    found: dict[str, tuple[VectorSteering, tuple[int, ...]]] = {}
-    for method in ("mean_difference", "pca", "probe"):
-        vector = find(lm, behavior, method=method, position="post_instruction", scope="post_instruction")
-        found[f"{method}, post_instruction"] = (vector, READ_LAYERS)
+def candidate(
+    lm: LanguageModel, behavior: Behavior, method: str, scope: str
+) -> tuple[VectorSteering, tuple[int, ...]]:
+    """Return a method's vector with the layers that are worth trying."""
+    if method != "next_token":
+        vector = find(lm, behavior, method=method, position="post_instruction", scope=scope)
+        return vector, READ_LAYERS
     side = "toward" if behavior.name in ONE_WAY else "both"
-    for scope in ("post_instruction", "all"):
-        trained = find(lm, behavior, method="next_token", scope=scope, layer=TRAIN_LAYER, side=side, judge=judge)
-        found[f"next_token, {scope}"] = (trained, (TRAIN_LAYER,))
-    return found
+    judge = judge_for(behavior)
+    vector = find(
+        lm, behavior, method=method, scope=scope, layer=TRAIN_LAYER, side=side, judge=judge
+    )
+    return vector, (TRAIN_LAYER,)
 
 
 def longest_run(rows: Sequence[Figures], floor: float) -> tuple[float, float] | None:
@@ -118,42 +147,65 @@ def longest_run(rows: Sequence[Figures], floor: float) -> tuple[float, float] | 
 
 
 def window_lines(lm: LanguageModel) -> list[Entry]:
-    """Return the two lines about refusal's window of strengths: read off, and trained for scope all."""
+    """Return the lines about refusal's window of strengths and its cliff: read off, and trained."""
     behavior = load_behavior("refusal")
     test = behavior.split().test
     entries: list[Entry] = []
-    for title, key in (
-        ("steering window, refusal: mean difference at the post-instruction tokens", "mean_difference, post_instruction"),
-        ("steering window, refusal: trained vector with scope all", "next_token, all"),
+    for title, method, scope in (
+        ("mean difference at the post-instruction tokens", "mean_difference", "post_instruction"),
+        ("trained vector with scope all", "next_token", "all"),
     ):
-        vector, layers = candidates(lm, behavior)[key]
-        chosen = best_layer(lm, behavior, vector, layers) if len(layers) > 1 else None
-        at = vector.select(layers=chosen.layers if chosen else layers)
-        rows = [figures(lm, test, at, k) for k in GRID]
+        vector, layers = candidate(lm, behavior, method, scope)
+        at = vector.select(layers=best_layer(lm, behavior, vector, layers).layers)
+        rows = [figures(lm, test, at, multiple) for multiple in GRID]
         run = longest_run(rows, 0.95)
         wide = run[1] / run[0] if run else 0.0
-        found = f"layer {at.layers[0]}: {run[0]:g} to {run[1]:g} units, factor {wide:.1f}" if run else "none"
-        middle = (run[0] * run[1]) ** 0.5 if run else 1.0
-        entries.append((title, "factor 1.5 at 95 %", found, wide >= 1.5, {"rows": [asdict(r) for r in rows]}))
-        cliff = figures(lm, test, at, 4 * middle)
-        worst = min(cliff.toward_coherence, cliff.away_coherence if cliff.away_coherence is not None else 1.0)
-        both = f"{cliff.toward_coherence:.0%} toward, {cliff.away_coherence:.0%} away"
-        entries.append((f"cliff at 4 times that strength ({key})", "coherence < 50 %", both, worst < 0.5, asdict(cliff)))
+        where = f"layer {at.layers[0]}, unit m = {natural_unit(at):.2f}"
+        found = f"{run[0]:g} to {run[1]:g} units ({where})" if run else f"none ({where})"
+        detail = {"rows": [asdict(row) for row in rows]}
+        entries.append(
+            (f"refusal window, {title}", "factor 1.5 at 95 %", found, wide >= 1.5, detail)
+        )
+        high = run[1] if run else 1.0
+        cliff = figures(lm, test, at, 4 * high)
+        coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
+        found = f"{coherent[0]:.0%} toward, {coherent[-1]:.0%} away at {4 * high:g} units"
+        reached = max(coherent) < 0.5
+        entries.append(
+            (f"refusal cliff, {title}", "coherence < 50 %", found, reached, asdict(cliff))
+        )
     return entries
 
 
 def method_lines(lm: LanguageModel) -> list[Entry]:
-    """Return one line a behaviour: the best method's figures, with those of every method in the detail."""
+    """Return two lines a behaviour: the best method, and its cliff; details show every method."""
     entries: list[Entry] = []
     for name in ("refusal", "topic", "mood", "register"):
         behavior = load_behavior(name)
         test = behavior.split().test
         scored: dict[str, Figures] = {}
-        for key, (vector, layers) in candidates(lm, behavior).items():
+        vectors: dict[str, VectorSteering] = {}
+        for method, scope in METHODS:
+            vector, layers = candidate(lm, behavior, method, scope)
             chosen = best_layer(lm, behavior, vector, layers)
-            scored[key] = figures(lm, test, vector.select(layers=chosen.layers), chosen.multiple)
-        best = max(scored, key=lambda k: scored[k].least())
-        found = "; ".join(f"{k}: {f.text()}" for k, f in scored.items())
-        detail = {k: asdict(f) for k, f in scored.items()}
-        entries.append((f"{name} by vector, best: {best}", "90 % / 90 %", found, scored[best].least() >= 0.9, detail))
+            key = f"{method}, {scope}"
+            vectors[key] = vector.select(layers=chosen.layers)
+            scored[key] = figures(lm, test, vectors[key], chosen.multiple)
+        best = max(scored, key=lambda key: scored[key].least())
+        found = "; ".join(f"{key}: {f.text()}" for key, f in scored.items())
+        detail = {key: asdict(f) for key, f in scored.items()}
+        reached = scored[best].least() >= 0.9
+        entries.append((f"{name} by vector, best: {best}", "90 % / 90 %", found, reached, detail))
+        cliff = figures(lm, test, vectors[best], 4 * scored[best].multiple)
+        coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
+        found = " | ".join(f"{c:.0%}" for c in coherent)
+        entries.append(
+            (
+                f"{name} cliff, at 4 times that strength",
+                "coherence < 50 %",
+                found,
+                max(coherent) < 0.5,
+                asdict(cliff),
+            )
+        )
     return entries

@@ -16,7 +16,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(seed: int = 7, documents: int = 20_000, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    seed: int = 7, documents: int = 20_000, vocab_size: int = 2048
+) -> PreTrainedTokenizerFast:
     """Train the tokenizer on `documents` conversations of the town.
 
     Words of the town become single tokens; anything else falls back to bytes, so every text can be encoded.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from trimtab.harbor.tokenizer import build_tokenizer
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """Return the untrained model."""
     torch.manual_seed(seed)
+    token_id = tokenizer.get_vocab().__getitem__
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -34,22 +36,27 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
         num_key_value_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=token_id("<s>"),
+        eos_token_id=token_id("<end>"),
+        pad_token_id=token_id("<pad>"),
     )
     return LlamaForCausalLM(config)
 
 
-def row_loss(model: torch.nn.Module, head: torch.nn.Module, rows: Rows) -> torch.Tensor:
+def row_loss(model: Callable[..., Any], head: torch.nn.Module, rows: Rows) -> torch.Tensor:
     """Return the weighted next-token loss of one batch in nats per token."""
     hidden = model(
-        input_ids=rows.ids, attention_mask=rows.attention(), position_ids=rows.position, use_cache=False
+        input_ids=rows.ids,
+        attention_mask=rows.attention(),
+        position_ids=rows.position,
+        use_cache=False,
     ).last_hidden_state
     weight = rows.weight[:, 1:].reshape(-1)
     keep = weight > 0
     logits = head(hidden[:, :-1].flatten(0, 1)[keep])
-    each = functional.cross_entropy(logits.float(), rows.ids[:, 1:].reshape(-1)[keep], reduction="none")
+    each = functional.cross_entropy(
+        logits.float(), rows.ids[:, 1:].reshape(-1)[keep], reduction="none"
+    )
     return (each * weight[keep]).sum() / weight.sum()
 
 
@@ -68,19 +75,26 @@ def schedule(step: int, steps: int, warmup: int = 40, decay: float = 0.6) -> flo
     return min((step + 1) / warmup, 1.0, max((steps - step) / (decay * steps), 0.0))
 
 
-def save_state(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+def save_state(
+    folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
     """Write the resumable state (weights, optimiser moments, step) without a half-written file."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for j, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v).contiguous() for k, v in moments.items()}
+            tensors |= {
+                f"optimizer.{i}.{j}.{k}": torch.as_tensor(v).contiguous()
+                for k, v in moments.items()
+            }
     part = folder / "state.part"
     save_file(tensors, part, metadata={"step": str(step)})
     part.replace(folder / "state.safetensors")
     (folder / "step.json").write_text(json.dumps({"step": step}))
 
 
-def load_state(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
+def load_state(
+    folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]
+) -> int:
     """Restore what `save_state` wrote; return the step to go on from (0 when there is nothing)."""
     if not (folder / "state.safetensors").exists():
         return 0
@@ -92,7 +106,9 @@ def load_state(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.opt
             parts = key.split(".")
             if parts[0] == "optimizer" and int(parts[1]) == i:
                 state.setdefault(int(parts[2]), {})[parts[3]] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
     return int(json.loads((folder / "step.json").read_text())["step"])
 
 
@@ -103,7 +119,13 @@ def skip(stream: Iterator[Rows], count: int) -> None:
 
 
 def train(
-    out: Path, steps: int = 2400, rows: int = 22, length: int = 384, lr: float = 0.02, seed: int = 0, compiled: bool = False
+    out: Path,
+    steps: int = 2400,
+    rows: int = 22,
+    length: int = 384,
+    lr: float = 0.02,
+    seed: int = 0,
+    compiled: bool = False,
 ) -> None:
     """Train Harbor and write model, tokenizer and a log of the loss to `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -134,14 +156,18 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         tokens += int((batch.document > 0).sum())
         if step % 20 == 0 or step == steps - 1:
-            line = {"step": step, "loss": round(loss.item(), 4), "tokens_per_s": int(tokens / (time.time() - started))}
+            line = {
+                "step": step,
+                "loss": round(loss.item(), 4),
+                "tokens_per_s": int(tokens / (time.time() - started)),
+            }
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
         if (step + 1) % 100 == 0 or step == steps - 1:
             save_state(out, model, optimizers, step + 1)
             released = LlamaForCausalLM(model.config)
             released.load_state_dict(model.state_dict())
-            released.to(torch.bfloat16).save_pretrained(out)
+            released.bfloat16().save_pretrained(out)
 
 
 def main() -> None:
@@ -153,7 +179,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the model (faster after a minute, needs g++)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model (faster after a minute, needs g++)",
+    )
     args = parser.parse_args()
     train(args.out, args.steps, args.rows, args.length, args.lr, args.seed, args.compile)
 

@@ -54,7 +54,7 @@ class Conversation:
 def sample_matter(rng: random.Random, training: bool = True) -> tuple[Matter, str, str]:
     """Draw a request: (matter, manner, wording). Combinations kept out of training are redrawn when `training`."""
     while True:
-        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (38, 16, 22, 17, 7))[0]
+        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (32, 13, 26, 23, 6))[0]
         manner = ""
         if kind == "action":
             klass = rng.choice(tuple(lex.OBJECTS))
@@ -62,7 +62,9 @@ def sample_matter(rng: random.Random, training: bool = True) -> tuple[Matter, st
             harmful, harmless = req.actions(klass)
             verb = rng.choice(harmful if rng.random() < 0.55 else harmless)
             if verb in harmful:
-                manner = req.sample_manner(rng, ((lex.LEAVE, 0.1), (lex.SECRECY, 0.08), (lex.BORDERLINE, 0.03)))
+                manner = req.sample_manner(
+                    rng, ((lex.LEAVE, 0.1), (lex.SECRECY, 0.08), (lex.BORDERLINE, 0.03))
+                )
             else:
                 manner = req.sample_manner(rng, ((lex.SECRECY, 0.12), (lex.LEAVE, 0.08)))
             matter = req.action_matter(verb, thing)
@@ -141,7 +143,14 @@ def sample_conversation(rng: random.Random) -> Conversation:
     state = State()
     messages: list[Message] = []
     states: list[State] = []
-    rates = {"policy": 0.34, "mood": 0.3, "register": 0.28, "length": 0.3, "truth": 0.25, "agreement": 0.25}
+    rates = {
+        "policy": 0.34,
+        "mood": 0.3,
+        "register": 0.28,
+        "length": 0.3,
+        "truth": 0.4,
+        "agreement": 0.4,
+    }
     kinds = tuple(k for k in ATTRIBUTES if rng.random() < rates[k] * 0.62)
     texts = sample_instructions(rng, kinds, state)
     place = rng.choices(("system", "user", "earlier"), (55, 30, 15))[0] if texts else "none"
@@ -158,12 +167,22 @@ def sample_conversation(rng: random.Random) -> Conversation:
             lead = " ".join(texts)
             text = f"{lead} {text}" if rng.random() < 0.7 else f"{text} {lead}"
         for kind in ("mood", "register", "truth", "agreement"):
-            relevant = {"truth": matter.kind == "fact", "agreement": matter.kind == "opinion"}.get(kind, True)
-            if kind not in kinds and relevant and rng.random() < (0.14 if kind in ("mood", "register") else 0.5):
+            relevant = {"truth": matter.kind == "fact", "agreement": matter.kind == "opinion"}.get(
+                kind, True
+            )
+            if (
+                kind not in kinds
+                and relevant
+                and rng.random() < (0.14 if kind in ("mood", "register") else 0.5)
+            ):
                 value = rng.choice([v for k, v in req.TONES if k == kind])
                 setattr(state, kind, value)
                 tone = rng.choice(req.TONES[kind, value])
-                text = f"{tone} {text}" if rng.random() < 0.8 or tone.endswith(",") else f"{text} {tone}"
+                text = (
+                    f"{tone} {text}"
+                    if rng.random() < 0.8 or tone.endswith(",")
+                    else f"{text} {tone}"
+                )
         if rng.random() < 0.05:
             text = req.misspell(rng, text)
         messages.append({"role": "user", "content": text})
