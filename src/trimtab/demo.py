@@ -30,6 +30,7 @@ from trimtab.behavior import EXAMPLE_LISTS, Behavior, load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.find import find
 from trimtab.measure.compare import measure
+from trimtab.measure.evaluate import Unsteered
 from trimtab.measure.judges import judge_for
 from trimtab.measure.measurement import Measurement
 from trimtab.measure.nulls import null_seeds, random_null
@@ -56,10 +57,17 @@ SAMPLES = 3  # the first ones, not the best ones
 COHERENCE_FLOOR = 0.9
 TARGET = 0.9  # score that the window has to reach
 SCREENED, CONFIRMED = 8, 2  # prompts of the first look at a strength, strengths looked at again
-TRAINED_LAYER = 0.25  # of the depth: early enough for later layers to act on it
-TRAINING = {"steps": 40, "batch_size": 8, "max_completion_tokens": 24}  # of next_token
-READ_LAYERS = (0.125, 0.25)  # of the depth: where the mean difference may be added
-MULTIPLES = (0.8, 1.25, 2.0)  # strengths tried, in natural units (see `natural_strength`)
+TRAINED_LAYER = 0.125  # of the depth: early enough for later layers to act on it
+TRAINING = {  # of next_token: fewer and larger steps than its defaults
+    "steps": 50,
+    "batch_size": 8,
+    "learning_rate": 0.15,
+    "max_completion_tokens": 28,
+}
+READ_LAYERS = (0.375,)  # of the depth: where the mean difference may be added
+# Strengths tried, in natural units (see `natural_strength`).
+TRAINED_MULTIPLES = (1.0, 1.3, 1.7)
+READ_MULTIPLES = (1.6, 3.0)
 CURVE = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 4.0)  # of the chosen strength
 NULL_CURVE = (-4.0, 4.0)
 CURVE_PROMPTS = 16  # per side: a curve needs many strengths, each of them fewer prompts
@@ -75,6 +83,7 @@ class Plan:
     method: str
     options: Mapping[str, Any]
     layers: tuple[int, ...]
+    multiples: tuple[float, ...]
 
     @property
     def scope(self) -> str:
@@ -157,9 +166,10 @@ def steer(
     the other. The choice between layers and strengths never sees a test prompt.
     """
     splits = behavior.split(SEED)
+    known = Unsteered(lm, NEW_TOKENS)
     attempts: list[Attempt] = []
     for plan in plans(lm, behavior):
-        attempts.append(try_plan(lm, behavior, splits.validation, plan))
+        attempts.append(try_plan(lm, behavior, known, plan))
         step(len(attempts))
     entry: dict[str, Any] = {
         "description": behavior.description,
@@ -187,10 +197,18 @@ def steer(
         max_new_tokens=NEW_TOKENS,
         seed=SEED,
         checkpoint=baked,
+        unsteered=known,
     )
     step(5)
     unit = abs(vector.strength)
-    swept = partial(sweep, lm, splits.test, max_new_tokens=NEW_TOKENS, max_prompts=CURVE_PROMPTS)
+    swept = partial(
+        sweep,
+        lm,
+        splits.test,
+        max_new_tokens=NEW_TOKENS,
+        max_prompts=CURVE_PROMPTS,
+        unsteered=known,
+    )
     curve = swept(vector, [m * unit for m in CURVE])
     step(6)
     null = random_null(vector, null_seeds(SEED, 1)[0])
@@ -218,28 +236,31 @@ def plans(lm: LanguageModel, behavior: Behavior) -> list[Plan]:
     """List the methods to try, the bakeable one first."""
     early = max(0, round(TRAINED_LAYER * lm.n_layers))
     read = tuple(sorted({int(share * lm.n_layers) for share in READ_LAYERS}))
-    side = "both" if behavior.prompt_away is not None else "toward"
-    trained = {"scope": "all", "layer": early, "side": side, "judge": judge_for(behavior)}
+    trained = {"scope": "all", "layer": early, "judge": judge_for(behavior)}
     trained |= TRAINING
     read_off = {"position": "post_instruction", "scope": "post_instruction"}
-    return [Plan("next_token", trained, (early,)), Plan("mean_difference", read_off, read)]
+    return [
+        Plan("next_token", trained, (early,), TRAINED_MULTIPLES),
+        Plan("mean_difference", read_off, read, READ_MULTIPLES),
+    ]
 
 
-def try_plan(lm: LanguageModel, behavior: Behavior, validation: Behavior, plan: Plan) -> Attempt:
+def try_plan(lm: LanguageModel, behavior: Behavior, known: Unsteered, plan: Plan) -> Attempt:
     """Find a vector on the training split and choose its layer and strength on validation."""
     try:
         vector = find(lm, behavior, plan.method, seed=SEED, **plan.options)
         unit = natural_strength(vector, plan.layers)
         chosen = choose(
             lm,
-            validation,
+            behavior.split(SEED).validation,
             vector,
             layers=[(layer,) for layer in plan.layers],
-            strengths=[multiple * unit for multiple in MULTIPLES],
+            strengths=[multiple * unit for multiple in plan.multiples],
             coherence_floor=COHERENCE_FLOOR,
             screen=SCREENED,
             confirm=CONFIRMED,
             max_new_tokens=NEW_TOKENS,
+            unsteered=known,
         )
     except TrimtabError as error:  # nothing found, or no strength passes: shown, not hidden
         return Attempt(plan, None, error.found)

@@ -20,9 +20,11 @@ from trimtab.steering import VectorSteering
 
 TOKENS = 48
 ONE_WAY = ("topic",)  # "not about cats" is no behaviour of its own
+ONE_VECTOR = ("refusal",)  # trained for both signs at once; the others get a vector per direction
 READ_LAYERS = (1, 2, 3, 4)
-TRAIN_LAYER = 2
-MULTIPLES = (1.0, 1.6, 2.5, 4.0)
+TRAIN_LAYER = 1
+READ_MULTIPLES = (1.0, 1.6, 2.5, 4.0)  # class gaps
+TRAINED_MULTIPLES = (0.9, 1.05, 1.2, 1.35)  # trained norms
 METHODS = (
     ("mean_difference", "post_instruction"),
     ("pca", "post_instruction"),
@@ -30,6 +32,7 @@ METHODS = (
     ("next_token", "post_instruction"),
     ("next_token", "all"),
 )
+TRAINING = {"layer": TRAIN_LAYER, "steps": 100, "learning_rate": 0.1}
 SCREENED = 20  # prompts a side on which layer and strength are chosen
 GRID = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3)
 Entry = tuple[str, str, str, bool, dict[str, Any]]
@@ -62,6 +65,21 @@ class Figures:
         )
 
 
+@dataclass(frozen=True)
+class Lever:
+    """A method's vector with two signs, or one vector per direction."""
+
+    method: str
+    toward: VectorSteering
+    away: VectorSteering
+
+    def at_layer(self, layer: int) -> Lever:
+        """Return the same lever at one layer."""
+        return Lever(
+            self.method, self.toward.select(layers=[layer]), self.away.select(layers=[layer])
+        )
+
+
 def natural_unit(vector: VectorSteering) -> float:
     """Return the strength m that adds one class gap at the first active layer, or the trained strength."""
     if vector.provenance.get("method") == "next_token":
@@ -88,14 +106,13 @@ def share(
     return sum(hits) / len(hits), sum(coherent) / len(coherent)
 
 
-def figures(
-    lm: LanguageModel, behavior: Behavior, vector: VectorSteering, multiple: float
-) -> Figures:
-    """Score a vector at `multiple` natural units in both directions."""
-    m = multiple * natural_unit(vector)
-    toward = share(lm, behavior, vector.at(m), +1)
-    away = (None, None) if behavior.name in ONE_WAY else share(lm, behavior, vector.at(-m), -1)
-    return Figures(multiple, m, vector.layers, *toward, *away)
+def figures(lm: LanguageModel, behavior: Behavior, lever: Lever, multiple: float) -> Figures:
+    """Score a lever at `multiple` natural units in both directions."""
+    m, back = (multiple * natural_unit(v) for v in (lever.toward, lever.away))
+    toward = share(lm, behavior, lever.toward.at(m), +1)
+    one_way = behavior.name in ONE_WAY
+    away = (None, None) if one_way else share(lm, behavior, lever.away.at(-back), -1)
+    return Figures(multiple, m, lever.toward.layers, *toward, *away)
 
 
 def thinned(behavior: Behavior) -> Behavior:
@@ -106,30 +123,31 @@ def thinned(behavior: Behavior) -> Behavior:
     )
 
 
-def best_layer(
-    lm: LanguageModel, behavior: Behavior, vector: VectorSteering, layers: Sequence[int]
-) -> Figures:
+def best_layer(lm: LanguageModel, behavior: Behavior, lever: Lever) -> Figures:
     """Return the best (layer, multiple) on the validation split."""
     validation = thinned(behavior.split().validation)
-    tried = [
-        figures(lm, validation, vector.select(layers=[at]), k) for at in layers for k in MULTIPLES
-    ]
+    trained = lever.method == "next_token"
+    multiples = TRAINED_MULTIPLES if trained else READ_MULTIPLES
+    layers = (TRAIN_LAYER,) if trained else READ_LAYERS
+    tried = [figures(lm, validation, lever.at_layer(x), k) for x in layers for k in multiples]
     return max(tried, key=lambda f: (round(f.least(), 2), -f.multiple))
 
 
-def candidate(
-    lm: LanguageModel, behavior: Behavior, method: str, scope: str
-) -> tuple[VectorSteering, tuple[int, ...]]:
-    """Return a method's vector with the layers that are worth trying."""
+def candidate(lm: LanguageModel, behavior: Behavior, method: str, scope: str) -> Lever:
+    """Return a method's vector, or its two vectors where a direction needs one of its own."""
     if method != "next_token":
         vector = find(lm, behavior, method=method, position="post_instruction", scope=scope)
-        return vector, READ_LAYERS
-    side = "toward" if behavior.name in ONE_WAY else "both"
+        return Lever(method, vector, vector)
     judge = judge_for(behavior)
-    vector = find(
-        lm, behavior, method=method, scope=scope, layer=TRAIN_LAYER, side=side, judge=judge
-    )
-    return vector, (TRAIN_LAYER,)
+
+    def trained(side: str) -> VectorSteering:
+        return find(lm, behavior, method=method, scope=scope, side=side, judge=judge, **TRAINING)
+
+    if behavior.name in ONE_VECTOR:
+        both = trained("both")
+        return Lever(method, both, both)
+    toward = trained("toward")
+    return Lever(method, toward, toward if behavior.name in ONE_WAY else trained("away"))
 
 
 def longest_run(rows: Sequence[Figures], floor: float) -> tuple[float, float] | None:
@@ -155,12 +173,12 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
         ("mean difference at the post-instruction tokens", "mean_difference", "post_instruction"),
         ("trained vector with scope all", "next_token", "all"),
     ):
-        vector, layers = candidate(lm, behavior, method, scope)
-        at = vector.select(layers=best_layer(lm, behavior, vector, layers).layers)
+        lever = candidate(lm, behavior, method, scope)
+        at = lever.at_layer(best_layer(lm, behavior, lever).layers[0])
         rows = [figures(lm, test, at, multiple) for multiple in GRID]
         run = longest_run(rows, 0.95)
         wide = run[1] / run[0] if run else 0.0
-        where = f"layer {at.layers[0]}, unit m = {natural_unit(at):.2f}"
+        where = f"layer {at.toward.layers[0]}, unit m = {natural_unit(at.toward):.2f}"
         found = f"{run[0]:g} to {run[1]:g} units ({where})" if run else f"none ({where})"
         detail = {"rows": [asdict(row) for row in rows]}
         entries.append(
@@ -184,19 +202,19 @@ def method_lines(lm: LanguageModel) -> list[Entry]:
         behavior = load_behavior(name)
         test = behavior.split().test
         scored: dict[str, Figures] = {}
-        vectors: dict[str, VectorSteering] = {}
+        levers: dict[str, Lever] = {}
         for method, scope in METHODS:
-            vector, layers = candidate(lm, behavior, method, scope)
-            chosen = best_layer(lm, behavior, vector, layers)
+            lever = candidate(lm, behavior, method, scope)
+            chosen = best_layer(lm, behavior, lever)
             key = f"{method}, {scope}"
-            vectors[key] = vector.select(layers=chosen.layers)
-            scored[key] = figures(lm, test, vectors[key], chosen.multiple)
+            levers[key] = lever.at_layer(chosen.layers[0])
+            scored[key] = figures(lm, test, levers[key], chosen.multiple)
         best = max(scored, key=lambda key: scored[key].least())
         found = "; ".join(f"{key}: {f.text()}" for key, f in scored.items())
         detail = {key: asdict(f) for key, f in scored.items()}
         reached = scored[best].least() >= 0.9
         entries.append((f"{name} by vector, best: {best}", "90 % / 90 %", found, reached, detail))
-        cliff = figures(lm, test, vectors[best], 4 * scored[best].multiple)
+        cliff = figures(lm, test, levers[best], 4 * scored[best].multiple)
         coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
         found = " | ".join(f"{c:.0%}" for c in coherent)
         entries.append(

@@ -54,7 +54,7 @@ class Conversation:
 def sample_matter(rng: random.Random, training: bool = True) -> tuple[Matter, str, str]:
     """Draw a request: (matter, manner, wording). Combinations kept out of training are redrawn when `training`."""
     while True:
-        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (32, 13, 26, 23, 6))[0]
+        kind = rng.choices(("action", "topic", "fact", "opinion", "chat"), (26, 10, 32, 28, 4))[0]
         manner = ""
         if kind == "action":
             klass = rng.choice(tuple(lex.OBJECTS))
@@ -173,7 +173,7 @@ def sample_conversation(rng: random.Random) -> Conversation:
             if (
                 kind not in kinds
                 and relevant
-                and rng.random() < (0.14 if kind in ("mood", "register") else 0.5)
+                and rng.random() < (0.14 if kind in ("mood", "register") else 0.65)
             ):
                 value = rng.choice([v for k, v in req.TONES if k == kind])
                 setattr(state, kind, value)

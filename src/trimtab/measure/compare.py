@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
 from trimtab.measure.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.measure.judges import judge_kind
 from trimtab.measure.measurement import Measurement, Row
@@ -33,6 +33,7 @@ def measure(
     max_prompts: int | None = None,
     seed: int = 0,
     checkpoint: LanguageModel | None = None,
+    unsteered: Unsteered | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure levers beside the unsteered model, the plain prompt and random directions.
@@ -49,6 +50,7 @@ def measure(
         max_prompts: cap per side.
         seed: of the split, the bootstrap and the nulls.
         checkpoint: a second model, e.g. the reloaded baked one, measured like a lever.
+        unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all), nulls counted one by one.
 
     Errors:
@@ -56,7 +58,9 @@ def measure(
     """
     levers = [levers] if isinstance(levers, Steering) else list(levers)
     data = behavior if split is None else behavior.split(seed=seed).named(split)
-    evaluator = Evaluator(lm, data, max_new_tokens=max_new_tokens, max_prompts=max_prompts)
+    evaluator = Evaluator(
+        lm, data, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=unsteered
+    )
     names = _unique([lever.label for lever in levers])
     signs = [1 if sign > 0 else -1] if sign is not None else _signs(levers)
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)

@@ -16,6 +16,7 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,6 +75,31 @@ class Evaluation:
         return None if self.spill_tokens is None else summarise(self.spill_tokens, seed)
 
 
+class Unsteered:
+    """The unsteered greedy answers of one model, each generated once, for any number of evaluators."""
+
+    def __init__(self, lm: LanguageModel, max_new_tokens: int = 40) -> None:
+        """Start without answers.
+
+        Args:
+            lm: the unsteered model.
+            max_new_tokens: length of answers.
+        """
+        self.lm, self.max_new_tokens = lm, max_new_tokens
+        self._known: dict[str, str] = {}
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return one answer per prompt; only those not asked before are generated."""
+        keys = [json.dumps(prompt) for prompt in prompts]
+        new = {
+            key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known
+        }
+        if new:
+            found = self.lm.generate(list(new.values()), max_new_tokens=self.max_new_tokens)
+            self._known.update(zip(new, found, strict=True))
+        return [self._known[key] for key in keys]
+
+
 class Evaluator:
     """Runs levers on one behaviour's prompts."""
 
@@ -84,6 +110,7 @@ class Evaluator:
         *,
         max_new_tokens: int = 40,
         max_prompts: int | None = None,
+        unsteered: Unsteered | None = None,
     ) -> None:
         """Build the judge and the coherence scorer; nothing is run yet.
 
@@ -92,6 +119,7 @@ class Evaluator:
             behavior: the split whose prompts are used, all of them or the first `max_prompts`.
             max_new_tokens: length of answers.
             max_prompts: cap per side, to keep a look quick.
+            unsteered: answers shared with other evaluators of this model at this length.
         """
         if max_new_tokens < 1 or (max_prompts is not None and max_prompts < 1):
             raise TrimtabError(
@@ -102,7 +130,13 @@ class Evaluator:
         self.lm, self.behavior = lm, behavior
         self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
         self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
-        self._answers: dict[str, list[str]] = {}
+        self._unsteered = unsteered or Unsteered(lm, max_new_tokens)
+        if (self._unsteered.lm, self._unsteered.max_new_tokens) != (lm, max_new_tokens):
+            raise TrimtabError(
+                asked="to share unsteered answers",
+                found="answers of another model or another length",
+                advice="make Unsteered(lm, max_new_tokens) with the same two",
+            )
         self._references: dict[str, Reference] = {}
 
     def prompts(self, side: str) -> list[Prompt]:
@@ -134,9 +168,7 @@ class Evaluator:
 
     def unsteered(self, side: str) -> list[str]:
         """Return the unsteered greedy answers of a side, generated once."""
-        if side not in self._answers:
-            self._answers[side] = self._generate(self.lm, self.prompts(side))
-        return self._answers[side]
+        return self._unsteered.answers(self.prompts(side))
 
     def run(self, lever: Steering | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""

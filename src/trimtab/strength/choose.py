@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluator, Progress
+from trimtab.measure.evaluate import Evaluator, Progress, Unsteered
 from trimtab.steering import VectorSteering
 from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row
 from trimtab.tables import Printable, Table
@@ -94,6 +94,7 @@ def choose(
     confirm: int = 3,
     max_new_tokens: int = 40,
     seed: int = 0,
+    unsteered: Unsteered | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """Choose the layers and the strength of highest score whose text and damage stay sound.
@@ -118,6 +119,7 @@ def choose(
         confirm: cells confirmed per round.
         max_new_tokens: length of answers.
         seed: of the bootstrap.
+        unsteered: answers to share with other measurements of this model at this length.
         progress: called with (cells measured, cells planned); further rounds raise the plan.
 
     Errors:
@@ -134,8 +136,11 @@ def choose(
             advice="give at least one of each",
         )
     grid = [vector.select(layers=tuple(at), strength=side * m) for at in layers for m in magnitudes]
-    few = Evaluator(lm, behavior, max_new_tokens=max_new_tokens, max_prompts=screen)
-    full = Evaluator(lm, behavior, max_new_tokens=max_new_tokens)
+    shared = unsteered or Unsteered(lm, max_new_tokens)
+    full = Evaluator(lm, behavior, max_new_tokens=max_new_tokens, unsteered=shared)
+    few = Evaluator(
+        lm, behavior, max_new_tokens=max_new_tokens, max_prompts=screen, unsteered=shared
+    )
     scored = full.scored(side)
     n, n_few = len(full.prompts(scored)), len(few.prompts(scored))
     zero = vector.at(0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
 from trimtab.measure.summary import Summary, alpha_text, raw_alphas, summary, with_p95
 from trimtab.tables import Printable, Table, number, with_interval
 
@@ -76,6 +76,7 @@ def sweep(
     max_new_tokens: int = 40,
     max_prompts: int | None = None,
     seed: int = 0,
+    unsteered: Unsteered | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Measure a vector at every strength, each sign on the prompts it is meant to change.
@@ -88,6 +89,7 @@ def sweep(
         max_new_tokens: length of answers.
         max_prompts: cap per side.
         seed: of the bootstrap.
+        unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all).
 
     Errors:
@@ -97,7 +99,13 @@ def sweep(
         raise TrimtabError(
             asked="a sweep", found="no strengths", advice="give some, e.g. -2, -1, 0, 1, 2"
         )
-    evaluator = Evaluator(lm, behavior, max_new_tokens=max_new_tokens, max_prompts=max_prompts)
+    evaluator = Evaluator(
+        lm,
+        behavior,
+        max_new_tokens=max_new_tokens,
+        max_prompts=max_prompts,
+        unsteered=unsteered,
+    )
     points = [
         (strength, sign)
         for strength in sorted({float(s) for s in strengths})
