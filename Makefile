@@ -32,9 +32,9 @@ lint: $(STAMP)
 	$(BIN)/basedpyright
 
 bench: $(STAMP)
-	@found=0; for file in bench/bench_*.py; do \
-		[ -e "$$file" ] || continue; found=1; $(BIN)/python "$$file" || exit 1; \
-	done; [ $$found = 1 ] || { echo "bench/ holds no bench_*.py" >&2; exit 1; }
+	mkdir -p bench/results
+	$(BIN)/python bench/extraction.py --json bench/results/extraction.json
+	$(BIN)/python bench/steered_generation.py --json bench/results/steered_generation.json
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache

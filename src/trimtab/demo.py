@@ -68,8 +68,8 @@ READ_LAYERS = (0.375,)  # of the depth: where the mean difference may be added
 # Strengths tried, in natural units (see `natural_strength`).
 TRAINED_MULTIPLES = (1.0, 1.3, 1.7)
 READ_MULTIPLES = (1.6, 3.0)
-CURVE = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 4.0)  # of the chosen strength
-NULL_CURVE = (-4.0, 4.0)
+CURVE = (-2.0, -1.0, 0.0, 0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0)  # of the chosen strength
+NULL_CURVE = (-2.0, 4.0)
 CURVE_PROMPTS = 16  # per side: a curve needs many strengths, each of them fewer prompts
 
 Progress = Callable[[int, int], None]

@@ -21,9 +21,9 @@ from trimtab.steering import VectorSteering
 TOKENS = 48
 ONE_WAY = ("topic",)  # "not about cats" is no behaviour of its own
 ONE_VECTOR = ("refusal",)  # trained for both signs at once; the others get a vector per direction
-READ_LAYERS = (1, 2, 3, 4)
+READ_LAYERS = (1, 3)
 TRAIN_LAYER = 1
-READ_MULTIPLES = (1.0, 1.6, 2.5, 4.0)  # class gaps
+READ_MULTIPLES = (1.6, 3.0, 6.0)  # class gaps
 TRAINED_MULTIPLES = (0.9, 1.05, 1.2, 1.35)  # trained norms
 METHODS = (
     ("mean_difference", "post_instruction"),
@@ -33,7 +33,7 @@ METHODS = (
     ("next_token", "all"),
 )
 TRAINING = {"layer": TRAIN_LAYER, "steps": 100, "learning_rate": 0.1}
-SCREENED = 20  # prompts a side on which layer and strength are chosen
+SCREENED = 16  # prompts a side on which layer and strength are chosen
 GRID = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3)
 Entry = tuple[str, str, str, bool, dict[str, Any]]
 
@@ -184,6 +184,8 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
         entries.append(
             (f"refusal window, {title}", "factor 1.5 at 95 %", found, wide >= 1.5, detail)
         )
+        if scope != "all":  # three steered tokens saturate: the rows above show no cliff there
+            continue
         high = run[1] if run else 1.0
         cliff = figures(lm, test, at, 4 * high)
         coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
@@ -196,7 +198,7 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
 
 
 def method_lines(lm: LanguageModel) -> list[Entry]:
-    """Return two lines a behaviour: the best method, and its cliff; details show every method."""
+    """Return three lines a behaviour: the best method per scope, and the cliff; details show all."""
     entries: list[Entry] = []
     for name in ("refusal", "topic", "mood", "register"):
         behavior = load_behavior(name)
@@ -209,21 +211,17 @@ def method_lines(lm: LanguageModel) -> list[Entry]:
             key = f"{method}, {scope}"
             levers[key] = lever.at_layer(chosen.layers[0])
             scored[key] = figures(lm, test, levers[key], chosen.multiple)
-        best = max(scored, key=lambda key: scored[key].least())
-        found = "; ".join(f"{key}: {f.text()}" for key, f in scored.items())
         detail = {key: asdict(f) for key, f in scored.items()}
-        reached = scored[best].least() >= 0.9
-        entries.append((f"{name} by vector, best: {best}", "90 % / 90 %", found, reached, detail))
-        cliff = figures(lm, test, levers[best], 4 * scored[best].multiple)
+        for scope in ("post_instruction", "all"):
+            here = {key: f for key, f in scored.items() if key.endswith(scope)}
+            best = max(here, key=lambda key: here[key].least())
+            found = "; ".join(f"{key.split(',')[0]}: {f.text()}" for key, f in here.items())
+            title = f"{name} by vector, scope {scope}, best: {best.split(',')[0]}"
+            entries.append((title, "90 % / 90 %", found, here[best].least() >= 0.9, detail))
+        cliff = figures(lm, test, levers["next_token, all"], 4 * scored["next_token, all"].multiple)
         coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
         found = " | ".join(f"{c:.0%}" for c in coherent)
-        entries.append(
-            (
-                f"{name} cliff, at 4 times that strength",
-                "coherence < 50 %",
-                found,
-                max(coherent) < 0.5,
-                asdict(cliff),
-            )
-        )
+        title = f"{name} cliff, scope all, at 4 times that strength"
+        reached = max(coherent) < 0.5
+        entries.append((title, "coherence < 50 %", found, reached, asdict(cliff)))
     return entries

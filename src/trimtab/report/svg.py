@@ -26,6 +26,7 @@ COLORS = {
 }
 PANEL, GAP, PAD = 290, 34, 24  # pixels: a behaviour's width, the space between two, the margin
 PLOT_LEFT, PLOT_TOP, PLOT_HEIGHT = 34, 92, 150
+TICK_ROOM = 32  # pixels from the middle of one label to the next
 BAR_LEFT, BAR_STEP, BAR_HEIGHT = 112, 24, 13
 MOST_PANELS = 3
 
@@ -121,8 +122,8 @@ def _curve(left: float, entry: Row) -> list[str]:
         if row.get("low") is not None and row.get("high") is not None:
             parts.append(_line(px, y(row["low"]), px, y(row["high"]), VECTOR))
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{VECTOR}"/>')
-    for m in _ticks(strengths):
-        parts.append(_text(x(m), y0 + 15, f"{m:g}", SOFT, size=10, anchor="middle"))
+    for m in _ticks(strengths, x):
+        parts.append(_text(x(m), y0 + 15, f"{m:.3g}", SOFT, size=10, anchor="middle"))
     parts.append(_text((x0 + x1) / 2, y0 + 31, "strength m", SOFT, size=11, anchor="middle"))
     return parts
 
@@ -176,13 +177,13 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _ticks(strengths: Sequence[float], most: int = 7) -> list[float]:
-    """Choose at most `most` of the measured strengths to label, zero and both ends among them."""
-    if len(strengths) <= most:
-        return list(strengths)
-    step = -(-len(strengths) // (most - 1))
-    kept = {strengths[0], strengths[-1], *strengths[::step]}
-    return sorted(kept | ({0.0} & set(strengths)))
+def _ticks(strengths: Sequence[float], x: Callable[[float], float]) -> list[float]:
+    """Choose measured strengths to label: zero and both ends first, then what has room beside them."""
+    kept: list[float] = []
+    for m in [strengths[0], strengths[-1], 0.0, *strengths[::-1]]:
+        if m in strengths and all(abs(x(m) - x(other)) >= TICK_ROOM for other in kept):
+            kept.append(m)
+    return sorted(kept)
 
 
 def _path(
