@@ -112,7 +112,8 @@ def test_chunks_are_the_whole(lm: LanguageModel, scope: str):
     with steered(lm, edits(lm, scope)):
         want = whole(lm, batch)
         for cuts in ([12], [3, 4, 20], [9, 18, 27]):
-            assert_same(in_pieces(lm, batch, cuts), want, batch)
+            inside = [cut for cut in cuts if cut < batch.input_ids.shape[1]]
+            assert_same(in_pieces(lm, batch, inside), want, batch)
 
 
 @scopes
