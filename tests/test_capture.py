@@ -87,7 +87,8 @@ def test_the_forward_stops_at_the_deepest_layer(llama: LanguageModel):
     assert ran == [0, 1, 0, 1, 2]
 
 
-def test_nothing_is_left_behind(llama: LanguageModel):
+def test_nothing_is_left_behind():
+    llama = tiny.language_model("llama")  # shared ones may carry hooks that transformers left
     batch = next(llama.batches([llama.encode("the cats")]))
     with torch.no_grad():
         before = llama.forward(batch)
