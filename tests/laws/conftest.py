@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import tiny
-from conftest import tiny_model
 from trimtab.model import LanguageModel, load
 
 
@@ -20,4 +19,4 @@ def lm(request: pytest.FixtureRequest) -> LanguageModel:
     """A model of each architecture in turn, then Harbor."""
     if request.param == "harbor":
         return request.getfixturevalue("harbor")
-    return tiny_model(request.param)
+    return tiny.language_model(request.param)
