@@ -20,8 +20,8 @@ from trimtab.strength import default_layers
 BASELINE = "one_prompt_at_a_time"
 
 
-def prompts(count: int = 96, seed: int = 0) -> list[str]:
-    """Return prompts of 4 to 40 words, as a contrast has."""
+def prompts(count: int = 512, seed: int = 0) -> list[str]:
+    """Return prompts of 4 to 40 words, as 256 pairs have."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(4, 40))) for _ in range(count)]
 
