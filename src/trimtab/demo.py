@@ -10,7 +10,6 @@ behaviour stands under `behaviors` and, for short look-ups, once more under its 
 
 from __future__ import annotations
 
-import platform
 import random
 import shutil
 import sys
@@ -18,14 +17,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab import __version__
 from trimtab.behavior import EXAMPLE_LISTS, Behavior, load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.find import find
@@ -42,6 +39,7 @@ from trimtab.strength.choose import Choice, choose
 from trimtab.strength.sweep import SweepRow, sweep
 from trimtab.strength.units import convert
 from trimtab.tables import to_plain, write_json
+from trimtab.versions import versions
 from trimtab.weights.bake import BakeReport, bake
 
 MODEL = "harbor"
@@ -58,12 +56,8 @@ COHERENCE_FLOOR = 0.9
 TARGET = 0.9  # score that the window has to reach
 SCREENED, CONFIRMED = 8, 2  # prompts of the first look at a strength, strengths looked at again
 TRAINED_LAYER = 0.125  # of the depth: early enough for later layers to act on it
-TRAINING = {  # of next_token: fewer and larger steps than its defaults
-    "steps": 50,
-    "batch_size": 8,
-    "learning_rate": 0.15,
-    "max_completion_tokens": 28,
-}
+# Of next_token: fewer and larger steps than its defaults.
+TRAINING = {"steps": 50, "batch_size": 8, "learning_rate": 0.15, "max_completion_tokens": 28}
 READ_LAYERS = (0.375,)  # of the depth: where the mean difference may be added
 # Strengths tried, in natural units (see `natural_strength`).
 TRAINED_MULTIPLES = (1.0, 1.3, 1.7)
@@ -348,16 +342,6 @@ def units(vector: VectorSteering) -> list[dict[str, Any]]:
         }
         for row in convert(vector).rows
     ]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that figures depend on."""
-    libraries = ("torch", "transformers", "tokenizers", "numpy")
-    return {
-        "trimtab": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in libraries},
-    }
 
 
 def _folder(out: str | PathLike[str]) -> Path:
