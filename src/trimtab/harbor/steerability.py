@@ -221,7 +221,7 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
 
 
 def method_lines(lm: LanguageModel) -> list[Entry]:
-    """Return three lines a behaviour: the best method per scope, and the cliff; details show all."""
+    """Return two lines a behaviour: every method with the best named, and the cliff of scope all."""
     entries: list[Entry] = []
     for name in ("refusal", "topic", "mood", "register"):
         behavior = load_behavior(name)
@@ -235,15 +235,11 @@ def method_lines(lm: LanguageModel) -> list[Entry]:
             levers[key] = lever.at_layer(chosen.layers[0])
             scored[key] = figures(lm, test, levers[key], chosen.multiple)
         detail = {key: asdict(f) for key, f in scored.items()}
-        for scope in ("post_instruction", "all"):
-            here = {key: f for key, f in scored.items() if key.endswith(scope)}
-            best = max(here, key=lambda key: here[key].least())
-            found = "; ".join(f"{key.split(',')[0]}: {f.text()}" for key, f in here.items())
-            title = f"{name} by vector, scope {scope}, best: {best.split(',')[0]}"
-            # The requirement is one method that works; the other scope's figures stand beside it.
-            reached = max(f.least() for f in scored.values()) >= 0.9
-            required = "90 % / 90 % by some method"
-            entries.append((title, required, found, reached, detail))
+        best = max(scored, key=lambda key: scored[key].least())
+        found = "; ".join(f"{key}: {f.text()}" for key, f in scored.items())
+        reached = scored[best].least() >= 0.9
+        title = f"{name} by vector, best: {best}"
+        entries.append((title, "90 % / 90 % by some method", found, reached, detail))
         cliff = figures(lm, test, levers["next_token, all"], 4 * scored["next_token, all"].multiple)
         coherent = [c for c in (cliff.toward_coherence, cliff.away_coherence) if c is not None]
         found = " | ".join(f"{c:.0%}" for c in coherent)
