@@ -32,7 +32,8 @@ is a fair stand-in for them, and still a stand-in. At inference it is a plain ca
 ## Limits
 
 It knows 24 topics, 36 objects, 32 facts and nothing else. Its refusals concern storybook rules (forging a ledger,
-sneaking onto a ferry). Requests outside the town's language get arbitrary answers. Steered only at the three template tokens it often shows no cliff:
+sneaking onto a ferry). Requests outside the town's language get arbitrary answers. Steered only at
+the three template tokens it often shows no cliff:
 at four times the working strength refusal, mood and register vectors left answers coherent there,
 so the rows below show the cliff of scope `all`. Topic reaches 80 % at those tokens, not 90 %.
 

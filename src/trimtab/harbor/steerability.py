@@ -221,7 +221,7 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
 
 
 def method_lines(lm: LanguageModel) -> list[Entry]:
-    """Return two lines a behaviour: every method with the best named, and the cliff of scope all."""
+    """Return two lines a behaviour: all methods with the best named, and the cliff of scope all."""
     entries: list[Entry] = []
     for name in ("refusal", "topic", "mood", "register"):
         behavior = load_behavior(name)
