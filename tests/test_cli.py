@@ -14,7 +14,7 @@ import yaml
 import planted
 import tiny
 from trimtab import cli
-from trimtab.cli_support import parse_layers
+from trimtab.cli.support import parse_layers
 from trimtab.errors import TrimtabError
 from trimtab.model import load
 from trimtab.steering import PromptSteering, VectorSteering
@@ -168,7 +168,7 @@ def test_demo_runs_the_demo_and_draws_the_picture(
         tell("mood", entry)
         return data
 
-    monkeypatch.setattr(cli, "run_demo", stand_in)
+    monkeypatch.setattr(cli.demo, "run_demo", stand_in)
     picture = tmp_path / "demo.svg"
     done = run("demo", "--out", tmp_path / "r", "--picture", picture, "--json", tmp_path / "d.json")
     assert done.code == 0, done.err
@@ -230,7 +230,7 @@ def test_an_internal_error_is_short_unless_debug_is_asked_for() -> None:
     script = (
         "import sys, trimtab.cli as cli\n"
         "def broken(path): raise RuntimeError('the pump is [bold]dry')\n"
-        "cli.describe = broken\n"
+        "cli.inspect.describe = broken\n"
         "cli.main(sys.argv[1:])\n"
     )
 

@@ -1,0 +1,92 @@
+"""The program around the commands: what they share as arguments, and how errors leave.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 2 the request cannot be met
+as it was made (one message, no traceback); 1 an error inside Trimtab (see `--debug`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from trimtab import __version__
+from trimtab.errors import TrimtabError
+
+app = typer.Typer(
+    name="trimtab",
+    help="Steer open-weight language models: find the lever, set the strength, prove what moved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="`harbor` (built in), a hub id or a folder.")
+]
+BehaviorName = Annotated[
+    str, typer.Argument(metavar="BEHAVIOR", help="A built-in name, or a YAML or JSONL file.")
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything random: the split, sampling, intervals.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; `argv` is for tests, the process's own by default."""
+    sys.excepthook = _internal_error
+    try:
+        typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="trimtab")
+    except TrimtabError as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise SystemExit(2) from None
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: trimtab demo")
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            is_eager=True,
+            callback=_show_version,
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an internal error.")
+    ] = False,
+) -> None:
+    if debug:
+        sys.excepthook = sys.__excepthook__
+
+
+def _internal_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say briefly that Trimtab failed; Python exits with 1 after this hook."""
+    arguments = " ".join(sys.argv[1:])
+    Console(stderr=True, soft_wrap=True).print(
+        Text.assemble(
+            ("internal error: ", "bold red"),
+            f"{kind.__name__}: {error}\n"
+            "This is a fault of Trimtab. Please report it to the project with the output of\n"
+            f"  trimtab --debug {arguments}",
+        )
+    )

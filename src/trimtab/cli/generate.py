@@ -1,0 +1,62 @@
+"""`trimtab generate`: an answer, steered or not."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.app import Json, Model, Seed, Tokens, app
+from trimtab.cli.support import check_writable, load_model, read_lever, write_result
+from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.tables import clean
+
+
+@app.command("generate", epilog='Example: trimtab generate harbor "Where is the ferry?"')
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's turn.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FILE", help="A steering file; may be given again."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Strength m of every file; as stored by default.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Tokens = 40,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Answer a prompt, steered by any number of files."""
+    check_writable(json_file)
+
+    levers: list[VectorSteering | PromptSteering] = [read_lever(str(path)) for path in files or []]
+    if strength is not None:
+        levers = [lever.at(strength) for lever in levers]
+    if system is not None:
+        levers.append(PromptSteering(system))
+    lm = load_model(model)
+    with ExitStack() as stack:
+        for lever in levers:
+            stack.enter_context(lever.on(lm))
+        answer = lm.generate(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+    typer.echo(clean(answer))
+    write_result(
+        json_file,
+        {
+            "model": lm.name,
+            "fingerprint": lm.fingerprint,
+            "prompt": prompt,
+            "levers": [lever.label for lever in levers],
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "answer": answer,
+        },
+    )
