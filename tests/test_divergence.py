@@ -97,6 +97,45 @@ def test_small_batches_and_no_cache_give_the_same(
     assert not reference._kept
 
 
+@pytest.mark.parametrize("scope", ["all", "last", "post_instruction", "generated", "[3,20)"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_many_strengths_equal_one_after_the_other(architecture: str, scope: str) -> None:
+    lm = tiny.language_model(architecture)
+    c = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1))
+    vector = VectorSteering.from_directions(lm, {1: c, 2: c}, alpha=0.3, scope=scope)
+    reference = Reference(lm, PROMPTS, ANSWERS)
+    strengths = [-2.0, 0.0, 0.5, 2.0, 0.5]
+    many = reference.kl_many(vector, strengths)
+    for strength, rows in zip(strengths, many, strict=True):
+        for got, want in zip(rows, reference.kl(vector.at(strength)), strict=True):
+            assert got.dtype == torch.float64
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+    assert max(float(row.max()) for row in many[0]) > 0.01
+    assert all(torch.equal(kl, torch.zeros_like(kl)) for kl in many[1])
+
+
+def test_many_strengths_without_kept_references(
+    lm: LanguageModel, vector: VectorSteering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = Reference(lm, PROMPTS, ANSWERS).kl_many(vector, [1.0, -1.0])
+    monkeypatch.setattr(divergence, "CACHE_BYTES", 0)
+    reference = Reference(lm, PROMPTS, ANSWERS)
+    for mine, theirs in zip(reference.kl_many(vector, [1.0, -1.0]), want, strict=True):
+        for got, wanted in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+    assert not reference._kept
+
+
+def test_many_strengths_of_an_answer_without_a_token() -> None:
+    plain = tiny.language_model("llama", template=False)
+    plain.tokenizer.eos_token = None
+    reference = Reference(plain, PROMPTS[:2], ["", ANSWERS[0]])
+    vector = VectorSteering.from_directions(plain, {1: torch.ones(plain.d_model)})
+    empty, full = reference.kl_many(vector, [1.0])[0]
+    assert empty.shape == (0,) and full.numel() > 0 and float(full.max()) > 0
+    assert reference.kl_many(vector, []) == []
+
+
 def test_a_large_vocabulary_makes_batches_small(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,15 +208,15 @@ def test_kl_is_that_of_reference_against_steered_not_the_reverse(
 ) -> None:
     p, q = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
     expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
-    assert divergence._kl(p, q).item() == pytest.approx(expected, abs=1e-6)
+    assert divergence.token_kl(p, q).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_masked_vocabulary_entries_do_not_give_nan() -> None:
     p = torch.tensor([[0.0, -math.inf]])
     q = torch.tensor([[math.log(0.5), math.log(0.5)]])
-    assert divergence._kl(p, q).item() == pytest.approx(math.log(2))
-    assert divergence._kl(p, p).item() == 0.0
-    assert divergence._kl(q, p).item() == math.inf
+    assert divergence.token_kl(p, q).item() == pytest.approx(math.log(2))
+    assert divergence.token_kl(p, p).item() == 0.0
+    assert divergence.token_kl(q, p).item() == math.inf
 
 
 def test_exactly_one_lever_and_equal_lengths_are_required(

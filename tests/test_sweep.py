@@ -1,12 +1,18 @@
 """sweep(): both signs, one row per side at 0, the same figures as measure()."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 import planted
 from trimtab.errors import TrimtabError
 from trimtab.measure import measure
+from trimtab.measure.evaluate import Evaluation, Evaluator
 from trimtab.model import LanguageModel
-from trimtab.strength.sweep import sweep
+from trimtab.steering import VectorSteering
+from trimtab.strength import sweep as sweeps
+from trimtab.strength.sweep import Sweep, sweep
 
 TOKENS = planted.TOKENS
 
@@ -14,6 +20,18 @@ TOKENS = planted.TOKENS
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return planted.language_model()
+
+
+def close(got: Sweep, want: Sweep) -> None:
+    """Texts and scores to the letter, divergences up to rounding."""
+    assert [(r.strength, r.sign) for r in got.rows] == [(r.strength, r.sign) for r in want.rows]
+    for mine, theirs in zip(got.rows, want.rows, strict=True):
+        assert mine.samples == theirs.samples and mine.scores == theirs.scores
+        for name, value in vars(theirs).items():
+            if isinstance(value, float):
+                assert getattr(mine, name) == pytest.approx(value, rel=1e-3, abs=1e-6), name
+            else:
+                assert getattr(mine, name) == value, name
 
 
 def test_rows_are_ordered_and_zero_is_measured_on_both_sides(lm: LanguageModel) -> None:
@@ -60,6 +78,82 @@ def test_a_row_equals_the_row_that_measure_gives(lm: LanguageModel, m: float) ->
     for name in ("sign", "score", "low", "high", "coherence", "damage", "damage_p95", "spill"):
         assert getattr(row, name) == getattr(other, name), name
     assert row.scores == other.scores
+
+
+@pytest.mark.parametrize("scope", ["prompt", "all", "last"])
+def test_strengths_together_give_what_each_gives_alone(lm: LanguageModel, scope: str) -> None:
+    vector = planted.push(lm, scope, layers=(1, 3))
+    strengths = [-1.5, -0.2, 0, 0.1, 0.4, 1, 2]
+    together, alone = (
+        sweep(lm, planted.behavior(), vector, strengths, max_new_tokens=TOKENS, batched=batched)
+        for batched in (True, False)
+    )
+    close(together, alone)
+    assert len({row.damage for row in together.rows}) == 7
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "GROUP", 2)
+    behavior, vector, path = planted.behavior(), planted.push(lm), tmp_path / "sweep.jsonl"
+    strengths = [-2, -1, -0.5, 0, 0.5, 1, 2]
+    whole = sweep(lm, behavior, vector, strengths, max_new_tokens=TOKENS)
+    assert whole.rows[0].alphas and whole.rows[0].samples
+
+    def kill(done: int, total: int) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sweep(lm, behavior, vector, strengths, max_new_tokens=TOKENS, journal=path, progress=kill)
+    # Cut off while the third group was being written: that group is measured again.
+    path.write_bytes(path.read_bytes()[:-9])
+    ran: list[float] = []
+    run_many = Evaluator.run_many
+
+    def watched(
+        self: Evaluator, vector: VectorSteering, strengths: Sequence[float], sign: int
+    ) -> list[Evaluation]:
+        ran.extend(strengths)
+        return run_many(self, vector, strengths, sign)
+
+    monkeypatch.setattr(Evaluator, "run_many", watched)
+    seen: list[tuple[int, int]] = []
+    again = sweep(
+        lm,
+        behavior,
+        vector.at(7.0),
+        strengths,
+        max_new_tokens=TOKENS,
+        journal=path,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert again == whole
+    assert ran == [0, 0.5, 1, 2] and seen == [(5, 8), (6, 8), (7, 8), (8, 8)]
+    ran.clear()
+    assert sweep(lm, behavior, vector, strengths, max_new_tokens=TOKENS, journal=path) == whole
+    assert ran == []
+    more = sweep(lm, behavior, vector, [-2, 3, 4], max_new_tokens=TOKENS, journal=path)
+    assert ran == [3, 4] and more.rows[0] == whole.rows[0]
+
+
+def test_the_journal_of_another_sweep_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    vector, behavior = planted.push(lm), planted.behavior()
+    sweep(lm, behavior, vector, [1], max_new_tokens=TOKENS, journal=path)
+    others = {
+        "vector": (behavior, vector.select(scope="all"), TOKENS),
+        "behavior": (planted.behavior(7), vector, TOKENS),
+        "max_new_tokens": (behavior, vector, 3),
+    }
+    for name, (data, lever, tokens) in others.items():
+        with pytest.raises(TrimtabError, match=f"other work: {name} "):
+            sweep(lm, data, lever, [1], max_new_tokens=tokens, journal=path)
 
 
 def test_ablation_has_strengths_but_no_raw_alpha(lm: LanguageModel) -> None:

@@ -58,7 +58,7 @@ def answer(
                 )
             new = tokens[:, batch.input_ids.shape[1] :]
             for row, ids in zip(batch.rows.tolist(), new.tolist(), strict=True):
-                answers[row] = _decode(lm.tokenizer, ids, stops)
+                answers[row] = decode(lm.tokenizer, ids, stops)
     return answers
 
 
@@ -98,7 +98,8 @@ def _own(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = before
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+    """The text before the first token that ends an answer."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.fan import Fan
 from trimtab.measure.intervals import ratio_bootstrap
 from trimtab.probe import text_config
 
 if TYPE_CHECKING:
     from trimtab.chat import Encoded, Prompt
     from trimtab.model import Batch, LanguageModel
-    from trimtab.steering import Steering
+    from trimtab.steering import Steering, VectorSteering
 
 # One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
 LOGITS_PER_BATCH = 2**26
@@ -67,11 +68,16 @@ def summarise(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
     if bool(torch.isinf(pooled).any()):
         # a token that the steered model gives no probability at all: infinite, and honest to say so
         return Divergence(
-            float("inf"), _p95(pooled), float("inf"), float("inf"), len(used), pooled.numel()
+            float("inf"),
+            percentile_95(pooled),
+            float("inf"),
+            float("inf"),
+            len(used),
+            pooled.numel(),
         )
     low, high = ratio_bootstrap([v.sum().item() for v in used], [v.numel() for v in used], seed)
     return Divergence(
-        pooled.mean().item(), _p95(pooled), max(low, 0.0), high, len(used), pooled.numel()
+        pooled.mean().item(), percentile_95(pooled), max(low, 0.0), high, len(used), pooled.numel()
     )
 
 
@@ -146,8 +152,44 @@ class Reference:
                     steered_lm, batch, [_answer_tokens(context[row]) for row in rows]
                 )
             for row, log_q in zip(rows, steered, strict=True):
-                result[row] = _kl(reference[row], log_q)
+                result[row] = token_kl(reference[row], log_q)
         return result
+
+    def kl_many(
+        self, vector: VectorSteering, strengths: Sequence[float]
+    ) -> list[list[torch.Tensor]]:
+        """Return the per-token KL at every strength; equal to `kl(vector.at(m))` one by one.
+
+        What no strength changes is read once (`trimtab.fan`).
+
+        Args:
+            vector: the lever; its own strength does not matter.
+            strengths: multipliers m of any sign; 0 gives `zeros`.
+
+        Returns:
+            Per strength one float64 tensor `[answer tokens + end token]` per prompt.
+        """
+        counts = [_answer_tokens(encoded) for encoded in self.encoded]
+        rows = [row for row, count in enumerate(counts) if count]
+        moving = sorted({float(m) for m in strengths} - {0.0})
+        found = {m: self.zeros() for m in (*moving, 0.0)}
+        if not rows or not moving:
+            return [list(found[float(m)]) for m in strengths]
+        # Nothing is predicted from the last token.
+        read = [replace(self.encoded[row], ids=self.encoded[row].ids[:-1]) for row in rows]
+        fan = Fan(self.lm, vector, read, [counts[row] for row in rows])
+        for part in fan.parts(moving, unsteered=not self._keeps):
+            places = [rows[place] for place in part.prompts]
+            reference = self._reference(places, None) if self._keeps else {}
+            for i, row in enumerate(places):
+                if part.unsteered is not None:
+                    own = torch.log_softmax(part.unsteered[i, -counts[row] :], dim=-1)
+                else:
+                    own = reference[row]
+                steered = torch.log_softmax(part.logits[:, i, -counts[row] :], dim=-1)
+                for place, values in zip(part.strengths, token_kl(own, steered), strict=True):
+                    found[moving[place]][row] = values
+        return [list(found[float(m)]) for m in strengths]
 
     def zeros(self) -> list[torch.Tensor]:
         """Return the divergence of the unsteered model from itself, 0 by definition."""
@@ -205,7 +247,16 @@ def _log_probs(lm: LanguageModel, batch: Batch, counts: Sequence[int]) -> list[t
         ]
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def token_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || q) in nats, float64 on the CPU.
+
+    Args:
+        log_p: log-probabilities `[..., vocabulary]`.
+        log_q: the same; leading dimensions broadcast.
+
+    Errors:
+        TrimtabError: for another vocabulary.
+    """
     if log_p.shape[-1] != log_q.shape[-1]:
         raise TrimtabError(
             asked="the divergence between two models",
@@ -220,7 +271,8 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return terms.to(device).sum(dim=-1, dtype=torch.float64).clamp_min(0).cpu()
 
 
-def _p95(pooled: torch.Tensor) -> float:
+def percentile_95(pooled: torch.Tensor) -> float:
+    """Return the 95th percentile of `[n]` values, interpolated; infinities are allowed."""
     ordered = pooled.sort().values
     place = 0.95 * (ordered.numel() - 1)
     low, high = ordered[int(place)], ordered[min(int(place) + 1, ordered.numel() - 1)]

@@ -28,11 +28,12 @@ from trimtab.measure.coherence import coherence_for
 from trimtab.measure.divergence import Divergence, Reference, summarise
 from trimtab.measure.judges import judge_for
 from trimtab.model import LanguageModel
+from trimtab.rollout import rollout
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
     from trimtab.chat import Prompt
-    from trimtab.steering import Steering
+    from trimtab.steering import Steering, VectorSteering
 
 Progress = Callable[[int, int], None]  # done, in all
 
@@ -182,12 +183,59 @@ class Evaluator:
             with lever.on(self.lm):
                 answers = self._generate(self.lm, prompts)
         spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
+        return self._evaluation(sign, prompts, before, answers, self._kl(lever, damaged), spilled)
+
+    def run_many(
+        self, vector: VectorSteering, strengths: Sequence[float], sign: int
+    ) -> list[Evaluation]:
+        """Score a vector at every strength; equal to `run(vector.at(m), sign)` one by one.
+
+        Answers are generated for all strengths together (`trimtab.rollout`), and what no strength
+        changes is read once (`trimtab.fan`).
+
+        Args:
+            vector: the lever; its own strength does not matter.
+            strengths: multipliers m; 0 gives the unsteered model.
+            sign: which side is scored.
+        """
+        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        prompts, before = self.prompts(scored), self.unsteered(scored)
+        moving = sorted({float(m) for m in strengths} - {0.0})
+        answers, damage, spill = {0.0: before}, {}, {}
+        if moving:
+            found = rollout(self.lm, vector, prompts, moving, max_new_tokens=self.max_new_tokens)
+            answers |= dict(zip(moving, found, strict=True))
+        each = [*moving, 0.0]
+        damage = dict(zip(each, self._reference(damaged).kl_many(vector, each), strict=True))
+        if self.prompts("neutral"):
+            spill = dict(zip(each, self._reference("neutral").kl_many(vector, each), strict=True))
+        return [
+            self._evaluation(
+                sign,
+                prompts,
+                before,
+                answers[m],
+                tuple(damage[m]),
+                tuple(spill[m]) if spill else None,
+            )
+            for m in map(float, strengths)
+        ]
+
+    def _evaluation(
+        self,
+        sign: int,
+        prompts: Sequence[Prompt],
+        before: Sequence[str],
+        answers: Sequence[str],
+        damage: tuple[torch.Tensor, ...],
+        spill: tuple[torch.Tensor, ...] | None,
+    ) -> Evaluation:
         return Evaluation(
             sign=sign,
             scores=tuple(verdict.share(sign) for verdict in self._judge(prompts, answers)),
             coherences=tuple(self._coherence(answers)),
-            damage_tokens=self._kl(lever, damaged),
-            spill_tokens=spilled,
+            damage_tokens=damage,
+            spill_tokens=spill,
             samples=tuple(
                 Sample(p if isinstance(p, str) else [dict(m) for m in p], b, a)
                 for p, b, a in zip(prompts, before, answers, strict=True)
@@ -198,10 +246,13 @@ class Evaluator:
         answers = lm.generate(list(prompts), max_new_tokens=self.max_new_tokens)
         return [answers] if isinstance(answers, str) else list(answers)
 
-    def _kl(self, lever: Steering | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+    def _reference(self, side: str) -> Reference:
         if side not in self._references:
             self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
-        reference = self._references[side]
+        return self._references[side]
+
+    def _kl(self, lever: Steering | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+        reference = self._reference(side)
         if lever is None:  # the unsteered model does not differ from itself
             return tuple(reference.zeros())
         if isinstance(lever, LanguageModel):

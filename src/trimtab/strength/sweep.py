@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
+from trimtab.journal import Journal
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Sample, Unsteered
 from trimtab.measure.summary import Summary, alpha_text, raw_alphas, summary, with_p95
 from trimtab.tables import Printable, Table, number, with_interval
 
@@ -41,6 +45,8 @@ class SweepRow(Summary):
         )
 
 
+# Strengths measured together: enough to fill a batch, few enough that progress moves.
+GROUP = 8
 COLUMNS = ("m", "side", "alpha", "score", "n", "coherence", "damage (p95)", "spill (p95)")
 
 
@@ -78,6 +84,8 @@ def sweep(
     seed: int = 0,
     unsteered: Unsteered | None = None,
     progress: Progress | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    batched: bool = True,
 ) -> Sweep:
     """Measure a vector at every strength, each sign on the prompts it is meant to change.
 
@@ -91,9 +99,13 @@ def sweep(
         seed: of the bootstrap.
         unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all).
+        journal: file that keeps every finished row; the same sweep, or one of the same lever with
+            other strengths, goes on from there.
+        batched: measure the strengths of a side together, a few at a time; else one by one, which
+            gives the same figures more slowly.
 
     Errors:
-        TrimtabError: without strengths, or as `Evaluator` does.
+        TrimtabError: without strengths, with the journal of another sweep, or as `Evaluator` does.
     """
     if not strengths:
         raise TrimtabError(
@@ -111,14 +123,77 @@ def sweep(
         for strength in sorted({float(s) for s in strengths})
         for sign in ((-1, 1) if strength == 0 else (1,) if strength > 0 else (-1,))
     ]
-    rows: list[SweepRow] = []
-    for strength, sign in points:
-        steering = vector.at(strength)
-        result = evaluator.run(steering if strength else None, sign)
-        rows.append(sweep_row(steering, result, seed))
-        if progress is not None:
-            progress(len(rows), len(points))
-    return Sweep(behavior.name, _name(vector), tuple(vector.layers), tuple(rows))
+    kept = None if journal is None else Journal(journal, _header(evaluator, vector, seed))
+    rows = {} if kept is None else _written(kept, points)
+    for side in (-1, 1):
+        missing = [m for m, sign in points if sign == side and (m, sign) not in rows]
+        size = GROUP if batched else 1
+        for group in (missing[i : i + size] for i in range(0, len(missing), size)):
+            found = [
+                sweep_row(vector.at(m), result, seed)
+                for m, result in zip(group, _measured(evaluator, vector, group, side), strict=True)
+            ]
+            if kept is not None:
+                # One entry, so that what was measured together is kept or lost together.
+                kept.add({"rows": [asdict(row) for row in found]})
+            for row in found:
+                rows[row.strength, row.sign] = row
+                if progress is not None:
+                    progress(len(rows), len(points))
+    ordered = tuple(rows[point] for point in points)
+    return Sweep(behavior.name, _name(vector), tuple(vector.layers), ordered)
+
+
+def _measured(
+    evaluator: Evaluator, vector: VectorSteering, strengths: Sequence[float], sign: int
+) -> list[Evaluation]:
+    if len(strengths) > 1:
+        return evaluator.run_many(vector, strengths, sign)
+    return [evaluator.run(vector.at(m) if m else None, sign) for m in strengths]
+
+
+def _header(evaluator: Evaluator, vector: VectorSteering, seed: int) -> dict[str, object]:
+    """What decides about a row, but its strength."""
+    lm = evaluator.lm
+    return {
+        "work": "sweep",
+        "model": lm.fingerprint,
+        "dtype": str(lm.model.dtype),
+        "system": lm.system,
+        "vector": _hash(vector),
+        "behavior": evaluator.behavior.data_hash,
+        "max_new_tokens": evaluator.max_new_tokens,
+        "max_prompts": evaluator.max_prompts,
+        "seed": seed,
+    }
+
+
+def _hash(vector: VectorSteering) -> str:
+    """SHA-256 of the vector's steering file, whose bytes depend on its content alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = vector.at(1.0).save(os.path.join(folder, "vector.safetensors"))
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _written(
+    journal: Journal, points: Sequence[tuple[float, int]]
+) -> dict[tuple[float, int], SweepRow]:
+    """The rows of a journal that belong to these points."""
+    found: dict[tuple[float, int], SweepRow] = {}
+    for entry in journal.entries:
+        for fields in entry["rows"]:
+            row = SweepRow(
+                **{
+                    **fields,
+                    # JSON has only text for keys, and lists for tuples.
+                    "alphas": {int(layer): alpha for layer, alpha in fields["alphas"].items()},
+                    "scores": tuple(fields["scores"]),
+                    "samples": tuple(Sample(**sample) for sample in fields["samples"]),
+                }
+            )
+            if (row.strength, row.sign) in points:
+                found[row.strength, row.sign] = row
+    return found
 
 
 def sweep_row(steering: VectorSteering, result: Evaluation, seed: int) -> SweepRow:
