@@ -40,7 +40,15 @@ def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Pat
             found="data without an entry under 'behaviors'",
             advice="give {'model': ..., 'behaviors': {name: figures}}, as demo.json holds",
         )
-    page = render(data)
+    return write_page(folder, render(data))
+
+
+def write_page(folder: str | os.PathLike[str], page: str) -> Path:
+    """Write a rendered page as `index.html`, the Plotly bundle beside it, and return its path.
+
+    Errors:
+        TrimtabError: when the folder cannot be written.
+    """
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -59,7 +67,7 @@ def render(data: Mapping[str, Any]) -> str:
     plain = to_plain(data)
     assert isinstance(plain, dict)
     sections = [_section(name, entry) for name, entry in plain["behaviors"].items()]
-    template = _environment().get_template("index.html.j2")
+    template = environment().get_template("index.html.j2")
     return template.render(model=plain.get("model", "?"), sections=sections, facts=_facts(plain))
 
 
@@ -160,20 +168,21 @@ def _conversation(prompt: object) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the templates' environment: everything is escaped, figures have filters."""
+    templates = Environment(
         loader=PackageLoader("trimtab.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    templates.filters |= {
         "share": _share,
         "nats": _nats,
         "figure": _figure,
         "conversation": _conversation,
     }
-    return environment
+    return templates
 
 
 def _plotly_bundle() -> str:

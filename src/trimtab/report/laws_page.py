@@ -1,0 +1,98 @@
+"""A page of sections that opens offline: paragraphs, warnings, figures and tables in one order.
+
+For everything about strength that is told in figures: theory, prediction against measurement of a
+model, norms, recovery, calibration. Text is escaped everywhere; looks and bundle are the report's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.report.figures import Figure
+from trimtab.report.page import environment, write_page
+from trimtab.tables import ABSENT, Table, clean, to_plain
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a page.
+
+    Attributes:
+        title: its heading.
+        paragraphs: plain text.
+        figures: as `trimtab.report.law_figures` makes them; `label` says in words what they show.
+        tables: with their titles and notes.
+        warnings: plain text, set apart.
+    """
+
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def write_laws_page(
+    folder: str | os.PathLike[str],
+    sections: Sequence[Section],
+    *,
+    title: str = "How hard to pull",
+    lead: str = "",
+) -> Path:
+    """Write `index.html` and `plotly.min.js` into a folder and return the page's path.
+
+    Args:
+        folder: made when missing; other files in it are left alone.
+        sections: in the order of the page.
+        title: heading of the page.
+        lead: a sentence below it, e.g. which model and behavior.
+
+    Errors:
+        TrimtabError: when there are no sections or the folder cannot be written.
+    """
+    return write_page(folder, render_laws(sections, title=title, lead=lead))
+
+
+def render_laws(sections: Sequence[Section], *, title: str, lead: str = "") -> str:
+    """Render the page's HTML without writing anything."""
+    if not sections:
+        raise TrimtabError(
+            asked=f"the page {title!r}",
+            found="no sections",
+            advice="give at least one Section(title, ...)",
+        )
+    views = [_view(section, number) for number, section in enumerate(sections, start=1)]
+    template = environment().get_template("laws.html.j2")
+    return template.render(title=clean(title), lead=clean(lead), sections=views)
+
+
+def _view(section: Section, number: int) -> dict[str, Any]:
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", section.title).strip("-").lower()
+    return {
+        "id": f"section-{number}" + (f"-{slug}" if slug else ""),
+        "title": clean(section.title),
+        "paragraphs": [clean(text) for text in section.paragraphs],
+        "warnings": [clean(text) for text in section.warnings],
+        "figures": [to_plain(figure) for figure in section.figures],
+        "tables": [_table(table) for table in section.tables],
+    }
+
+
+def _table(table: Table) -> dict[str, Any]:
+    cells = [[clean(cell) for cell in row] for row in table.rows]
+    columns = [
+        {"name": clean(name), "text": not all(_numeric(row[i]) for row in cells)}
+        for i, name in enumerate(table.columns)
+    ]
+    notes = [clean(note) for note in table.notes]
+    return {"title": clean(table.title), "columns": columns, "rows": cells, "notes": notes}
+
+
+def _numeric(cell: str) -> bool:
+    return cell in ("", ABSENT) or bool(re.match(r"[+-]?(\d|inf|nan)", cell))

@@ -1,0 +1,264 @@
+"""Pages of laws: what is drawn is what was given, and no text breaks out of the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from test_report import EVIL, Page
+from trimtab.errors import TrimtabError
+from trimtab.report.law_figures import (
+    COLORS,
+    Bars,
+    Series,
+    bar_figure,
+    described,
+    heat_figure,
+    line_figure,
+)
+from trimtab.report.laws_page import Section, render_laws, write_laws_page
+from trimtab.report.theory import theory_figures, theory_section
+from trimtab.strength.features_model import FeaturesModel
+from trimtab.strength.theorems import Theorems, theorems
+from trimtab.tables import Table
+
+
+@pytest.fixture(scope="module")
+def found() -> Theorems:
+    return theorems(FeaturesModel.example())
+
+
+def line(**more: Any) -> dict[str, Any]:
+    series = [("kl", [0, 1, 2], [0.0, 0.5, 2.0], "--damage", "solid")]
+    return line_figure("alpha", "nats", series, **{"description": "It rises.", **more})
+
+
+def section(**more: Any) -> Section:
+    parts: dict[str, Any] = {
+        "title": "Divergence",
+        "paragraphs": ("It is quadratic.",),
+        "figures": (line(caption="KL"),),
+        "tables": (Table("figures", ("m", "kl"), (("1", "0.5"),), ("in nats",)),),
+        "warnings": ("Not far.",),
+    }
+    return Section(**(parts | more))
+
+
+def test_a_page_opens_offline(tmp_path: Path) -> None:
+    index = write_laws_page(
+        tmp_path / "laws", [section(), section(title="More")], lead="Of harbor."
+    )
+    assert {p.name for p in index.parent.iterdir()} == {"index.html", "plotly.min.js"}
+    page = Page(index.read_text())
+    assert [a["src"] for _, a in page.tags if a.get("src")] == ["plotly.min.js"]
+    links = [a["href"] or "" for tag, a in page.tags if tag in ("a", "link")]
+    ids = [a["id"] for _, a in page.tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+    assert len(links) == 3 and all(x.startswith("#") and x[1:] in ids for x in links)
+    assert "http" not in re.sub(r"<script.*?</script>", "", index.read_text(), flags=re.S)
+    shown = "".join(page.shown)
+    for part in ("Divergence", "It is quadratic.", "KL", "figures", "0.5", "in nats", "Not far."):
+        assert part in shown
+    assert "Of harbor." in shown and "It rises." in shown
+
+
+def test_figures_reach_the_page_unchanged_and_described() -> None:
+    html = render_laws([section()], title="t")
+    page = Page(html)
+    (plot,) = [a for _, a in page.tags if a.get("role") == "img"]
+    assert plot["aria-label"] == "It rises."
+    (data,) = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', html, re.S)
+    assert data[0] == plot["data-figure"]
+    assert json.loads(data[1])["data"][0]["y"] == [0.0, 0.5, 2.0]
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings == [1, 2]
+
+
+@pytest.mark.parametrize("place", ["title", "paragraphs", "figures", "tables", "warnings", "page"])
+def test_text_is_escaped_everywhere(place: str) -> None:
+    evil: dict[str, Any] = {
+        "title": EVIL,
+        "paragraphs": (EVIL,),
+        "warnings": (EVIL,),
+        "tables": (Table(EVIL, (EVIL,), ((EVIL,),), (EVIL,)),),
+        "figures": (
+            line_figure(EVIL, EVIL, [(EVIL, [1], [1])], description=EVIL, caption=EVIL),
+            bar_figure([EVIL], EVIL, [(EVIL, [1.0])], description=EVIL),
+            heat_figure(
+                [EVIL],
+                [EVIL],
+                [[1.0]],
+                x_label=EVIL,
+                y_label=EVIL,
+                value_label=EVIL,
+                description=EVIL,
+            ),
+        ),
+    }
+    given = section(**({place: evil[place]} if place in evil else {}))
+    heading = EVIL if place == "page" else "t"
+    html = render_laws([given], title=heading, lead=heading)
+    page = Page(html)
+    figures = len(given.figures)
+    assert len([t for t, _ in page.tags if t == "script"]) == figures + 2
+    assert not [t for t, _ in page.tags if t == "img"]
+    assert "alert(1)" in "".join(page.shown)
+    for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html, re.S):
+        names = json.dumps([json.loads(data)["data"], json.loads(data)["layout"]])
+        # Plotly reads tags in names and ticks; <extra> is its own.
+        assert "<" not in re.sub("</?extra>", "", names)
+
+
+def test_every_colour_is_one_of_the_page_in_both_modes() -> None:
+    html = render_laws([section()], title="t")
+    light, dark = html.split("@media (prefers-color-scheme: dark)", 1)
+    dark = dark.split("* { box-sizing", 1)[0]
+    for name in (*COLORS, "--null-band", "--window", "--card", "--ink"):
+        assert f"{name}:" in light and f"{name}:" in dark, name
+
+
+def test_text_columns_are_left_and_numbers_right() -> None:
+    table = Table("", ("m", "verdict", "error"), (("1", "holds", "1e-3"), ("2", "fails", "–")))
+    html = render_laws([section(tables=(table,))], title="t")
+    assert '<td class="text">holds</td>' in html and "<td>1e-3</td>" in html
+    assert '<th scope="col" class="text">verdict</th>' in html
+
+
+def test_a_page_of_nothing_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrimtabError, match="no sections"):
+        write_laws_page(tmp_path / "laws", [])
+    assert not (tmp_path / "laws").exists()
+    (tmp_path / "laws").write_text("mine")
+    with pytest.raises(TrimtabError):
+        write_laws_page(tmp_path / "laws", [section()])
+    assert (tmp_path / "laws").read_text() == "mine"
+
+
+def test_lines_bands_and_window() -> None:
+    figure = line_figure(
+        "alpha",
+        "nats",
+        [
+            Series("predicted", torch.tensor([1.0, 2.0]), [0.5, math.nan], "--vector", "dash"),
+            Series("measured", [1, 2], [None, 2.0], "--damage", "markers"),
+            Series("measured", [1, 2], [1.0, math.inf], "--damage", "markers"),
+        ],
+        description="d",
+        log_x=True,
+        log_y=True,
+        bands=[("null", [1, 2], [0.1, 0.2], [0.3, 0.4])],
+        window=(2.0, 0.5),
+    )
+    low, high, predicted, measured, again = figure["data"]
+    assert (low["y"], high["y"], high["fill"]) == ([0.1, 0.2], [0.3, 0.4], "tonexty")
+    assert predicted["y"] == [0.5, None] and predicted["line"]["dash"] == "dash"
+    assert (measured["mode"], measured["showlegend"], again["showlegend"]) == (
+        "markers",
+        True,
+        False,
+    )
+    assert again["y"] == [1.0, None]
+    assert figure["layout"]["xaxis"]["type"] == figure["layout"]["yaxis"]["type"] == "log"
+    (shade,) = figure["layout"]["shapes"]
+    assert (shade["x0"], shade["x1"]) == (0.5, 2.0)
+    json.dumps(figure, allow_nan=False)
+
+
+@pytest.mark.parametrize("window", [None, (math.nan, 1.0), (None, 1.0), (0.0, math.inf)])
+def test_a_window_without_ends_is_not_drawn(window: tuple[float, float] | None) -> None:
+    assert line(window=window)["layout"]["shapes"] == []
+
+
+def test_bars_with_intervals() -> None:
+    bars = [
+        Bars("measured", [0.5, 0.9], "--vector", [0.4, 0.8], [0.7, math.nan]),
+        Bars("null", [0, 0]),
+    ]
+    figure = bar_figure(["1", "2024-01-01"], "share", bars, description="d")
+    first, second = figure["data"]
+    assert first["y"] == ["1", "2024-01-01"] and figure["layout"]["yaxis"]["type"] == "category"
+    assert first["error_x"]["array"] == pytest.approx([0.2, 0.0])
+    assert first["error_x"]["arrayminus"] == pytest.approx([0.1, 0.1])
+    assert "error_x" not in second and figure["layout"]["showlegend"]
+
+
+def test_equal_labels_keep_a_place_each() -> None:
+    figure = bar_figure([" a", " a"], "share", [("p", [0.1, 0.2])], description="d")
+    assert len(set(figure["data"][0]["y"])) == 2
+
+
+def test_heat_has_holes_and_a_scale() -> None:
+    options: dict[str, Any] = {
+        "x_label": "x",
+        "y_label": "y",
+        "value_label": "v",
+        "description": "d",
+    }
+    grid = torch.tensor([[1.0, math.nan], [-3.0, 2.0]])
+    (heat,) = heat_figure(["a", "b"], ["c", "d"], grid, **options)["data"]
+    assert heat["z"] == [[1.0, None], [-3.0, 2.0]] and (heat["zmin"], heat["zmax"]) == (-3.0, 2.0)
+    (heat,) = heat_figure(["a", "b"], ["c", "d"], grid, diverging=True, **options)["data"]
+    assert (heat["zmin"], heat["zmax"]) == (-3.0, 3.0)
+    assert heat["colorscale"][1] == [0.5, "var(--card)"]
+    (heat,) = heat_figure(["a", "b"], ["c", "d"], grid, low=0.0, high=1.0, **options)["data"]
+    assert (heat["zmin"], heat["zmax"]) == (0.0, 1.0)
+    (heat,) = heat_figure([], [], [], **options)["data"]
+    assert heat["z"] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: line_figure("x", "y", [("a", [1, 2], [1])], description="d"),
+        lambda: line_figure("x", "y", [("a", [1], [1], "red")], description="d"),
+        lambda: line_figure("x", "y", [("a", [1], [1], "--vector", "wavy")], description="d"),
+        lambda: bar_figure(["a"], "v", [("p", [1, 2])], description="d"),
+        lambda: heat_figure(
+            ["a"], ["b"], [[1, 2]], x_label="x", y_label="y", value_label="v", description="d"
+        ),
+    ],
+)
+def test_figures_that_do_not_fit_are_refused(wrong: Any) -> None:
+    with pytest.raises(TrimtabError):
+        wrong()
+
+
+def test_lines_in_words() -> None:
+    said = described("kl", [0, 1, 2], [0.5, 3.0, math.nan])
+    assert (
+        said == "kl: from 0.50 at 0.00 to 3.00 at 1.00, highest 3.00 at 1.00, lowest 0.50 at 0.00"
+    )
+    assert "nothing" in described("kl", [1], [None])
+
+
+def test_theory_figures_draw_the_theorems(found: Theorems) -> None:
+    tokens, peaks, concepts, entropy, limits = theory_figures(found)
+    lines = [trace for trace in tokens["data"] if trace["mode"] == "lines"]
+    assert len(lines) == 24
+    drawn = torch.tensor([trace["y"] for trace in lines]).T
+    assert torch.allclose(drawn.double(), found.p0 + found.token_change, atol=1e-7)
+    target = lines[found.tokens.index("ferry")]
+    assert target["name"] == "harbor" and target["line"]["color"] == "var(--vector)"
+    assert "22 of 24 tokens" in tokens["label"]
+    assert len(peaks["data"][0]["x"]) == 22 and peaks["data"][0]["y"] == sorted(
+        peaks["data"][0]["y"]
+    )
+    assert concepts["data"][0]["y"] == found.concept_change["harbor"].tolist()
+    assert max(entropy["data"][0]["x"]) <= 1 and entropy["data"][1]["line"]["dash"] == "dash"
+    assert sum(limits["data"][0]["x"]) == pytest.approx(1.0)
+    assert "harbor 100 %" in limits["label"] and "ferry at infinity" in limits["caption"]
+
+
+def test_theory_as_a_page(found: Theorems, tmp_path: Path) -> None:
+    part = theory_section(found)
+    assert part.warnings == () and len(part.figures) == 5
+    html = write_laws_page(tmp_path, [part]).read_text()
+    assert "off-target tokens peak before target tokens" in html
+    labels = [a["aria-label"] or "" for _, a in Page(html).tags if a.get("role") == "img"]
+    assert len(labels) == 5 and all(len(label) > 60 for label in labels)
