@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from trimtab.coverage import Coverage, Place
 from trimtab.errors import TrimtabError
@@ -81,7 +82,7 @@ def steered(
         )
     # An amount of zero installs nothing: the identity bit for bit.
     active = [edit for edit in edits if edit.amount != 0]
-    if not active or (factors is not None and not bool(factors.any())):
+    if not active or (factors is not None and _all_zero(factors)):
         yield
         return
     coverage = Coverage(lm, factors)
@@ -93,6 +94,12 @@ def steered(
         for edit in active:
             _install(stack, lm, edit, coverage)
         yield
+
+
+def _all_zero(factors: Tensor) -> bool:
+    """Whether nothing is steered; zeros that carry a derivative are a place to differentiate at."""
+    differentiated = factors.requires_grad or unpack_dual(factors).tangent is not None
+    return not differentiated and not bool(factors.any())
 
 
 def _check(lm: LanguageModel, edit: Edit) -> None:

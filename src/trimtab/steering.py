@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from trimtab.weights.bake import BakeReport
 
 
+class Switch(Protocol):
+    """What a measurement needs of a lever: to be switched on."""
+
+    def on(self, lm: LanguageModel) -> AbstractContextManager[None]:
+        """Steer `lm` inside a `with` block and undo it exactly at the end."""
+        ...
+
+
 @runtime_checkable
-class Steering(Protocol):
+class Steering(Switch, Protocol):
     """What every lever can do: be put at a strength, be switched on, be saved."""
 
     @property
@@ -46,10 +54,6 @@ class Steering(Protocol):
 
     def at(self, strength: float) -> Steering:
         """Return the same steering at another strength m."""
-        ...
-
-    def on(self, lm: LanguageModel) -> AbstractContextManager[None]:
-        """Steer `lm` inside a `with` block and undo it exactly at the end."""
         ...
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -58,11 +59,23 @@ def read_lever(text: str) -> VectorSteering | PromptSteering:
     return load_steering(text)
 
 
-def load_model(name: str) -> LanguageModel:
+def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
+    """Read a steering file that must hold a vector."""
+    lever = load_steering(path)
+    if not isinstance(lever, VectorSteering):
+        raise TrimtabError(
+            asked=f"the vector in {os.fspath(path)}",
+            found="a prompt, which has no strength to choose",
+            advice="give a file that `trimtab find` wrote",
+        )
+    return lever
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
     quiet_libraries()
     with Console(stderr=True).status(f"loading {escape(name)}"):
-        return load(name)
+        return load(name, dtype=dtype)
 
 
 def quiet_libraries() -> None:

@@ -22,7 +22,7 @@ from trimtab.probe import text_config
 if TYPE_CHECKING:
     from trimtab.chat import Encoded, Prompt
     from trimtab.model import Batch, LanguageModel
-    from trimtab.steering import Steering, VectorSteering
+    from trimtab.steering import Switch, VectorSteering
 
 # One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
 LOGITS_PER_BATCH = 2**26
@@ -85,7 +85,7 @@ def answer_kl(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
     answers: Sequence[str],
-    steering: Steering | None = None,
+    steering: Switch | None = None,
     other: LanguageModel | None = None,
 ) -> list[torch.Tensor]:
     """Return KL(p_unsteered || p_steered) at every answer position, in nats.
@@ -132,7 +132,7 @@ class Reference:
         self._kept: dict[int, torch.Tensor] = {}
 
     def kl(
-        self, steering: Steering | None = None, other: LanguageModel | None = None
+        self, steering: Switch | None = None, other: LanguageModel | None = None
     ) -> list[torch.Tensor]:
         """Return the per-token KL of one lever, see `answer_kl`."""
         if (steering is None) == (other is None):
@@ -195,7 +195,7 @@ class Reference:
         """Return the divergence of the unsteered model from itself, 0 by definition."""
         return [torch.zeros(_answer_tokens(e), dtype=torch.float64) for e in self.encoded]
 
-    def _steered_context(self, steering: Steering) -> list[Encoded]:
+    def _steered_context(self, steering: Switch) -> list[Encoded]:
         """Put the same answer tokens behind the prompt as the lever renders it."""
         before = self.lm.system
         with steering.on(self.lm):

@@ -22,13 +22,14 @@ class Tried:
     """One cell of the grid: where it was steered, what came out, and what was made of it.
 
     `stage` is `screened` (few prompts) or `confirmed` (all of them); `verdict` is `chosen`,
-    `passed`, or what it failed by.
+    `passed`, or what it failed by. `scope` is empty where all cells share the vector's own.
     """
 
     layers: tuple[int, ...]
     stage: str
     verdict: str
     row: SweepRow
+    scope: str = ""
 
 
 @dataclass(frozen=True)

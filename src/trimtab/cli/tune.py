@@ -1,0 +1,104 @@
+"""`trimtab tune`: layers, scope and strength under a budget of damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.behavior import load_behavior
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.support import (
+    check_writable,
+    load_model,
+    parse_layers,
+    progress_bar,
+    read_vector,
+    show,
+    write_result,
+)
+from trimtab.report.laws_page import write_laws_page
+from trimtab.report.strength_sections import tune_section
+from trimtab.strength.choose import NoStrengthPasses
+from trimtab.strength.tune import tune
+
+
+@app.command("tune", epilog="Example: trimtab tune harbor refusal v.safetensors --budget 0.5")
+def tune_command(
+    model: Model,
+    behavior: BehaviorName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
+    budget: Annotated[
+        float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
+    ] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the tuned vector to this file.")
+    ] = None,
+    away: Annotated[bool, typer.Option("--away", help="Steer away from the behaviour.")] = False,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer set to try, `2`, `2,5` or `2-5`; may be given again."),
+    ] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="A scope to try; may be given again.")
+    ] = None,
+    spill_budget: Annotated[
+        float | None, typer.Option(help="Spill allowed, nats per token, 95th percentile.")
+    ] = None,
+    coherence: Annotated[float, typer.Option(help="Least mean coherence.")] = 0.9,
+    target: Annotated[float, typer.Option(help="Score that the window has to reach.")] = 0.9,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Also measure a strength for each prompt.")
+    ] = False,
+    max_prompts: Annotated[
+        int, typer.Option(min=1, help="At most so many prompts a side and split.")
+    ] = 32,
+    max_new_tokens: Tokens = 40,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the curve as a page into this folder.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Choose layers, scope and strength on validation prompts; report them on test prompts.
+
+    Refuses, with the curve, when no strength keeps the budget and moves the behaviour.
+    """
+    page = None if report is None else report / "index.html"
+    check_writable(out, json_file, page)
+    sets = None if layers is None else [parse_layers(text) for text in layers]
+
+    contrast, vector = load_behavior(behavior), read_vector(file)
+    lm = load_model(model)
+    with progress_bar(f"tuning {contrast.name}") as progress:
+        try:
+            tuned = tune(
+                lm,
+                contrast,
+                vector,
+                budget,
+                sign=-1 if away else 1,
+                spill_budget=spill_budget,
+                coherence_floor=coherence,
+                target=target,
+                layers=sets,
+                scopes=scope,
+                adaptive=adaptive,
+                max_new_tokens=max_new_tokens,
+                max_prompts=max_prompts,
+                seed=seed,
+                progress=progress,
+            )
+        except NoStrengthPasses as refusal:
+            show(refusal.table())
+            write_result(json_file, {"refused": refusal.found, "tried": refusal.tried})
+            raise
+    show(tuned.table())
+    if out is not None:
+        tuned.save(out)
+    if report is not None:
+        write_laws_page(
+            report, [tune_section(tuned.report)], title="How hard to pull", lead=lm.name
+        )
+    write_result(json_file, tuned.to_dict())

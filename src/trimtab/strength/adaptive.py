@@ -1,0 +1,149 @@
+"""A strength for each prompt: as much as the prompt needs, and no more than the window allows.
+
+One derivative at the tuned strength m gives the log-odds g_i of the wanted words after every prompt,
+and their slope g_i'. A step of Newton's method towards a common goal g* is m_i = m + (g* - g_i) / g_i',
+cut to between 0 and the window's far end. Prompts that already show the behaviour are left nearly
+alone, which is where damage is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from trimtab.measure.coherence import coherence_for
+from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.intervals import share_interval
+from trimtab.measure.judges import judge_for
+from trimtab.measure.summary import mean
+from trimtab.steering import VectorSteering
+from trimtab.strength.laws import decisions
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from trimtab.behavior import Behavior
+    from trimtab.chat import Prompt
+    from trimtab.measure.evaluate import Evaluator
+    from trimtab.model import LanguageModel
+    from trimtab.strength.screen import Odds
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """Per-prompt strengths measured on the prompts that the fixed strength was measured on.
+
+    Attributes:
+        goal: the log-odds g* that every prompt is brought to, nats.
+        strengths: one per scored prompt.
+        mean: of them.
+        damage_mean_strength: mean strength on the prompts of the damage.
+    """
+
+    goal: float
+    strengths: tuple[float, ...]
+    mean: float
+    damage_mean_strength: float
+    score: float
+    low: float
+    high: float
+    coherence: float
+    damage: float
+    damage_p95: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(VectorSteering):
+    """A vector with a strength for each prompt."""
+
+    rows: tuple[float, ...] = field(kw_only=True)
+
+    def on(
+        self, lm: LanguageModel, row_strengths: Sequence[float] | None = None
+    ) -> AbstractContextManager[None]:
+        return super().on(lm, row_strengths=row_strengths or self.rows)
+
+
+def adaptive_strengths(
+    lm: LanguageModel,
+    vector: VectorSteering,
+    odds: Odds,
+    prompts: Sequence[Prompt],
+    goal: float,
+    window: tuple[float, float],
+) -> tuple[float, ...]:
+    """Return one strength per prompt, for `vector.on(lm, row_strengths=...)`.
+
+    Args:
+        lm: the unsteered model.
+        vector: at the strength from which the step is taken.
+        odds: reads the behaviour off logits.
+        prompts: what will be asked, in the same order.
+        goal: the log-odds to reach, nats.
+        window: (smallest, largest) magnitude of m; (0, window's far end) in `tune`.
+    """
+    found = decisions(lm, vector, prompts, at=vector.strength)
+    logits, slope = found.tilt.log_p0.float(), found.tilt.slope.float()
+    levels, rates = odds(logits), odds.rate(logits, slope)
+    side = 1 if vector.strength >= 0 else -1
+    return tuple(
+        side * _within(_step(abs(vector.strength), g, side * rate, goal), window)
+        for g, rate in zip(levels.tolist(), rates.tolist(), strict=True)
+    )
+
+
+def common_goal(
+    lm: LanguageModel, vector: VectorSteering, odds: Odds, prompts: Sequence[Prompt]
+) -> float:
+    """Return the median log-odds of prompts under the vector: what the fixed strength brings about."""
+    with vector.on(lm):
+        return float(odds(lm.next_logits(list(prompts))).median())
+
+
+def measure_adaptive(
+    lm: LanguageModel,
+    behavior: Behavior,
+    evaluator: Evaluator,
+    vector: VectorSteering,
+    odds: Odds,
+    goal: float,
+    window: tuple[float, float],
+    max_new_tokens: int,
+    seed: int,
+) -> AdaptiveResult:
+    """Answer the evaluator's prompts at a strength each, and read the damage in the same way."""
+    side = 1 if vector.strength >= 0 else -1
+    prompts = evaluator.prompts(evaluator.scored(side))
+    strengths = adaptive_strengths(lm, vector, odds, prompts, goal, window)
+    with vector.on(lm, row_strengths=strengths):
+        answers = lm.generate(list(prompts), max_new_tokens=max_new_tokens)
+    scores = [verdict.share(side) for verdict in judge_for(behavior)(prompts, answers)]
+    damaged = "toward" if side > 0 else "away"
+    shown = evaluator.prompts(damaged)
+    own = adaptive_strengths(lm, vector, odds, shown, goal, window)
+    reference = Reference(lm, shown, evaluator.unsteered(damaged))
+    plain = {f.name: getattr(vector, f.name) for f in fields(VectorSteering)}
+    damage = summarise(reference.kl(_Rows(**plain, rows=own)), seed)
+    low, high = share_interval(scores, seed)
+    return AdaptiveResult(
+        goal=goal,
+        strengths=strengths,
+        mean=mean(strengths),
+        damage_mean_strength=mean(own),
+        score=mean(scores),
+        low=low,
+        high=high,
+        coherence=mean(coherence_for(behavior)(answers)),
+        damage=damage.mean,
+        damage_p95=damage.p95,
+    )
+
+
+def _step(m: float, odds: float, rate: float, goal: float) -> float:
+    """Newton's next magnitude; where more strength does not raise the odds, m itself."""
+    return m if rate <= 0 else m + (goal - odds) / rate
+
+
+def _within(value: float, window: tuple[float, float]) -> float:
+    return min(max(value, window[0]), window[1])

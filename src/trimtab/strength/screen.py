@@ -1,0 +1,208 @@
+"""The first look of `tune`: which layers and scope move the behaviour most for the damage allowed.
+
+For every candidate one derivative gives the strength m_kappa at which the 95th percentile of damage
+should reach the budget; around it a handful of strengths are measured on a few prompts, damage
+along answers and the log-odds of the wanted words at the first answer position. The candidate's
+figure is what those odds gain at the strength where measured damage meets the budget, found between those strengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.fan import Fan
+from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.readout import readout_tokens
+from trimtab.scope import Scope
+from trimtab.strength.laws import answer_variance
+from trimtab.strength.layers import default_layers
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.chat import Prompt
+    from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
+
+SCOPES = ("all", "last", "post_instruction")
+ENOUGH = 3.0  # nats on the wanted side: a prompt that is 95 % decided cannot be moved much further
+FACTORS = (0.4, 1.0, 2.5, 6.0)  # of m_kappa; a leading order, which may be off this far
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One place to steer, as the first look saw it.
+
+    Attributes:
+        layers: steered layers.
+        scope: steered tokens.
+        predicted: m_kappa, where p95 damage should reach the budget.
+        limit: m where measured p95 damage reaches it; the largest strength tried if it never does.
+        gain: log-odds of the wanted words gained there, nats, no prompt counting beyond `ENOUGH`; the
+            mean over prompts.
+        refused: why this place cannot be steered; empty when it can.
+    """
+
+    layers: tuple[int, ...]
+    scope: str
+    predicted: float
+    limit: float
+    gain: float
+    refused: str = ""
+
+
+class Odds:
+    """How far next-token logits `[..., vocab]` speak for the wanted side, in nats.
+
+    With readout words, the log-odds of their tokens against all others, the law's logit F_C: a token
+    of neither side counts against the behaviour, since greedy answers open with it. Without words,
+    how much better the mean first-token distribution of unsteered prompts of the wanted side is
+    expected than that of the other side: sum_z (P_wanted(z) - P_other(z)) log p(z).
+    """
+
+    def __init__(self, lm: LanguageModel, behavior: Behavior, sign: int) -> None:
+        """Resolve the words, or read the two distributions."""
+        words = None if behavior.readout is None else readout_tokens(lm, behavior)
+        self.tokens = () if words is None else (words.toward if sign > 0 else words.away)
+        self.contrast = torch.empty(0)
+        if not self.tokens:
+            toward, away = (
+                lm.next_logits([e.prompt for e in side]).softmax(-1).mean(0)
+                for side in (behavior.toward, behavior.away)
+            )
+            self.contrast = sign * (toward - away)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return `[...]`."""
+        if not self.tokens:
+            return logits.float().log_softmax(-1) @ self.contrast
+        return logits[..., list(self.tokens)].float().logsumexp(-1) - self._others(
+            logits.float()
+        ).logsumexp(-1)
+
+    def rate(self, logits: Tensor, slope: Tensor) -> Tensor:
+        """Return d odds / d m `[...]` from logits and their slope `[..., vocab]`."""
+        if not self.tokens:
+            return slope @ self.contrast  # the contrast sums to 0: the normaliser drops out
+        chosen = list(self.tokens)
+        inside = (logits[..., chosen].softmax(-1) * slope[..., chosen]).sum(-1)
+        return inside - (self._others(logits).softmax(-1) * slope).sum(-1)
+
+    def _others(self, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor(self.tokens), -torch.inf)
+
+
+def candidates(
+    lm: LanguageModel,
+    vector: VectorSteering,
+    layers: Sequence[Sequence[int]] | None,
+    scopes: Sequence[str] | None,
+) -> list[VectorSteering]:
+    """Return the vector at every place to look at: as it is, single layers, the default range.
+
+    Errors:
+        TrimtabError: for no place at all, an unknown scope or a layer without a direction.
+    """
+    known = [layer for layer in sorted(vector.directions) if layer in vector.scales]
+    if layers is None:
+        band = tuple(layer for layer in default_layers(lm.n_layers) if layer in known)
+        sets = [vector.layers, *[(layer,) for layer in known], *([band] if band else [])]
+    else:
+        sets = [tuple(chosen) for chosen in layers]
+    named = [str(vector.scope), *SCOPES] if scopes is None else list(scopes)
+    places = dict.fromkeys((at, str(Scope.parse(name))) for at in sets for name in named)
+    if not places:
+        raise TrimtabError(
+            asked="to look for a place to steer",
+            found=f"{len(sets)} layer sets and {len(named)} scopes",
+            advice="give at least one of each, or None for the usual ones",
+        )
+    return [vector.select(layers=at, scope=scope) for at, scope in places]
+
+
+def screen(
+    lm: LanguageModel,
+    placed: Sequence[VectorSteering],
+    *,
+    odds: Odds,
+    scored: Sequence[Prompt],
+    damaged: Sequence[Prompt],
+    answers: Sequence[str],
+    budget: float,
+    sign: int,
+) -> list[Candidate]:
+    """Look at every place on a few prompts; the best first, those that cannot be steered last.
+
+    Args:
+        lm: the unsteered model.
+        placed: the vector at each place.
+        odds: reads the behaviour off logits.
+        scored: prompts whose odds are to move.
+        damaged: prompts that already show the behaviour.
+        answers: their unsteered answers.
+        budget: nats per token, 95th percentile.
+        sign: +1 toward, -1 away.
+    """
+    reference = Reference(lm, damaged, answers)
+    encoded = [lm.encode(prompt) for prompt in scored]
+
+    def moved(logits: Tensor) -> Tensor:
+        return odds(logits).clamp_max(ENOUGH).mean(-1)
+
+    before = moved(lm.next_logits(list(scored)))
+    found: list[Candidate] = []
+    for vector in placed:
+        at, scope = vector.layers, str(vector.scope)
+        try:
+            fan = Fan(lm, vector, encoded)
+            variance = torch.cat(answer_variance(lm, vector, damaged, answers))
+        except TrimtabError as error:  # such as a scope that these prompts have no tokens for
+            found.append(Candidate(at, scope, 0.0, 0.0, -math.inf, error.found))
+            continue
+        spread = float(variance.quantile(0.95))
+        if not spread > 0:
+            found.append(Candidate(at, scope, math.inf, 0.0, -math.inf, "it moves nothing"))
+            continue
+        predicted = math.sqrt(2 * budget / spread)
+        strengths = [sign * predicted * factor for factor in FACTORS]
+        damage = [summarise(tokens).p95 for tokens in reference.kl_many(vector, strengths)]
+        gains = moved(fan.next_logits(strengths)) - before
+        limit = crossing([abs(m) for m in strengths], damage, budget)
+        gain = best_within([abs(m) for m in strengths], gains.tolist(), limit)
+        found.append(Candidate(at, scope, predicted, limit, gain))
+    return sorted(found, key=lambda c: -c.gain)
+
+
+def crossing(strengths: Sequence[float], damage: Sequence[float], budget: float) -> float:
+    """Return where damage first exceeds the budget, by logarithmic interpolation.
+
+    Below the first strength KL is taken to fall as m^2; if no damage exceeds the budget it is the
+    last strength.
+    """
+    m0, d0 = strengths[0], damage[0]
+    if d0 > budget:
+        return m0 * math.sqrt(budget / d0)
+    for m1, d1 in zip(strengths[1:], damage[1:], strict=True):
+        if d1 > budget:
+            if not math.isfinite(d1) or d0 <= 0:
+                return m0
+            share = math.log(budget / d0) / math.log(d1 / d0)
+            return math.exp(math.log(m0) + share * (math.log(m1) - math.log(m0)))
+        m0, d0 = m1, d1
+    return strengths[-1]
+
+
+def best_within(strengths: Sequence[float], gains: Sequence[float], limit: float) -> float:
+    """Return the largest gain at strengths up to `limit`, which itself is interpolated; 0 at m = 0."""
+    points = [(0.0, 0.0), *zip(strengths, gains, strict=True)]
+    inside = [gain for m, gain in points if m <= limit]
+    for (m0, g0), (m1, g1) in zip(points, points[1:], strict=False):
+        if m0 <= limit < m1:
+            inside.append(g0 + (g1 - g0) * (limit - m0) / (m1 - m0))
+    return max(inside)

@@ -1,0 +1,275 @@
+"""The search of `tune`: from places to cells to one that passes, on the validation split alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trimtab.measure.correlation import spearman
+from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
+from trimtab.measure.intervals import paired_bootstrap
+from trimtab.measure.summary import mean
+from trimtab.steering import VectorSteering
+from trimtab.strength.choose import NoStrengthPasses, Tried
+from trimtab.strength.screen import Candidate, Odds, candidates, crossing, screen
+from trimtab.strength.sweep import SweepRow, sweep_row
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.model import LanguageModel
+
+SCREENED = 5  # prompts a side of the first look
+SAMPLED, GLANCED = 8, 4  # places of which a few answers are read, prompts a side of that
+FEW = 8  # prompts a side on which cells are answered before they are confirmed
+ROUND = 3  # places refined and answered per round
+SHARES = (0.55, 1.0)  # of the strength that meets the budget
+CONFIRMED = 2  # cells confirmed per round
+LOOKED = 16  # prompts of the coarse look at damage
+COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.0, 1.1)  # of the strength found so far
+CURVE = (0.45, 0.7, 1.0, 1.3, 1.8, 3.0)  # of the chosen strength
+SLACK = 1.02  # the strength is solved for to a few per cent of damage
+STEPS = ROUND + 5  # of progress, when the first round has a cell that passes
+
+
+class Search:
+    """The state of one search.
+
+    Attributes:
+        side: +1 or -1.
+        full: the validation split, `few` and `glance` its first prompts.
+        odds: reads the behaviour off logits.
+        known: unsteered answers.
+        looked: every place, the best first.
+        limits: of the places sampled, the strength that meets the budget.
+        references: unsteered answers that damage is read along, by number of prompts.
+        tried: every cell answered.
+        passed: the chosen cell's row.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        validation: Behavior,
+        vector: VectorSteering,
+        budget: float,
+        side: int,
+        spill_budget: float | None,
+        floor: float,
+        max_new_tokens: int,
+        max_prompts: int | None,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        """Build the evaluators and answer the validation prompts unsteered."""
+        self.lm, self.behavior, self.vector = lm, validation, vector
+        self.budget, self.side, self.spill_budget = budget, side, spill_budget
+        self.floor, self.seed, self.progress = floor, seed, progress
+        self.known = Unsteered(lm, max_new_tokens)
+
+        def evaluator(most: int | None) -> Evaluator:
+            cap = most if max_prompts is None else min(max_prompts, most or max_prompts)
+            return Evaluator(
+                lm,
+                validation,
+                max_new_tokens=max_new_tokens,
+                max_prompts=cap,
+                unsteered=self.known,
+            )
+
+        self.full, self.few, self.glance = evaluator(None), evaluator(FEW), evaluator(GLANCED)
+        self.odds = Odds(lm, validation, side)
+        self.baseline = self.full.run(None, side)
+        self.looked: list[Candidate] = []
+        self.limits: dict[Candidate, float] = {}
+        self.references: dict[int, Reference] = {}
+        self.tried: list[Tried] = []
+        self.passed: SweepRow = sweep_row(vector.at(0.0), self.baseline, seed)
+        self.done = 0
+
+    def step(self) -> None:
+        """Tell the caller that one of the steps is done."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, max(STEPS, self.done + 3))
+
+    def choose(
+        self, layers: Sequence[Sequence[int]] | None, scopes: Sequence[str] | None, target: float
+    ) -> VectorSteering:
+        """Return the best cell that passes on the validation split, or refuse.
+
+        Rounds go on down the list of places until a cell reaches the target, so that a poor cell
+        that happens to pass does not end the search.
+        """
+        placed = candidates(self.lm, self.vector, layers, scopes)
+        shown = "toward" if self.side > 0 else "away"
+        self.looked = screen(
+            self.lm,
+            placed,
+            odds=self.odds,
+            scored=self.full.prompts(self.full.scored(self.side))[:SCREENED],
+            damaged=self.full.prompts(shown)[:SCREENED],
+            answers=self.full.unsteered(shown)[:SCREENED],
+            budget=self.budget,
+            sign=self.side,
+        )
+        self.step()
+        hopeful = [c for c in self.looked if not c.refused and c.gain > 0][:SAMPLED]
+        # A first token can turn while the answer goes on as before, and late layers do just that: so
+        # whole answers decide which places are worth the calls.
+        promise = {c: self.sample(c) for c in hopeful}
+        order = sorted(hopeful, key=lambda c: -promise[c])
+        self.step()
+        best: list[Tried] = []
+        for start in range(0, len(order), ROUND):
+            cells: list[Tried] = []
+            for candidate in order[start : start + ROUND]:
+                cells += self.answer(candidate)
+                self.step()
+            passing = sorted((t for t in cells if t.verdict == "passed"), key=_rank)
+            # What few prompts put below a cell that all prompts confirmed is not worth the calls.
+            likely = [t for t in passing if not best or t.row.score > best[0].row.score]
+            confirmed = [self.confirm(t) for t in likely[:CONFIRMED]]
+            best = sorted([*best, *(t for t in confirmed if t.verdict == "passed")], key=_rank)
+            following = [promise[c] for c in order[start + ROUND :]]
+            if best and (best[0].row.score >= target or not any(following)):
+                break
+        if best:
+            self.passed = best[0].row
+            return self.place(best[0])
+        raise self.refusal("no cell passes")
+
+    def place(self, tried: Tried) -> VectorSteering:
+        """Return the vector of a cell."""
+        row = tried.row
+        return self.vector.select(layers=tried.layers, scope=tried.scope, strength=row.strength)
+
+    def sample(self, candidate: Candidate) -> float:
+        """Return the score of a handful of answers, the mean over strengths up to the limit.
+
+        A place that works at both strengths has a window; broken text counts as 0.
+        """
+        vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
+        limit = self.limits[candidate] = self.refine(vector, candidate.limit, COARSE, LOOKED)
+        strengths = [self.side * limit * share for share in SHARES]
+        results = self.glance.run_many(vector, strengths, self.side)
+        return mean([mean(r.scores) * (mean(r.coherences) >= self.floor) for r in results])
+
+    def answer(self, candidate: Candidate) -> list[Tried]:
+        """Answer a few prompts at strengths up to the one that meets the budget."""
+        vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
+        prompts = len(self.full.prompts("toward" if self.side > 0 else "away"))
+        limit = self.refine(vector, self.limits[candidate], FINE, prompts)
+        strengths = [self.side * limit * share for share in SHARES]
+        results = self.few.run_many(vector, strengths, self.side)
+        return [
+            self._note(vector.at(m), result, "screened")
+            for m, result in zip(strengths, results, strict=True)
+        ]
+
+    def refine(
+        self, vector: VectorSteering, limit: float, factors: Sequence[float], prompts: int
+    ) -> float:
+        """Look again, on more prompts, at where p95 damage meets the budget."""
+        if prompts not in self.references:
+            shown = "toward" if self.side > 0 else "away"
+            listed, answers = self.full.prompts(shown), self.full.unsteered(shown)
+            self.references[prompts] = Reference(self.lm, listed[:prompts], answers[:prompts])
+        strengths = [limit * factor for factor in factors]
+        many = self.references[prompts].kl_many(vector, [self.side * m for m in strengths])
+        return crossing(strengths, [summarise(t, self.seed).p95 for t in many], self.budget)
+
+    def confirm(self, tried: Tried) -> Tried:
+        """Measure a cell on the whole validation split."""
+        vector = self.place(tried)
+        result = self.full.run_many(vector, [vector.strength], self.side)[0]
+        return self._note(vector, result, "confirmed")
+
+    def _note(self, vector: VectorSteering, result: Evaluation, stage: str) -> Tried:
+        row = replace(sweep_row(vector, result, self.seed), samples=())
+        verdict = self._failing(row, result, stage) or "passed"
+        self.tried.append(Tried(vector.layers, stage, verdict, row, str(vector.scope)))
+        return self.tried[-1]
+
+    def _failing(self, row: SweepRow, result: Evaluation, stage: str) -> str:
+        if row.coherence < self.floor:
+            return "coherence"
+        if row.damage_p95 > self.budget * SLACK:
+            return "damage"
+        spilled = row.spill_p95
+        if self.spill_budget is not None and spilled is not None and spilled > self.spill_budget:
+            return "spill"
+        before = self.baseline.scores[: len(result.scores)]
+        # A few prompts cannot show that a gain from a middling score is more than chance.
+        low = mean(result.scores) - mean(before)
+        if stage == "confirmed":
+            low, _ = paired_bootstrap(result.scores, before, self.seed)
+        return "" if low > 0 else "no gain"
+
+    def curve(
+        self, chosen: VectorSteering, target: float
+    ) -> tuple[tuple[SweepRow, ...], tuple[float, float] | None]:
+        """Measure the chosen place against strength; return the rows and the window."""
+        strengths = [chosen.strength * factor for factor in CURVE]
+        results = self.few.run_many(chosen, strengths, self.side)
+        rows = [
+            replace(sweep_row(chosen.at(m), result, self.seed), samples=())
+            for m, result in zip(strengths, results, strict=True)
+        ]
+        self.step()
+        at = CURVE.index(1.0)
+        inside = [
+            row.score >= target
+            and row.coherence >= self.floor
+            and row.damage_p95 <= self.budget * SLACK
+            for row in rows
+        ]
+        inside[at] = self.passed.score >= target  # confirmed on more prompts than the curve has
+        if not inside[at]:
+            return tuple(rows), None
+        first, last = at, at
+        while first > 0 and inside[first - 1]:
+            first -= 1
+        while last + 1 < len(rows) and inside[last + 1]:
+            last += 1
+        ends = sorted((rows[first].strength, rows[last].strength))
+        return tuple(rows), (ends[0], ends[1])
+
+    def damage_coherence(self, curve: Sequence[SweepRow]) -> float:
+        """Return the rank correlation over every cell that was answered."""
+        rows = [t.row for t in self.tried if t.stage == "screened"] + list(curve)
+        return spearman([r.damage_p95 for r in rows], [r.coherence for r in rows])
+
+    def refusal(self, found: str) -> NoStrengthPasses:
+        """Say that nothing passes, with the cells that came closest."""
+        side = "toward" if self.side > 0 else "away"
+        before = sweep_row(self.vector.at(0.0), self.baseline, self.seed)
+        closest = sorted(self.tried, key=_rank)[:3]
+        cells = "; ".join(
+            f"layers {', '.join(map(str, t.layers))} at m = {t.row.strength:+.3g}: score "
+            f"{t.row.score:.2f}, coherence {t.row.coherence:.2f}, p95 damage {t.row.damage_p95:.2f} "
+            f"({t.verdict})"
+            for t in closest
+        )
+        best = f"; the closest: {cells}" if cells else f"; {self._immobile()}"
+        return NoStrengthPasses(
+            asked=f"a strength that moves {self.behavior.name!r} {side} from a score of "
+            f"{before.score:.2f} within {self.budget:g} nats of damage at a coherence of "
+            f"{self.floor:g}",
+            found=f"no strength passes: {found}{best}",
+            advice="try another method of find, other layers or scopes, or a larger budget",
+            baseline=before,
+            tried=tuple(self.tried),
+        )
+
+    def _immobile(self) -> str:
+        """Why no place was worth an answer."""
+        steered = [c.gain for c in self.looked if not c.refused]
+        if steered:
+            return f"no place moves the readout ({max(steered):+.2f} nats at most)"
+        return f"no place can be steered ({self.looked[0].refused})"
+
+
+def _rank(tried: Tried) -> tuple[bool, float, float]:
+    return tried.verdict != "passed", -tried.row.score, tried.row.damage_p95

@@ -1,0 +1,317 @@
+"""Tune: layers, scope and strength of a vector under a budget of damage, or a refusal with the curve.
+
+1. Screen every place to steer with one derivative and a few strengths on a few prompts (screen.py),
+   and read a handful of answers at the best of them.
+2. Refine the strength at which measured p95 damage meets the budget, for the most promising.
+3. Answer prompts at that strength and below it; confirm the best cells on the validation split.
+4. Measure the winner's curve, its window, and on the test split its effect beside random directions.
+
+A cell passes when its score beats the unsteered model's on the same prompts (on the whole split by
+more than chance: the paired interval excludes 0), its coherence reaches the floor and its damage keeps
+the budget. When none passes, or the gain does not hold on the test split, `NoStrengthPasses` carries
+what was tried.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
+from trimtab.measure.intervals import paired_bootstrap
+from trimtab.measure.nulls import null_seeds, random_null
+from trimtab.measure.summary import mean
+from trimtab.steering import VectorSteering
+from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
+from trimtab.strength.calls import counting
+from trimtab.strength.choose import Tried
+from trimtab.strength.screen import Candidate
+from trimtab.strength.search import Search
+from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row
+from trimtab.tables import Printable, Table, number, with_interval
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.model import LanguageModel
+
+NULLS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport(Printable):
+    """What was chosen and why; the figures without a prefix are those of the test split.
+
+    Attributes:
+        layers: chosen layers.
+        scope: chosen scope.
+        strength: chosen m.
+        alpha: layer -> raw alpha.
+        window: (lowest, highest) m of the curve around the chosen one that reaches the target, the
+            floor and the budget; None where the target is not reached.
+        score: share of answers on the wanted side, `low` to `high` its interval; `baseline` is the
+            unsteered model's, `gain` the paired difference.
+        null: mean score of random directions of the same size; `null_damage_p95` their damage.
+        damage: nats per token along answers to prompts that already show the behaviour.
+        spill: the same on neutral prompts.
+        validation: the chosen cell where it was chosen.
+        curve: measured against strength on the validation split.
+        damage_coherence: rank correlation of p95 damage and coherence over all cells answered; -1
+            means that damage tells exactly when the text will suffer.
+        candidates: every place looked at, the best first.
+        tried: every cell answered.
+        adaptive: a strength for each prompt; None where it was not asked for.
+        model_calls: see `Calls`; `seconds` on the clock.
+    """
+
+    behavior: str
+    data_hash: str
+    model: str
+    fingerprint: str
+    method: str
+    sign: int
+    budget: float
+    spill_budget: float | None
+    coherence_floor: float
+    target: float
+    seed: int
+    layers: tuple[int, ...]
+    scope: str
+    strength: float
+    alpha: dict[int, float]
+    window: tuple[float, float] | None
+    score: float
+    low: float
+    high: float
+    n: int
+    baseline: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    null: float
+    null_damage_p95: float
+    coherence: float
+    damage: float
+    damage_p95: float
+    spill: float | None
+    spill_p95: float | None
+    validation: SweepRow
+    curve: tuple[SweepRow, ...]
+    damage_coherence: float
+    candidates: tuple[Candidate, ...]
+    tried: tuple[Tried, ...]
+    adaptive: AdaptiveResult | None
+    model_calls: int
+    seconds: float
+
+    def table(self) -> Table:
+        """Return the curve, one line per strength, with the choice underneath."""
+        chosen = f"layers {', '.join(map(str, self.layers))}, scope {self.scope}"
+        window = "no window" if self.window is None else f"window {_span(self.window)}"
+        notes = [
+            f"chosen: {chosen}, m = {self.strength:+.3g} ({window})",
+            f"test split: score {with_interval(self.score, self.low, self.high)} of {self.n}, "
+            f"unsteered {number(self.baseline)}, random directions {number(self.null)}, "
+            f"coherence {number(self.coherence)}",
+            f"damage {number(self.damage, 3)} (p95 {number(self.damage_p95, 3)} of "
+            f"{self.budget:g} allowed), spill {number(self.spill, 3)}, nats per token",
+            f"damage against coherence over {len(self.tried)} cells: rank correlation "
+            f"{number(self.damage_coherence)}",
+        ]
+        if self.adaptive is not None:
+            a = self.adaptive
+            notes.append(
+                f"adaptive, mean m = {number(a.mean)}: score {with_interval(a.score, a.low, a.high)}"
+                f", coherence {number(a.coherence)}, damage {number(a.damage, 3)}"
+            )
+        notes.append(f"{self.model_calls} model calls, {self.seconds:.0f} s")
+        side = "toward" if self.sign > 0 else "away"
+        rows = tuple(row.cells() for row in self.curve)
+        return Table(f"{self.behavior}, {side}: validation curve", COLUMNS, rows, tuple(notes))
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned(VectorSteering):
+    """The vector at its chosen layers, scope and strength; `report` says why.
+
+    It is a `VectorSteering` in every use; put at another strength it is a plain one again.
+    """
+
+    report: TuneReport = field(kw_only=True)
+
+    def at(self, strength: float) -> VectorSteering:
+        """Return the plain vector at another strength."""
+        return replace(_plain(self), strength=strength)
+
+    def select(self, *args: Any, **changes: Any) -> VectorSteering:
+        """Return the plain vector used elsewhere or otherwise."""
+        return _plain(self).select(*args, **changes)
+
+    def table(self) -> Table:
+        """Return the report's table."""
+        return self.report.table()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the report as plain values."""
+        return self.report.to_dict()
+
+
+def tune(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    budget: float = 0.5,
+    *,
+    sign: int = 1,
+    spill_budget: float | None = None,
+    coherence_floor: float = 0.9,
+    target: float = 0.9,
+    layers: Sequence[Sequence[int]] | None = None,
+    scopes: Sequence[str] | None = None,
+    adaptive: bool = False,
+    max_new_tokens: int = 40,
+    max_prompts: int | None = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Choose layers, scope and strength for the highest score within a budget of damage.
+
+    Args:
+        lm: the unsteered model.
+        behavior: split here; chosen on validation prompts, reported on test prompts.
+        vector: its directions are used; `add`, `ablate` and `affine` all have a strength.
+        budget: greatest p95 damage in nats per token.
+        sign: +1 toward, -1 away.
+        spill_budget: greatest p95 spill, None for no bound.
+        coherence_floor: least mean coherence.
+        target: score that the window has to reach.
+        layers: layer sets to try; by default the vector's own, every single layer that has a
+            direction, and the default range of depth.
+        scopes: scopes to try; by default the vector's own, all, last and post_instruction.
+        adaptive: also measure a strength for each prompt, from 0 to the window's far end.
+        max_new_tokens: length of answers.
+        max_prompts: cap per side and split.
+        seed: of the split, the nulls and the intervals.
+        progress: called with (steps done, steps in all).
+
+    Errors:
+        NoStrengthPasses: with everything tried, when nothing passes.
+        TrimtabError: a budget that is not positive, a budget of spill without neutral prompts, or an
+            unusable behaviour.
+    """
+    spilled = 1.0 if spill_budget is None else spill_budget
+    shares = 0 < target <= 1 and 0 <= coherence_floor <= 1
+    if not (0 < budget < math.inf and 0 < spilled < math.inf and shares):
+        raise TrimtabError(
+            asked=f"to tune within {budget} nats (spill {spill_budget}) to a score of {target} at a "
+            f"coherence of {coherence_floor}",
+            found="a budget that is not above 0, or a share outside (0, 1]",
+            advice="give nats per token such as 0.5 and shares such as 0.9",
+        )
+    started = time.monotonic()
+    splits = behavior.split(seed)
+    if spill_budget is not None and not splits.validation.neutral:
+        raise TrimtabError(
+            asked=f"to tune within {spill_budget} nats of spill",
+            found="no neutral prompt in the validation split, so spill is not measured",
+            advice="give the behavior at least three neutral prompts, or no spill_budget",
+        )
+    with counting(lm) as calls:
+        search = Search(
+            lm, splits.named("validation"), vector, budget, 1 if sign > 0 else -1, spill_budget,
+            coherence_floor, max_new_tokens, max_prompts, seed, progress,
+        )  # fmt: skip
+        chosen = search.choose(layers, scopes, target)
+        curve, window = search.curve(chosen, target)
+        test = Evaluator(
+            lm, splits.named("test"), max_new_tokens=max_new_tokens, max_prompts=max_prompts,
+            unsteered=search.known,
+        )  # fmt: skip
+        result, base, nulls = _on_test(test, chosen, search.side, seed)
+        search.step()
+        gain = paired_bootstrap(result.scores, base.scores, seed)
+        null = mean([mean(each.scores) for each in nulls])
+        row = sweep_row(chosen, result, seed)
+        if gain[0] <= 0 or row.score <= null:
+            raise search.refusal(
+                f"the best cell does not hold on the test split: score {row.score:.2f}, unsteered "
+                f"{mean(base.scores):.2f}, random directions {null:.2f}"
+            )
+        per_prompt = None
+        if adaptive:
+            odds = search.odds
+            goal = common_goal(
+                lm, chosen, odds, search.full.prompts(search.full.scored(search.side))
+            )
+            most = max(abs(m) for m in (chosen.strength, *(window or ())))
+            per_prompt = measure_adaptive(
+                lm, splits.named("test"), test, chosen, odds, goal, (0.0, most), max_new_tokens, seed,
+            )  # fmt: skip
+        search.step()
+    report = TuneReport(
+        behavior=behavior.name,
+        data_hash=behavior.data_hash,
+        model=lm.name,
+        fingerprint=lm.fingerprint,
+        method=str(vector.provenance.get("method", "given")),
+        sign=search.side,
+        budget=budget,
+        spill_budget=spill_budget,
+        coherence_floor=coherence_floor,
+        target=target,
+        seed=seed,
+        layers=chosen.layers,
+        scope=str(chosen.scope),
+        strength=chosen.strength,
+        alpha=row.alphas,
+        window=window,
+        score=row.score,
+        low=row.low,
+        high=row.high,
+        n=row.n,
+        baseline=mean(base.scores),
+        gain=row.score - mean(base.scores),
+        gain_low=gain[0],
+        gain_high=gain[1],
+        null=null,
+        null_damage_p95=max(each.damage(seed).p95 for each in nulls),
+        coherence=row.coherence,
+        damage=row.damage,
+        damage_p95=row.damage_p95,
+        spill=row.spill,
+        spill_p95=row.spill_p95,
+        validation=search.passed,
+        curve=curve,
+        damage_coherence=search.damage_coherence(curve),
+        candidates=tuple(search.looked),
+        tried=tuple(search.tried),
+        adaptive=per_prompt,
+        model_calls=calls.rows,
+        seconds=round(time.monotonic() - started, 2),
+    )
+    kept = {f.name: getattr(chosen, f.name) for f in fields(VectorSteering)}
+    note = {"budget": budget, "window": window, "score": row.score, "null": null}
+    kept["provenance"] = {**chosen.provenance, "tuned": note}
+    return Tuned(**kept, report=report)
+
+
+def _on_test(
+    test: Evaluator, chosen: VectorSteering, side: int, seed: int
+) -> tuple[Evaluation, Evaluation, list[Evaluation]]:
+    nulls = [random_null(chosen, each) for each in null_seeds(seed, NULLS)]
+    return (
+        test.run_many(chosen, [chosen.strength], side)[0],
+        test.run(None, side),
+        [test.run_many(null, [null.strength], side)[0] for null in nulls],
+    )
+
+
+def _plain(tuned: Tuned) -> VectorSteering:
+    return VectorSteering(**{f.name: getattr(tuned, f.name) for f in fields(VectorSteering)})
+
+
+def _span(window: tuple[float, float]) -> str:
+    return f"{window[0]:+.3g} to {window[1]:+.3g}"
