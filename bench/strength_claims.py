@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny  # noqa: E402
 
 BEHAVIORS = ("refusal", "topic", "mood")
-STRENGTHS = tuple(0.5 * 2 ** (i / 2) for i in range(14))  # 0.5 to 45
-FLOOR, RESAMPLES, PROMPTS = 0.9, 1000, 32
+STRENGTHS = tuple(0.75 * 2 ** (i / 2) for i in range(12))  # 0.75 to 34
+FLOOR, RESAMPLES = 0.9, 1000
+PROMPTS, LAW_PROMPTS, PLACE_PROMPTS = 24, 16, 8
 
 
 def law_rows(lm, behavior, vector, prompts) -> list[dict[str, object]]:
@@ -148,11 +149,12 @@ def main() -> None:
         prompts = evaluator.prompts(evaluator.scored(1))
         vector = find(lm, behavior, scope="all")
         trained = find(lm, behavior, "next_token")
-        found = calibration(lm, test, vector, max_prompts=12, unsteered=known)
+        print(name, file=sys.stderr, flush=True)
+        found = calibration(lm, test, vector, max_prompts=PLACE_PROMPTS, unsteered=known)
         results.append(
             {
                 "behavior": name,
-                "laws": law_rows(lm, behavior, vector, prompts),
+                "laws": law_rows(lm, behavior, vector, prompts[:LAW_PROMPTS]),
                 "modes": {
                     "mean_difference, 40-90 %": modes(
                         evaluator, vector, default_layers(lm.n_layers)

@@ -20,6 +20,7 @@ from trimtab.steering_file import load_steering
 from trimtab.strength.adaptive import adaptive_strengths, common_goal
 from trimtab.strength.choose import NoStrengthPasses
 from trimtab.strength.screen import Odds, best_within, candidates, crossing
+from trimtab.strength.search import Search
 from trimtab.strength.tune import Tuned, TuneReport, tune
 
 CONTRACT = """layers scope strength alpha window score low high coherence damage damage_p95 spill
@@ -73,6 +74,12 @@ def pick(lm: LanguageModel, behavior: Behavior, budget: float = 1.0, **more: Any
 def tuned(lm: LanguageModel, behavior: Behavior) -> Tuned:
     """Every place, with an adaptive strength as well."""
     return pick(lm, behavior, layers=None, scopes=None, adaptive=True)
+
+
+@pytest.fixture(scope="module")
+def here(lm: LanguageModel, behavior: Behavior) -> TuneReport:
+    """The planted place alone."""
+    return pick(lm, behavior).report
 
 
 def test_it_finds_the_planted_lever(tuned: Tuned) -> None:
@@ -169,8 +176,10 @@ def test_an_adaptive_step_brings_every_prompt_nearer_the_goal(
     assert set(cut) == {0.35}
 
 
-def test_a_smaller_budget_gives_a_smaller_strength(lm: LanguageModel, behavior: Behavior) -> None:
-    reports = [pick(lm, behavior, budget).report for budget in (1.0, 0.1)]
+def test_a_smaller_budget_gives_a_smaller_strength(
+    lm: LanguageModel, behavior: Behavior, here: TuneReport
+) -> None:
+    reports = [here, pick(lm, behavior, 0.1).report]
     strengths = [report.strength for report in reports]
     assert strengths[0] > 2 * strengths[1] > 0
     for report in reports:
@@ -188,14 +197,14 @@ def test_the_away_side_gives_a_negative_strength(lm: LanguageModel, behavior: Be
     assert all(report.window[0] <= m <= 0 for m in report.adaptive.strengths)
 
 
-def test_the_same_seed_gives_the_same_report(lm: LanguageModel, behavior: Behavior) -> None:
-    def once(seed: int, **more: Any) -> TuneReport:
-        return dataclasses.replace(pick(lm, behavior, seed=seed, **more).report, seconds=0.0)
-
+def test_the_same_seed_gives_the_same_report(
+    lm: LanguageModel, behavior: Behavior, here: TuneReport
+) -> None:
     seen: list[tuple[int, int]] = []
-    first = once(0, progress=lambda done, total: seen.append((done, total)))
-    assert first.to_dict() == once(0).to_dict()
-    assert first.damage != once(1).damage  # another split
+    again = pick(lm, behavior, progress=lambda done, total: seen.append((done, total))).report
+    assert dataclasses.replace(again, seconds=here.seconds).to_dict() == here.to_dict()
+    assert behavior.split(1).test.data_hash != behavior.split(0).test.data_hash
+    assert pick(lm, behavior, seed=1).report.damage != here.damage
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert all(done <= total for done, total in seen)
 
@@ -265,11 +274,28 @@ def test_without_neutral_prompts_there_is_no_spill(lm: LanguageModel, behavior: 
         pick(lm, bare, spill_budget=0.5)
 
 
-def test_a_budget_of_spill_excludes_what_breaks_it(lm: LanguageModel, behavior: Behavior) -> None:
-    free = pick(lm, behavior).report
-    assert free.validation.spill_p95 is not None
+def test_a_budget_of_spill_excludes_what_breaks_it(
+    lm: LanguageModel, behavior: Behavior, here: TuneReport
+) -> None:
+    assert here.validation.spill_p95 is not None
     with pytest.raises(NoStrengthPasses, match="spill"):
-        pick(lm, behavior, spill_budget=free.validation.spill_p95 / 1e6)
+        pick(lm, behavior, spill_budget=here.validation.spill_p95 / 1e6)
+
+
+def test_a_cell_says_what_it_fails_by(lm: LanguageModel, behavior: Behavior) -> None:
+    push, options = vector(lm).select(layers=(3,)), (0.8, planted.TOKENS, None, 0, None)
+    search = Search(lm, behavior.split(0).validation, push, 0.05, 1, None, *options)
+    verdicts = {
+        (str(at.scope), at.strength): search._note(at, search.full.run(at, 1), "confirmed").verdict
+        for at in (push.at(0.3), push.at(5.0), push.at(0.01), push.select(scope="all").at(5.0))
+    }
+    assert verdicts == {
+        ("prompt", 0.3): "passed",
+        ("prompt", 5.0): "damage",
+        ("prompt", 0.01): "no gain",
+        ("all", 5.0): "coherence",
+    }
+    assert [t.verdict for t in search.tried] == list(verdicts.values())
 
 
 def test_an_impossible_floor_names_coherence(lm: LanguageModel, behavior: Behavior) -> None:

@@ -2,8 +2,9 @@
 
 >>> import trimtab as tt
 >>> lm = tt.load("harbor")
->>> vector = tt.find(lm, tt.behavior("refusal"), scope="post_instruction", layers=[3])
->>> with vector.at(12).on(lm):
+>>> behavior = tt.behavior("refusal")
+>>> tuned = tt.tune(lm, behavior, tt.find(lm, behavior), budget=0.5)
+>>> with tuned.on(lm):
 ...     answer = lm.generate("How do I borrow the harbor ledger?")
 """
 
@@ -19,7 +20,9 @@ from trimtab.steering import PromptSteering, Steering, VectorSteering, prompt
 from trimtab.steering_file import load_steering
 from trimtab.strength import calibrate, convert
 from trimtab.strength.choose import choose
+from trimtab.strength.laws import laws
 from trimtab.strength.sweep import sweep
+from trimtab.strength.tune import tune
 from trimtab.weights import BakeReport, bake
 
 __version__ = "0.1.0"
@@ -45,6 +48,7 @@ __all__ = [
     "convert",
     "find",
     "harbor",
+    "laws",
     "load",
     "load_steering",
     "measure",
@@ -52,4 +56,5 @@ __all__ = [
     "register_coherence",
     "register_judge",
     "sweep",
+    "tune",
 ]

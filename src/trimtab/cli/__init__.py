@@ -1,6 +1,17 @@
 """The command line: each module is a command; it reads arguments, calls one public function, shows the result."""
 
-from trimtab.cli import bake, demo, find, generate, inspect, laws, measure, tune
+from trimtab.cli import bake, demo, export, find, generate, inspect, laws, measure, tune
 from trimtab.cli.app import main
 
-__all__ = ["bake", "demo", "find", "generate", "inspect", "laws", "main", "measure", "tune"]
+__all__ = [
+    "bake",
+    "demo",
+    "export",
+    "find",
+    "generate",
+    "inspect",
+    "laws",
+    "main",
+    "measure",
+    "tune",
+]

@@ -7,33 +7,94 @@ from typing import Annotated
 
 import typer
 
+from trimtab.behavior import load_behavior
 from trimtab.cli.app import Json, Model, app
-from trimtab.cli.support import check_writable, load_model, read_lever, show, write_result
+from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, show, write_result
 from trimtab.errors import TrimtabError
 from trimtab.steering import VectorSteering
-from trimtab.weights import bake
+from trimtab.steering_file import load_steering
+from trimtab.weights import at_every_writer, bake, bake_prompt, plan
+from trimtab.weights.checkpoint import read_header
 
 
 @app.command("bake", epilog="Example: trimtab bake harbor refusal.safetensors -o refusing-harbor")
 def bake_command(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to create.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Steering files with vectors, or a soft prompt's."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to create.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="Strength m to bake; as stored by default.")
     ] = None,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Only say by which route, at what cost, or why not.")
+    ] = False,
+    behavior: Annotated[
+        str | None, typer.Option(help="Record this behaviour's margin before and after.")
+    ] = None,
+    route: Annotated[str | None, typer.Option(help="Only by bias, null_block or convert.")] = None,
+    every_writer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LAYER", help="Ablate this layer's direction wherever the stream is written."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Reload the checkpoint and compare it with the hook.")
+    ] = True,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged files instead of hard links.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
-    check_writable(out / "config.json", json_file)
+    if out is None and not show_plan:
+        raise TrimtabError("to bake", "no folder to write to", "give one with -o, or ask --plan")
+    check_writable(None if out is None else out / "config.json", json_file)
+    quiet_libraries()
+    if len(files) == 1 and out is not None and _is_soft_prompt(Path(files[0])):
+        done = bake_prompt(model, files[0], out, verify=verify, link=not copy)
+        show(done)
+        return write_result(json_file, done.to_dict())
+    vectors = [_vector(file, strength) for file in files]
+    if every_writer is not None:
+        vectors = [part for v in vectors for part in at_every_writer(v, every_writer)]
+    if show_plan or out is None:
+        found = plan(model, vectors, route)
+        show(found)
+        return write_result(json_file, found.to_dict())
+    contrast = None if behavior is None else load_behavior(behavior)
+    with progress_bar(f"writing {out}") as progress:
+        report = bake(
+            model,
+            vectors,
+            out,
+            verify=verify,
+            behavior=contrast,
+            route=route,
+            link=not copy,
+            progress=progress,
+        )
+    show(report)
+    return write_result(json_file, report.to_dict())
 
-    vector = read_lever(str(file))
-    if not isinstance(vector, VectorSteering):
+
+def _vector(file: str, strength: float | None) -> VectorSteering:
+    lever = None if file.startswith("prompt:") else load_steering(file)
+    if not isinstance(lever, VectorSteering):
         raise TrimtabError(
             asked=f"to bake {file}",
             found="a prompt, which has no place in the weights",
             advice="bake a vector; a prompt goes into the system message",
         )
-    report = bake(load_model(model), vector if strength is None else vector.at(strength), out)
-    show(report)
-    write_result(json_file, report.to_dict())
+    return lever if strength is None else lever.at(strength)
+
+
+def _is_soft_prompt(path: Path) -> bool:
+    """Whether a file holds one table of numbers, as a soft prompt does and no steering file."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    facts = list(read_header(path).values())
+    return len(facts) == 1 and len(facts[0].shape) == 2

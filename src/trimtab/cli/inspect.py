@@ -1,4 +1,4 @@
-"""`trimtab inspect`: what a steering file holds."""
+"""`trimtab inspect`: what a steering file or a checkpoint folder holds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ from trimtab.steering import VectorSteering
 from trimtab.steering_file import describe
 from trimtab.strength import convert
 from trimtab.tables import Table
+from trimtab.weights import inspect_checkpoint
 
 
 @app.command("inspect", epilog="Example: trimtab inspect refusal.safetensors")
 def inspect_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A steering file, or a checkpoint's folder.")
+    ],
     json_file: Json = None,
 ) -> None:
-    """Say what a steering file holds: its origin, its layers and its strength in every unit."""
+    """Say what a file or checkpoint holds: its origin, its layers, its strength in every unit.
+
+    Of a checkpoint: tensors that its architecture would drop on loading, and what Trimtab baked in.
+    """
     check_writable(json_file)
 
+    if file.is_dir():
+        found = inspect_checkpoint(file)
+        show(found)
+        return write_result(json_file, found.to_dict())
     facts = describe(file)
     shown = [
         (name.replace("_", " "), in_short(value))
@@ -33,4 +43,4 @@ def inspect_command(
     lever = read_lever(str(file))
     if isinstance(lever, VectorSteering):
         show(convert(lever))
-    write_result(json_file, facts)
+    return write_result(json_file, facts)

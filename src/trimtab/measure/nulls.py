@@ -23,7 +23,8 @@ def random_null(vector: VectorSteering, seed: int) -> VectorSteering:
         drawn = torch.randn(vector.d_model, generator=generator, dtype=torch.float64)
         directions[layer] = (drawn / drawn.norm()).float()
     provenance = {**vector.provenance, "method": "random null", "null_seed": seed}
-    return replace(vector, directions=directions, provenance=provenance)
+    # at() gives a plain vector: a tuned one would carry its report, which says nothing of the null.
+    return replace(vector.at(vector.strength), directions=directions, provenance=provenance)
 
 
 def null_seeds(seed: int, count: int) -> list[int]:

@@ -1,5 +1,20 @@
 """Steering written into the weights: checkpoints that need neither hooks nor this library."""
 
-from trimtab.weights.bake import BakeReport, bake
+from trimtab.weights.bake import bake, plan
+from trimtab.weights.inspect import CheckpointFacts, inspect_checkpoint
+from trimtab.weights.low_rank import at_every_writer
+from trimtab.weights.plan import Plan
+from trimtab.weights.report import BakeReport
+from trimtab.weights.soft_prompt import SoftPrompt, bake_prompt
 
-__all__ = ["BakeReport", "bake"]
+__all__ = [
+    "BakeReport",
+    "CheckpointFacts",
+    "Plan",
+    "SoftPrompt",
+    "at_every_writer",
+    "bake",
+    "bake_prompt",
+    "inspect_checkpoint",
+    "plan",
+]

@@ -3,242 +3,265 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from trimtab.behavior import Behavior
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
+from trimtab.sites import Site
 from trimtab.steering import VectorSteering
 from trimtab.strength.norms import NEUTRAL_PROMPTS
-from trimtab.tables import Printable, Table
-from trimtab.weights.bias import check_supported, rounding, with_bias
+from trimtab.tables import write_json
+from trimtab.weights.base import Model, folder_of, save_model
 from trimtab.weights.card import model_card
+from trimtab.weights.changes import changes_of
+from trimtab.weights.checkpoint import Checkpoint, open_checkpoint
+from trimtab.weights.draft import Draft
+from trimtab.weights.layout import layout_of
+from trimtab.weights.plan import Plan, prepare, refused_plan
+from trimtab.weights.record import RECORD, record_of
+from trimtab.weights.report import BakeReport
+from trimtab.weights.slices import write_slices
+from trimtab.weights.staging import staged
+from trimtab.weights.stream import check_space, write
+from trimtab.weights.verify import (
+    Base,
+    Verified,
+    compare_models,
+    compare_slices,
+    compare_tensors,
+    compare_wide,
+    fits_memory,
+)
 
-ANSWER_TOKENS = 24
+__all__ = ["BakeReport", "bake", "plan"]
+
+Vectors = VectorSteering | Sequence[VectorSteering]
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class BakeReport(Printable):
-    """What was written and how equal it is to the hooked model after a real reload.
+class Settings:
+    """How to bake; the arguments of `bake` that do not say what."""
 
-    The differences are None when verification was switched off.
-
-    Attributes:
-        route: how the steering was made a weight; `bias`.
-        path: folder of the checkpoint.
-        max_logit_difference: largest |hooked - reloaded| over all logits of the check prompts.
-        equal_text: whether the greedy answers are the same.
-        unexpected_keys: keys of the checkpoint that the reload did not know; always empty.
-        missing_keys: keys that the reload did not find; always empty.
-        tolerance: what `max_logit_difference` was held against.
-        steering_effect: largest |hooked - unsteered| over the same logits, for scale.
-        bias_rounding: largest error of the stored bias over the largest entry of alpha c.
-        dtype: of the checkpoint.
-    """
-
-    route: str
-    path: Path
-    max_logit_difference: float | None
-    equal_text: bool | None
-    unexpected_keys: tuple[str, ...] = ()
-    missing_keys: tuple[str, ...] = ()
-    tolerance: float | None = None
-    steering_effect: float | None = None
-    bias_rounding: float = 0.0
-    dtype: str = "float32"
-
-    def table(self) -> Table:
-        """Return one line per fact."""
-        facts = (
-            ("route", self.route),
-            ("folder", str(self.path)),
-            ("largest logit difference to the hook", _figure(self.max_logit_difference)),
-            ("allowed", _figure(self.tolerance)),
-            ("largest effect of the steering on a logit", _figure(self.steering_effect)),
-            ("greedy text equal", {None: "not checked", True: "yes", False: "no"}[self.equal_text]),
-            (f"rounding of the bias to {self.dtype}", _figure(self.bias_rounding)),
-        )
-        return Table("baked checkpoint", ("what", "found"), facts)
+    verify: bool | str
+    prompts: Sequence[Prompt]
+    behavior: Behavior | None
+    link: bool
+    progress: Callable[[int, int], None] | None
 
 
 def bake(
-    lm: LanguageModel,
-    vector: VectorSteering,
+    model: Model,
+    vector: Vectors,
     out: str | os.PathLike[str],
     *,
-    verify: bool = True,
+    verify: bool | str = True,
     prompts: Sequence[Prompt] = NEUTRAL_PROMPTS[:4],
+    behavior: Behavior | None = None,
+    route: str | None = None,
+    link: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BakeReport:
-    """Write a checkpoint of `lm` that steers itself; `lm` is left as it is.
+    """Write a checkpoint of a model that steers itself; the model is left as it is.
 
-    The folder holds weights, config, generation config, tokenizer with its chat template and a
-    model card. It is built beside `out` and renamed there at the end, so `out` is complete or
-    absent. Verification reloads it, compares every tensor bit by bit with what was meant, and
-    compares logits and greedy text with the hooked model.
+    The folder holds weights, config, generation config, tokenizer with its chat template, a model
+    card and a record of what was done. It is built beside `out` and renamed there at the end, so
+    `out` is complete or absent; what a killed run left is removed by the next one. Given a folder
+    or hub id, no tensor is held in memory whole and files that do not change are shared with the
+    base by hard links; a loaded model is saved first, as it is now.
 
     Args:
-        lm: the model the vector was made for.
-        vector: the steering at the strength to bake.
+        model: a folder, a hub id, "harbor" or a loaded model; the one the vectors were made for.
+        vector: the steering at the strength to bake, or several that would be on together.
         out: folder to create; an existing empty one is taken.
-        verify: False skips the reload, for models that do not fit into memory twice.
+        verify: True compares the reloaded whole model, or a slice where it does not fit into
+            memory; "slice" always a slice; False only writes.
         prompts: what the reloaded model is compared on.
+        behavior: its readout margin before and after goes into the card.
+        route: only `bias`, `null_block` or `convert` for what is added, where there is a choice.
+        link: False copies unchanged files, so that nothing is shared with the base's folder.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
-        TrimtabError: another model, architecture, scope, operation or site; a folder with something
-            in it; a checkpoint that does not reload as what it was meant to be.
+        TrimtabError: no exact route (the plan says why, and what is nearest); another model's
+            vector; a folder with something in it; too little space; a checkpoint that does not
+            reload as what it was meant to be.
     """
-    vector.check(lm)
-    check_supported(lm, vector)
+    vectors = _listed(vector)
+    settings = Settings(verify, prompts, behavior, link, progress)
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise TrimtabError(
-            asked=f"to write a checkpoint to {target}",
-            found="something there already",
-            advice="name a folder that does not exist yet",
-        )
-    whole = target.absolute()
-    building = whole.with_name(f".{whole.name}.{secrets.token_hex(4)}.partial")
-    try:
-        building.mkdir(parents=True)
-        baked = with_bias(lm, vector)
-        _save(lm, baked, building)
-        report = BakeReport(
-            route="bias",
-            path=target,
-            max_logit_difference=None,
-            equal_text=None,
-            bias_rounding=rounding(vector, baked.dtype),
-            dtype=str(baked.dtype).removeprefix("torch."),
-        )
-        if verify:
-            report = _verified(lm, vector, building, baked.state_dict(), prompts, report)
-        (building / "README.md").write_text(model_card(lm, vector, report), encoding="utf-8")
-        if target.exists():
-            target.rmdir()  # empty, as checked; a rename onto a folder fails on some systems
-        building.rename(target)
-    except OSError as error:
-        raise TrimtabError(
-            asked=f"to write a checkpoint to {target}",
-            found=str(error),
-            advice="see what stands in the way; nothing was left there",
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    drafted: tuple[Plan, Draft] | None = None
+    if isinstance(model, LanguageModel):
+        _check_early(model, vectors)
+    else:
+        drafted = _drafted(folder_of(model), vectors, route)
+    with staged(target) as building:
+        if isinstance(model, LanguageModel):
+            save_model(model, building / ".base")
+            place = (building / ".base", model.name or "a model without a name")
+            drafted = _drafted(place, vectors, route)
+        assert drafted is not None
+        found, draft = drafted
+        base = draft.base
+        check_space(draft, target, link)
+        write(draft, building, link, progress)
+        lm = model if isinstance(model, LanguageModel) else None
+        routed = draft.layout.mlp != "mlp."
+        source = Base(base.folder, found.model, lm, _dtype(lm, base), _attention(lm), routed)
+        report = _report(source, vectors, found, draft, building, target, settings)
+        card = model_card(found, vectors, report)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        write_json(building / RECORD, record_of(found, vectors, report, base.folder))
+        shutil.rmtree(building / ".base", ignore_errors=True)
     return report
 
 
-def _save(lm: LanguageModel, baked: LlamaForCausalLM, folder: Path) -> None:
-    try:
-        baked.save_pretrained(folder)
-    except ValueError as error:  # transformers on a generation config that contradicts itself
+def plan(model: Model, vector: Vectors, route: str | None = None) -> Plan:
+    """Say by which exact route each steering would become weights, at what cost, or why it cannot.
+
+    Nothing is loaded and nothing is written (a model in memory is saved to a temporary folder).
+
+    Args:
+        model: as for `bake`.
+        vector: one steering or several.
+        route: as for `bake`.
+
+    Raises:
+        TrimtabError: no model, or an architecture that has no routes at all.
+    """
+    vectors = _listed(vector)
+    if not isinstance(model, LanguageModel):
+        return _load_plan(folder_of(model), vectors, route)
+    for each in vectors:
+        each.check(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder))
+        found = prepare(open_checkpoint(folder), vectors, route)[0]
+    return replace(found, model=_public(model.name or "a model without a name"))
+
+
+def _drafted(
+    place: tuple[Path, str], vectors: list[VectorSteering], route: str | None
+) -> tuple[Plan, Draft]:
+    """Open a checkpoint and draft the result, or refuse."""
+    folder, name = place
+    found, draft = prepare(open_checkpoint(folder), vectors, route)
+    found = replace(found, model=_public(name))
+    found.check()
+    assert draft is not None  # check() refused where there is none
+    return found, draft
+
+
+def _load_plan(place: tuple[Path, str], vectors: list[VectorSteering], route: str | None) -> Plan:
+    folder, name = place
+    return replace(prepare(open_checkpoint(folder), vectors, route)[0], model=_public(name))
+
+
+def _listed(vector: Vectors) -> list[VectorSteering]:
+    vectors = [vector] if isinstance(vector, VectorSteering) else list(vector)
+    if not vectors or not all(isinstance(v, VectorSteering) for v in vectors):
         raise TrimtabError(
-            asked=f"to save {lm.name or 'the model'} with its generation config",
-            found=str(error),
-            advice="correct lm.model.generation_config",
-        ) from error
-    lm.tokenizer.save_pretrained(folder)
+            asked="to bake a steering",
+            found=f"{[type(v).__name__ for v in vectors] or 'nothing'}",
+            advice="give one steering vector, or several; a prompt has no place in the weights",
+        )
+    return vectors
+
+
+def _check_early(lm: LanguageModel, vectors: list[VectorSteering]) -> None:
+    """Refuse what is plain before a large model is saved."""
+    for vector in vectors:
+        vector.check(lm)
+        for layer in vector.layers:
+            lm.sites.check(Site(vector.site, layer))
+    config = lm.model.config
+    config = type(config)(**{**config.to_dict(), "architectures": [type(lm.model).__name__]})
+    layout = layout_of(config)
+    changes = changes_of(vectors, layout.parallel)
+    if changes.refused:
+        refused_plan(lm.name or "the model", layout, vectors, changes).check()
+
+
+def _public(name: str) -> str:
+    """A name for others to read: folders of the maker's machine are nobody's business."""
+    return Path(name).name if name.count("/") > 1 or name.startswith((".", "~")) else name
+
+
+def _dtype(lm: LanguageModel | None, base: Checkpoint) -> torch.dtype:
+    return base.dtype if lm is None else lm.model.dtype
+
+
+def _attention(lm: LanguageModel | None) -> str | None:
+    return None if lm is None else lm.model.config._attn_implementation
+
+
+def _report(
+    base: Base,
+    vectors: list[VectorSteering],
+    found: Plan,
+    draft: Draft,
+    building: Path,
+    target: Path,
+    settings: Settings,
+) -> BakeReport:
+    rounding = max(draft.rounding.values(), default=0.0)
+    dtype = str(draft.dtype).removeprefix("torch.")
+    # Of a model that was not loaded, the one it had when the vectors were made.
+    recorded = next((v.fingerprint for v in vectors if v.fingerprint), "")
+    empty = BakeReport(
+        found.route,
+        target,
+        None,
+        None,
+        rounding=rounding,
+        dtype=dtype,
+        plan=found,
+        base_fingerprint=base.lm.fingerprint if base.lm is not None else recorded,
+    )
+    if not settings.verify:
+        return empty
+    compared = compare_tensors(draft, building, target)
+    seen = _verified(base, vectors, draft, building, target, settings)
+    return replace(
+        empty,
+        max_logit_difference=seen.difference,
+        equal_text=seen.equal_text,
+        tolerance=seen.allowed,
+        steering_effect=seen.effect,
+        verified=seen.how,
+        float32_difference=seen.float32_difference,
+        tensors_compared=compared,
+        margin=seen.margin,
+        base_fingerprint=seen.fingerprint or empty.base_fingerprint,
+    )
 
 
 def _verified(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    folder: Path,
-    meant: dict[str, Tensor],
-    prompts: Sequence[Prompt],
-    report: BakeReport,
-) -> BakeReport:
-    reloaded = _reload(lm, folder, report.path)
-    _compare_tensors(reloaded.model.state_dict(), meant, report.path)
-    torch.nn.Module.to(reloaded.model, lm.device)
-    if any(reloaded.encode(p).ids != lm.encode(p).ids for p in prompts):
-        raise _unequal(report.path, "a tokenizer that encodes the check prompts differently")
-
-    plain = _logits(lm, prompts)
-    answers = reloaded.generate(list(prompts), max_new_tokens=ANSWER_TOKENS)
-    baked = _logits(reloaded, prompts)
-    with vector.on(lm):
-        hooked = _logits(lm, prompts)
-        hooked_answers = lm.generate(list(prompts), max_new_tokens=ANSWER_TOKENS)
-    difference = float((baked - hooked).abs().max())
-    allowed = _tolerance(lm.model.dtype) * max(1.0, float(hooked.abs().max()))
-    # In half precision the hook rounds in another order, so near-ties may break differently; there
-    # the bit-for-bit comparison of the tensors is the proof and the text is reported.
-    text_decides = lm.model.dtype in (torch.float32, torch.float64)
-    if not difference <= allowed:
-        found = f"logits that differ by {difference:.3g}, {allowed:.3g} allowed"
-        raise _unequal(report.path, found)
-    if text_decides and answers != hooked_answers:
-        raise _unequal(report.path, "other greedy answers than the hooked model gives")
-    return BakeReport(
-        route=report.route,
-        path=report.path,
-        max_logit_difference=difference,
-        equal_text=answers == hooked_answers,
-        tolerance=allowed,
-        steering_effect=float((hooked - plain).abs().max()),
-        bias_rounding=report.bias_rounding,
-        dtype=report.dtype,
-    )
-
-
-def _reload(lm: LanguageModel, folder: Path, target: Path) -> LanguageModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=lm.model.dtype,
-        attn_implementation=lm.model.config._attn_implementation,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    if not isinstance(model, LlamaForCausalLM):
-        raise _unequal(target, f"a {type(model).__name__}")
-    faults = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-    if faults:
-        raise _unequal(target, f"loading faults: {faults}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return LanguageModel(model.eval(), tokenizer, name=str(target))
-
-
-def _compare_tensors(loaded: dict[str, Tensor], meant: dict[str, Tensor], target: Path) -> None:
-    for name in sorted(meant.keys() | loaded.keys()):
-        if name not in loaded or name not in meant:
-            raise _unequal(target, f"the tensor {name} on one side only")
-        if not torch.equal(loaded[name].cpu(), meant[name].detach().cpu()):
-            raise _unequal(target, f"other values in {name}")
-
-
-def _logits(lm: LanguageModel, prompts: Sequence[Prompt]) -> Tensor:
-    """Return the logits of every real token, float32 `[tokens, vocab]`."""
-    parts = []
-    with torch.no_grad():
-        for batch in lm.batches([lm.encode(p) for p in prompts]):
-            batch = batch.to(lm.device)
-            parts.append(lm.forward(batch)[batch.attention_mask.bool()].float().cpu())
-    return torch.cat(parts)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Return the difference allowed, as a share of the largest logit (at least of 1)."""
-    return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
-
-
-def _unequal(target: Path, found: str) -> TrimtabError:
-    return TrimtabError(
-        asked=f"a checkpoint at {target} equal to the hooked model",
-        found=f"after saving and reloading: {found}",
-        advice="nothing was left there; steer with the hook: `with vector.on(lm):`",
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "not checked" if value is None else f"{value:.2g}"
+    base: Base,
+    vectors: list[VectorSteering],
+    draft: Draft,
+    building: Path,
+    target: Path,
+    settings: Settings,
+) -> Verified:
+    size = sum(fact.nbytes for fact in draft.base.tensors.values())
+    if settings.verify == "slice" or not fits_memory(size):
+        folders, moved = write_slices(draft, building, vectors)
+        try:
+            return compare_slices(base, folders, moved, target)
+        finally:
+            shutil.rmtree(building / ".slices", ignore_errors=True)
+    wide = None
+    if base.dtype in _HALF and fits_memory(2 * size):
+        wide = compare_wide(base, building, vectors, settings.prompts, target)
+    prompts, behavior = settings.prompts, settings.behavior
+    seen = compare_models(base, building, vectors, prompts, target, behavior, decide=wide is None)
+    return replace(seen, float32_difference=wide)

@@ -3,65 +3,108 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 from trimtab.strength.units import convert
 from trimtab.tables import Table, clean
-
-if TYPE_CHECKING:
-    from trimtab.weights.bake import BakeReport
+from trimtab.weights.margin import Margin
+from trimtab.weights.plan import Plan
+from trimtab.weights.report import BakeReport
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(lm: LanguageModel, vector: VectorSteering, report: BakeReport) -> str:
+def model_card(plan: Plan, vectors: Sequence[VectorSteering], report: BakeReport) -> str:
     """Return the README.md of a baked checkpoint, Markdown with the hub's front matter."""
-    base = lm.name or "a model without a name"
-    origin = {
-        "base model": base,
-        "fingerprint of the base": lm.fingerprint,
-        "behaviour": vector.provenance.get("behavior", "not recorded"),
-        "data hash": vector.provenance.get("data_hash", "not recorded"),
-        "method": vector.provenance.get("method", "not recorded"),
-        "layers (0-based)": ", ".join(map(str, vector.layers)),
-        "operation, site, scope": f"{vector.operation}, {vector.site}, {vector.scope}",
-        "strength m": f"{vector.strength:g}",
-    }
-    facts = Table("", ("what", "value"), tuple((k, str(v)) for k, v in origin.items()))
+    base = plan.model
     checks = report.table()
     linked = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
     return "\n".join(
         (
             f"---\nlibrary_name: transformers\ntags:\n- trimtab\n- steering\n{linked}---",
             f"# {_cell(base)}, steered\n",
-            "A constant is added to the residual stream by biases of this checkpoint. It needs no"
-            " hook and no extra library, acts on every token, and no prompt switches it off.\n",
-            _markdown(facts),
-            "## Strength\n\nalpha is added along a unit direction to the output of each layer"
-            " listed; mu is the mean norm of that output on neutral prompts.\n",
-            _markdown(convert(vector).table()),
+            "The steering is part of this checkpoint's weights. It needs no hook and no extra"
+            " library, acts on every token, and no prompt switches it off.\n",
+            _markdown(_origin(plan, report)),
+            *(_steering(vector) for vector in vectors),
+            "## How it was done\n",
+            "\n".join(f"{n}. {_cell(step)}" for n, step in enumerate(plan.steps, start=1)) + "\n",
             "## Checked after saving and reloading\n",
-            _markdown(Table("", checks.columns, checks.rows[2:])),  # the folder is the maker's own
-            "## Limits\n\nWhat the steering does to the behaviour, and what else it changes, was"
-            " not measured by the baking; measure it against the base model before use.\n",
+            # Without the first rows: route and folder, the one said above, the other the maker's.
+            _markdown(Table("", checks.columns, checks.rows[2:])),
+            *(() if report.margin is None else (_margin(report.margin),)),
+            _limits(plan, report),
             "## How to undo\n",
-            _undo(lm, vector),
+            _undo(plan),
         )
     )
 
 
-def _undo(lm: LanguageModel, vector: VectorSteering) -> str:
-    keys = ", ".join(f"`model.layers.{layer}.mlp.down_proj.bias`" for layer in vector.layers)
-    if lm.model.config.mlp_bias:
+def _origin(plan: Plan, report: BakeReport) -> Table:
+    facts = {
+        "base model": plan.model,
+        "fingerprint of the base": report.base_fingerprint or "not recorded",
+        "architecture": f"{plan.architecture} -> {plan.becomes}"
+        if plan.becomes != plan.architecture
+        else plan.architecture,
+        "route": plan.route,
+        "layers added": str(plan.extra_layers),
+    }
+    return Table("", ("what", "value"), tuple(facts.items()))
+
+
+def _steering(vector: VectorSteering) -> str:
+    made = vector.provenance
+    facts = {
+        "behaviour": made.get("behavior", "not recorded"),
+        "data hash": made.get("data_hash", "not recorded"),
+        "method": made.get("method", "not recorded"),
+        "layers (0-based)": ", ".join(map(str, vector.layers)),
+        "operation, site, scope": f"{vector.operation}, {vector.site}, {vector.scope}",
+        "strength m": f"{vector.strength:g}",
+    }
+    table = Table("", ("what", "value"), tuple((k, str(v)) for k, v in facts.items()))
+    return (
+        f"## Steering: {_cell(vector.label)}\n\n{_markdown(table)}\n"
+        "alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
+        f" there on neutral prompts.\n\n{_markdown(convert(vector).table())}"
+    )
+
+
+def _margin(margin: Margin) -> str:
+    table = margin.table()
+    return (
+        f"## Margin of {_cell(margin.behavior)}\n\n{_markdown(table)}\n"
+        f"Data hash {margin.data_hash}. A gap that grows on `toward` prompts hardens the behaviour;"
+        " one that grows on `away` prompts makes it show where it should not.\n"
+    )
+
+
+def _limits(plan: Plan, report: BakeReport) -> str:
+    measured = (
+        "Beyond the margin above, what the steering does to the behaviour and what else it changes"
+        if report.margin is not None
+        else "What the steering does to the behaviour, and what else it changes,"
+    )
+    notes = "".join(f"\n- {_cell(note)}" for note in plan.notes)
+    return f"## Limits\n\n- {measured} was not measured by the baking; measure it before use.{notes}\n"  # fmt: skip
+
+
+def _undo(plan: Plan) -> str:
+    if not plan.changed:
+        return "Nothing was changed: at strength 0 this is the base model.\n"
+    new_biases = plan.new_tensors and all(name.endswith(".bias") for name in plan.changed)
+    if new_biases and plan.becomes == plan.architecture and not plan.extra_layers:
+        keys = ", ".join(f"`{name}`" for name in plan.steered)
         return (
-            f"The steering was added to the biases {keys}. The base model has biases of its own"
-            " there: copy these tensors from it.\n"
+            f"The steering is in the biases {keys}; every other new bias is zero and all other"
+            " tensors are the base model's. Use the base model, or set those biases to zero.\n"
         )
     return (
-        f"The steering is in the biases {keys}; every other MLP bias is zero and all other tensors"
-        " are the base model's. Use the base model, or set those biases to zero.\n"
+        f"Use the base model: {len(plan.changed)} tensors here are new or changed"
+        " (`changed_tensors` in `trimtab_bake.json` names them), and only the base holds what they"
+        " were made from.\n"
     )
 
 

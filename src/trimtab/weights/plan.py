@@ -1,0 +1,289 @@
+"""The planner: by which route each steering becomes weights, what it costs, or why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import VectorSteering
+from trimtab.tables import Printable, Table
+from trimtab.weights.changes import HOOK, Changes, Point, changes_of, point_of
+from trimtab.weights.checkpoint import Checkpoint
+from trimtab.weights.draft import Draft, start_draft
+from trimtab.weights.layout import Layout, short
+from trimtab.weights.routes import choose, constants_of, execute, refuse_post_norm
+from trimtab.weights.sources import Source, Zeros
+from trimtab.weights.stream import arrange
+
+ROUTES = ("bias", "null_block", "convert")
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What becomes of one steering at some of its layers.
+
+    Attributes:
+        steering: its label.
+        operation: `add`, `ablate` or `affine`.
+        site: kind of site.
+        layers: of the site.
+        scope: token scope.
+        route: how it becomes weights, or None where it cannot.
+        reason: why it cannot; empty where it can.
+        advice: the nearest exact alternative.
+    """
+
+    steering: str
+    operation: str
+    site: str
+    layers: tuple[int, ...]
+    scope: str
+    route: str | None
+    reason: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Plan(Printable):
+    """The routes of all steerings and what the checkpoint costs.
+
+    Attributes:
+        model: the base.
+        architecture: its architecture.
+        becomes: the architecture of the result.
+        rows: one for every steering and route.
+        extra_layers: blocks added.
+        changed: names of tensors that are new or differ from the base's.
+        bytes_written: bytes of the files that have to be written.
+        bytes_shared: bytes of the files that can be shared with the base.
+        files_written: their number; `files` of all.
+        files: safetensors files of the result.
+        steered: those of them that carry a steering; other new ones are zero.
+        new_tensors: whether the base has none of `changed`.
+        steps: what is done, in order.
+        notes: what to know about the result.
+    """
+
+    model: str
+    architecture: str
+    becomes: str
+    rows: tuple[PlanRow, ...]
+    extra_layers: int = 0
+    changed: tuple[str, ...] = ()
+    bytes_written: int = 0
+    bytes_shared: int = 0
+    files_written: int = 0
+    files: int = 0
+    steered: tuple[str, ...] = ()
+    new_tensors: bool = False
+    steps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every steering has a route."""
+        return all(row.route is not None for row in self.rows)
+
+    @property
+    def route(self) -> str:
+        """The routes, each once."""
+        routes = "; ".join(dict.fromkeys(row.route for row in self.rows if row.route))
+        converted = self.becomes not in ("", self.architecture)
+        return f"conversion to {short(self.becomes)} + {routes}" if converted else routes
+
+    def check(self) -> None:
+        """Refuse what has no exact route.
+
+        Raises:
+            TrimtabError: names architecture, scope, operation and site, the reason, and the nearest
+                exact alternative.
+        """
+        for row in self.rows:
+            if row.route is None:
+                raise TrimtabError(
+                    asked=f"to bake into architecture {self.architecture}, scope {row.scope}, "
+                    f"operation {row.operation}, site {row.site}, layers {_span(row.layers)}",
+                    found=f"no exact route: {row.reason}",
+                    advice=row.advice,
+                )
+
+    def table(self) -> Table:
+        """Return one line per steering and route, the costs underneath."""
+        rows = tuple(
+            (
+                row.steering,
+                f"{row.operation} at {row.site}, scope {row.scope}",
+                _span(row.layers),
+                f"exact by {row.route}" if row.route else f"refused: {row.reason}",
+            )
+            for row in self.rows
+        )
+        notes = [f"advice: {advice}" for advice in dict.fromkeys(r.advice for r in self.rows if r.advice)]  # fmt: skip
+        if self.exact:
+            notes += [
+                f"layers added: {self.extra_layers}; tensors new or changed: {len(self.changed)}",
+                f"files written: {self.files_written} of {self.files}, {self.bytes_written:,} bytes"
+                f"; shared with the base: {self.bytes_shared:,} bytes",
+                *(f"{n}. {step}" for n, step in enumerate(_brief(self.steps), start=1)),
+                *self.notes,
+            ]
+        becomes = "" if self.becomes == self.architecture else f" becomes {self.becomes}"
+        title = f"baking into {self.model} ({self.architecture}{becomes})"
+        return Table(title, ("steering", "what", "layers", "route"), rows, tuple(notes))
+
+
+def prepare(
+    base: Checkpoint, vectors: Sequence[VectorSteering], route: str | None = None
+) -> tuple[Plan, Draft | None]:
+    """Plan, and draft the result where every steering has a route.
+
+    Args:
+        base: the checkpoint to change.
+        vectors: in the order in which they would be switched on.
+        route: only this one for constants (`ROUTES`), where there is a choice.
+
+    Raises:
+        TrimtabError: an architecture that has no routes at all, or a checkpoint that cannot be
+            changed; another width or depth.
+    """
+    if route is not None and route not in ROUTES:
+        raise TrimtabError(f"route {route!r}", "no such route", f"use one of {', '.join(ROUTES)}")
+    draft = start_draft(base)
+    untouched = draft.tensors()
+    _check_shapes(base, vectors)
+    layout = draft.layout
+    changes = changes_of(vectors, layout.parallel)
+    refuse_post_norm(changes, vectors, layout)
+    points = constants_of(changes, layout)
+    chosen, routes, why = choose(draft, points, route)
+    rows = _rows(vectors, changes, chosen.layout, routes, why)
+    name = base.folder.name or str(base.folder)
+    plan = Plan(name, layout.architecture, chosen.layout.architecture, rows)
+    if not plan.exact:
+        return plan, None
+    execute(chosen, changes, routes)
+    return _costed(plan, chosen, untouched), chosen
+
+
+def refused_plan(
+    name: str, layout: Layout, vectors: Sequence[VectorSteering], changes: Changes
+) -> Plan:
+    """Return the plan of steerings of which some are refused whatever the weights are."""
+    rows = tuple(row for row in _rows(vectors, changes, layout, {}, "") if not row.route and row.reason)  # fmt: skip
+    return Plan(name, layout.architecture, layout.architecture, rows)
+
+
+def _check_shapes(base: Checkpoint, vectors: Sequence[VectorSteering]) -> None:
+    config = base.config
+    for vector in vectors:
+        for what, mine, theirs in (
+            ("width", vector.d_model, int(config.hidden_size)),
+            ("depth", vector.n_layers, int(config.num_hidden_layers)),
+        ):
+            if mine != theirs:
+                raise TrimtabError(
+                    asked=f"to steer {base.folder.name} with a vector made for "
+                    f"{vector.model_name or 'another model'}",
+                    found=f"{what} {theirs} instead of {mine}",
+                    advice="use the model the vector was made for, or find the vector again",
+                )
+
+
+def _rows(
+    vectors: Sequence[VectorSteering],
+    changes: Changes,
+    layout: Layout,
+    routes: dict[Point, str],
+    why: str,
+) -> tuple[PlanRow, ...]:
+    rows: list[PlanRow] = []
+    for number, vector in enumerate(vectors):
+        grouped: dict[tuple[str | None, str, str], list[int]] = {}
+        for layer in vector.layers:
+            refusal = changes.refused.get((number, layer))
+            if refusal is not None:
+                key = (None, refusal.reason, refusal.advice)
+            else:
+                key = _route_of(vector, layer, layout, routes, why)
+            grouped.setdefault(key, []).append(layer)
+        for (route, reason, advice), layers in grouped.items():
+            rows.append(
+                PlanRow(
+                    vector.label,
+                    vector.operation,
+                    vector.site,
+                    tuple(layers),
+                    str(vector.scope),
+                    route,
+                    reason,
+                    advice,
+                )
+            )
+    return tuple(rows)
+
+
+def _route_of(
+    vector: VectorSteering,
+    layer: int,
+    layout: Layout,
+    routes: dict[Point, str],
+    why: str,
+) -> tuple[str | None, str, str]:
+    amount = vector.alphas[layer] if vector.operation == "add" else vector.strength
+    if amount == 0.0:
+        return ("nothing (strength 0)", "", "")
+    point = point_of(vector.site, layer, layout.parallel)
+    adds = vector.operation == "add"
+    constant = adds or (vector.operation == "affine" and vector.targets.get(layer, 0.0) != 0.0)
+    parts = []
+    if point == ("embed", 0):
+        parts.append("embedding shift" if adds else "rank-1 update of the embeddings")
+    else:
+        if not adds:
+            parts.append("rank-1 update of the writers")
+        if constant:
+            if point not in routes and why:
+                return (None, why, f"add at embed (resid_pre of layer 0), or {HOOK}")
+            # What a later projection of the same writer takes out again needs no route.
+            parts.append(routes.get(point, "nothing left to add"))
+    return (" + ".join(parts), "", "")
+
+
+def _costed(plan: Plan, draft: Draft, base: dict[str, Source]) -> Plan:
+    files = arrange(draft)
+    tensors = draft.tensors()
+    changed = sorted(name for name, source in tensors.items() if base.get(name) != source)
+    written = [file for file in files if file.shared is None]
+    extra = len(draft.blocks) - int(draft.base.config.num_hidden_layers)
+    return Plan(
+        model=plan.model,
+        architecture=plan.architecture,
+        becomes=plan.becomes,
+        rows=plan.rows,
+        extra_layers=extra,
+        changed=tuple(changed),
+        bytes_written=sum(file.nbytes for file in written),
+        bytes_shared=sum(file.nbytes for file in files if file.shared is not None),
+        files_written=len(written),
+        files=len(files),
+        steered=tuple(n for n in changed if not isinstance(tensors[n], Zeros)),
+        new_tensors=not any(name in base for name in changed),
+        steps=tuple(draft.steps),
+        notes=draft.layout.notes if extra else (),
+    )
+
+
+def _brief(steps: tuple[str, ...], most: int = 8) -> tuple[str, ...]:
+    return steps if len(steps) <= most else (*steps[:most], f"... {len(steps) - most} more")
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Write layers as 0-3, 7."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

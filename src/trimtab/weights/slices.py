@@ -1,0 +1,71 @@
+"""Slices: two blocks of a model that is too large to load, with everything around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trimtab.steering import VectorSteering
+from trimtab.weights.checkpoint import open_checkpoint
+from trimtab.weights.draft import Draft, start_draft
+from trimtab.weights.stream import write
+
+
+def write_slices(
+    draft: Draft, result: Path, vectors: Sequence[VectorSteering]
+) -> tuple[tuple[Path, Path], list[VectorSteering]]:
+    """Cut the first steered block and a neighbour out of the base and out of the result.
+
+    Args:
+        draft: what was written.
+        result: the folder it was written to; the slices go to `.slices` below it.
+        vectors: the steerings.
+
+    Returns:
+        The folders of both slices, and the steerings of the slice of the base.
+    """
+    depth = int(draft.base.config.num_hidden_layers)
+    first = min(layer for vector in vectors for layer in vector.layers)
+    first = max(0, min(first, depth - 2))
+    kept = list(range(first, min(first + 2, depth)))
+    base = start_draft(draft.base)
+    after = start_draft(open_checkpoint(result))
+    numbers = [n for n, block in enumerate(draft.blocks) if block.origin in kept]
+    folders = (result / ".slices" / "base", result / ".slices" / "result")
+    for part, folder, chosen in ((base, folders[0], kept), (after, folders[1], numbers)):
+        part.blocks = [part.blocks[n] for n in chosen]
+        _write(part, folder)
+    return folders, [sliced for v in vectors if (sliced := _moved(v, kept)) is not None]
+
+
+def _write(part: Draft, folder: Path) -> None:
+    part.raw[part.layout.depth_key] = len(part.blocks)
+    kinds = [block.kind for block in part.blocks]
+    if all(kinds):
+        part.raw["layer_types"] = kinds
+    folder.mkdir(parents=True)
+    write(part, folder, link=False)
+
+
+def _moved(vector: VectorSteering, kept: list[int]) -> VectorSteering | None:
+    """The steering of the blocks kept, under their new numbers."""
+    layers = tuple(kept.index(layer) for layer in vector.layers if layer in kept)
+    if not layers or (vector.site == "embed" and 0 not in kept):
+        return None
+
+    def renumbered(values: dict) -> dict:
+        return {kept.index(n): value for n, value in values.items() if n in kept}
+
+    return replace(
+        vector,
+        directions=renumbered(vector.directions),
+        layers=layers,
+        scales=renumbered(vector.scales),
+        targets=renumbered(vector.targets),
+        norms={},
+        class_gaps={},
+        spreads={},
+        fingerprint="",
+        n_layers=len(kept),
+    )

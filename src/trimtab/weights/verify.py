@@ -1,0 +1,315 @@
+"""Verification: a real reload, and the reloaded model against the hooked one.
+
+Tensors are compared bit by bit with what was meant, always. Models that fit into memory are loaded
+as a user would load them and compared in logits and greedy text; of a larger one, a slice of two
+blocks is, one of them steered, cut out of the base and out of the result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.behavior import Behavior
+from trimtab.chat import Prompt
+from trimtab.errors import TrimtabError
+from trimtab.generation import quiet
+from trimtab.model import LanguageModel
+from trimtab.steering import VectorSteering
+from trimtab.weights.checkpoint import open_checkpoint
+from trimtab.weights.draft import Draft, stray_tensors
+from trimtab.weights.layout import layout_of
+from trimtab.weights.margin import Before, Margin, measure_after, measure_before
+from trimtab.weights.sources import Copy, copied
+
+ANSWER_TOKENS = 24
+WHOLE = "logits and greedy text of the whole model, every tensor bit by bit"
+SLICE = "every tensor bit by bit, logits of a slice of two blocks"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the comparison found.
+
+    Attributes:
+        how: what was compared.
+        difference: largest |hooked - reloaded| over all logits of the check prompts.
+        allowed: what it was held against.
+        effect: largest |hooked - unsteered| over the same logits.
+        equal_text: whether the greedy answers are the same; None for a slice.
+        float32_difference: of a half-precision checkpoint, the difference when both are computed in
+            float32: what is left is the rounding of the weights alone. None where not done.
+        fingerprint: of the base, None where it was not loaded whole.
+        margin: of a behaviour, where one was given.
+    """
+
+    how: str
+    difference: float
+    allowed: float
+    effect: float
+    equal_text: bool | None = None
+    float32_difference: float | None = None
+    fingerprint: str | None = None
+    margin: Margin | None = None
+
+
+@dataclass
+class Base:
+    """The unsteered model: at hand, or a folder it can be loaded from.
+
+    `routed` says that it is a mixture of experts.
+    """
+
+    folder: Path
+    name: str
+    lm: LanguageModel | None = None
+    dtype: torch.dtype = torch.float32
+    attention: str | None = None
+    routed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What one model says to the check prompts."""
+
+    logits: Tensor
+    answers: list[str] = field(default_factory=list)
+
+
+def fits_memory(nbytes: int) -> bool:
+    """Whether a model of so many bytes can be loaded beside what it needs to run."""
+    available = _available_memory()
+    return available is None or 1.3 * nbytes + (1 << 30) < available
+
+
+def compare_tensors(draft: Draft, folder: Path, target: Path) -> int:
+    """Compare every tensor on disk with what was meant, bit by bit; return how many.
+
+    Raises:
+        TrimtabError: a tensor on one side only, of another shape, or with other values; names that
+            the architecture does not know.
+    """
+    written, meant = open_checkpoint(folder), draft.tensors()
+    layout = layout_of(written.config, written.dtype)
+    stray, missing, wrong = stray_tensors(written, layout)
+    if stray:
+        raise unequal(target, f"tensors that {layout.short} does not know and drops: {stray[:4]}")
+    if missing or wrong:
+        raise unequal(target, f"tensors missing or of another shape: {(missing + wrong)[:4]}")
+    for name in sorted(meant.keys() | written.tensors.keys()):
+        if name not in meant or name not in written.tensors:
+            raise unequal(target, f"the tensor {name} on one side only")
+        fact, source = written.tensors[name], meant[name]
+        if isinstance(source, Copy) and _same_place(source, copied(fact)):
+            continue  # a file that the two share
+        if fact.dtype != source.dtype or fact.shape != source.shape:
+            raise unequal(target, f"{name} as {fact.dtype} {list(fact.shape)}")
+        with open(fact.file, "rb") as stream:
+            stream.seek(fact.start)
+            for piece in source.pieces():
+                if stream.read(len(piece)) != piece:
+                    raise unequal(target, f"other values in {name}")
+    return len(meant)
+
+
+def compare_models(
+    base: Base,
+    folder: Path,
+    vectors: Sequence[VectorSteering],
+    prompts: Sequence[Prompt],
+    target: Path,
+    behavior: Behavior | None = None,
+    decide: bool = True,
+) -> Verified:
+    """Compare the reloaded checkpoint with the hooked base model in logits and greedy text.
+
+    With `decide` off, another comparison has judged the logits and these are only reported.
+
+    Raises:
+        TrimtabError: keys that the reload did not know, find or match; a tokenizer that encodes
+            otherwise; logits or (in full precision) text that differ.
+    """
+    lm = base.lm if base.lm is not None else load_folder(base, base.folder, target)
+    for vector in vectors:
+        vector.check(lm)
+    fingerprint = lm.fingerprint
+    plain = _logits(lm, prompts)
+    before: Before | None = None
+    if behavior is not None:
+        before = measure_before(lm, vectors, behavior)
+    with all_on(vectors, lm):
+        hooked = _Seen(_logits(lm, prompts), lm.generate(list(prompts), ANSWER_TOKENS))
+    ids = [lm.encode(p).ids for p in prompts]
+    device = lm.device
+    del lm  # two large models need not be there at once
+    baked = load_folder(base, folder, target)
+    torch.nn.Module.to(baked.model, device)
+    if [baked.encode(p).ids for p in prompts] != ids:
+        raise unequal(target, "a tokenizer that encodes the check prompts differently")
+    seen = _Seen(_logits(baked, prompts), baked.generate(list(prompts), ANSWER_TOKENS))
+    verified = _judge(base, hooked.logits, seen.logits, plain, target, decide)
+    equal = seen.answers == hooked.answers
+    # In half precision the hook rounds in another order, so near-ties may break differently; there
+    # float32 arithmetic judges, where memory allows, and the text is reported.
+    if base.dtype in (torch.float32, torch.float64) and not equal:
+        raise unequal(target, "other greedy answers than the hooked model gives")
+    margin = None if before is None else measure_after(baked, before)
+    return Verified(
+        WHOLE,
+        verified.difference,
+        verified.allowed,
+        verified.effect,
+        equal,
+        fingerprint=fingerprint,
+        margin=margin,
+    )
+
+
+def compare_wide(
+    base: Base,
+    folder: Path,
+    vectors: Sequence[VectorSteering],
+    prompts: Sequence[Prompt],
+    target: Path,
+) -> float:
+    """Return the largest logit difference when weights of half precision are used in float32.
+
+    What is left is the rounding of the weights alone. In half precision itself, two orders of
+    rounding may send a token to other experts, or break other near-ties.
+
+    Raises:
+        TrimtabError: more than the rounding of the stored weights explains.
+    """
+    wide = Base(base.folder, base.name, None, torch.float32, base.attention)
+    lm = load_folder(wide, base.folder, target)
+    plain = _logits(lm, prompts)
+    with all_on([replace(v, fingerprint="") for v in vectors], lm):
+        hooked = _logits(lm, prompts)
+    del lm
+    baked = _logits(load_folder(wide, folder, target), prompts)
+    return _judge(base, hooked, baked, plain, target).difference
+
+
+def _judge(
+    base: Base, hooked: Tensor, baked: Tensor, plain: Tensor, target: Path, decide: bool = True
+) -> Verified:
+    apart = (baked - hooked).abs().flatten(0, -2).amax(dim=-1)
+    difference = float(apart.max())
+    # Rounding can send single tokens of a mixture to other experts; a wrong checkpoint is wrong at
+    # every token.
+    half = base.dtype not in (torch.float32, torch.float64)
+    decisive = float(apart.median()) if base.routed and half else difference
+    allowed = tolerance(base.dtype) * max(1.0, float(hooked.abs().max()))
+    if decide and not decisive <= allowed:
+        found = f"logits that differ by {decisive:.3g}, {allowed:.3g} allowed"
+        raise unequal(target, found)
+    return Verified(WHOLE, difference, allowed, float((hooked - plain).abs().max()))
+
+
+def compare_slices(
+    base: Base, folders: tuple[Path, Path], vectors: Sequence[VectorSteering], target: Path
+) -> Verified:
+    """Compare two slices (of the base with the hook, of the result) on fixed token ids.
+
+    In float32, so that only the rounding of the stored weights is left.
+    """
+    wide = replace(base, dtype=torch.promote_types(base.dtype, torch.float32))
+    models = [load_model(wide, folder, target) for folder in folders]
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    lm, baked = (LanguageModel(model, tokenizer, base.name) for model in models)
+    rows = int(models[0].get_input_embeddings().weight.shape[0])
+    ids = torch.randint(0, rows, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, after = lm.model(ids).logits.float(), baked.model(ids).logits.float()
+        with all_on(vectors, lm):
+            hooked = lm.model(ids).logits.float()
+    found = _judge(base, hooked, after, plain, target)
+    return Verified(SLICE, found.difference, found.allowed, found.effect)
+
+
+@contextmanager
+def all_on(vectors: Sequence[VectorSteering], lm: LanguageModel):
+    """Switch several steerings on, the first outermost."""
+    with ExitStack() as stack:
+        for vector in vectors:
+            stack.enter_context(vector.on(lm))
+        yield
+
+
+def load_folder(base: Base, folder: Path, target: Path) -> LanguageModel:
+    """Load a checkpoint with its tokenizer as a user would."""
+    model = load_model(base, folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    name = base.name if folder == base.folder else str(target)
+    return LanguageModel(model, tokenizer, name=name)
+
+
+def load_model(base: Base, folder: Path, target: Path) -> Any:
+    """Load weights; every key must be known, found and of the right shape."""
+    options = {} if base.attention is None else {"attn_implementation": base.attention}
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=base.dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise unequal(target, f"it cannot be loaded: {str(error).splitlines()[0]}") from error
+    model, info = loaded
+    faults = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if faults:
+        raise unequal(target, f"loading faults: {faults}")
+    return model.eval()
+
+
+def _logits(lm: LanguageModel, prompts: Sequence[Prompt]) -> Tensor:
+    """Return the logits of every real token, float32 `[tokens, vocab]`."""
+    parts = []
+    with torch.no_grad():
+        for batch in lm.batches([lm.encode(p) for p in prompts]):
+            parts.append(lm.forward(batch)[batch.attention_mask.bool()].float().cpu())
+    return torch.cat(parts)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the difference allowed, as a share of the largest logit (at least of 1)."""
+    return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
+
+
+def unequal(target: Path, found: str) -> TrimtabError:
+    """Make the error of a checkpoint that is not what it was meant to be."""
+    return TrimtabError(
+        asked=f"a checkpoint at {target} equal to the hooked model",
+        found=f"after saving and reloading: {found}",
+        advice="nothing was left there; steer with the hook: `with vector.on(lm):`",
+    )
+
+
+def _same_place(meant: Copy, written: Copy) -> bool:
+    if len(meant.spans) != 1:
+        return False
+    (a,), (b,) = meant.spans, written.spans
+    here = (a.start, a.nbytes, meant.dtype, meant.shape)
+    there = (b.start, b.nbytes, written.dtype, written.shape)
+    return here == there and os.path.samefile(a.file, b.file)
+
+
+def _available_memory() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            found = next(line for line in stream if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) << 10
+    except (OSError, StopIteration, ValueError):
+        return None
