@@ -1,0 +1,69 @@
+"""`trimtab export`: steering for other programs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.app import Model, app
+from trimtab.cli.support import check_writable, load_model, read_vector
+from trimtab.errors import TrimtabError
+from trimtab.export import write_gguf, write_lm_eval, write_peft
+from trimtab.weights import at_every_writer
+
+
+class Form(str, Enum):
+    """What can be written."""
+
+    gguf = "gguf"
+    peft = "peft"
+    lm_eval = "lm-eval"
+
+
+@app.command(
+    "export", epilog="Example: trimtab export harbor mood.safetensors --to gguf -o mood.gguf"
+)
+def export_command(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="A llama.cpp control vector, a PEFT adapter, or the file of lm-eval's `steered`."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file, or PEFT folder, to create.")],
+    strength: Annotated[
+        float | None, typer.Option(help="Strength m to export; as stored by default.")
+    ] = None,
+    every_writer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LAYER",
+            help="PEFT: ablate this layer's direction wherever the stream is written.",
+        ),
+    ] = None,
+) -> None:
+    """Write steering in a form that another program reads, or refuse and say why."""
+    check_writable(out / "adapter_config.json" if to is Form.peft else out)
+    vector = read_vector(file)
+    vector = vector if strength is None else vector.at(strength)
+    if every_writer is not None and to is not Form.peft:
+        raise TrimtabError(
+            asked=f"to export {file} at every writer to {to.value}",
+            found="a form that holds no projections of the weights",
+            advice="use --to peft, or trimtab bake",
+        )
+    lm = load_model(model)
+    vector.check(lm)
+    if to is Form.gguf:
+        write_gguf(vector, out, model_hint=lm.model.config.model_type)
+    elif to is Form.lm_eval:
+        write_lm_eval(lm, vector, out)
+    else:
+        parts = [vector] if every_writer is None else at_every_writer(vector, every_writer)
+        write_peft(lm, parts, out)
+    typer.echo(f"wrote {out}")

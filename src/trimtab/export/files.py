@@ -1,0 +1,110 @@
+"""What the exporters share: extras imported late, files that appear whole, refusals by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import VectorSteering
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """Import the package of an extra.
+
+    Args:
+        module: what is imported.
+        name: the extra of Trimtab that brings it.
+
+    Raises:
+        TrimtabError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TrimtabError(
+            asked=f"to use the package {module.partition('.')[0]}",
+            found=f"it cannot be imported: {error}",
+            advice=f"pip install 'trimtab[{name}]'",
+        ) from error
+
+
+@contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside `path` to write to; when the block ends well it is renamed to `path`.
+
+    Raises:
+        TrimtabError: the folder cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise TrimtabError(
+            asked=f"to write {target}",
+            found=str(error),
+            advice="choose a file in a folder you may write",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def public_name(name: str) -> str:
+    """Return a model's name for others to read: without the folders of the maker's machine."""
+    path = name.count("/") > 1 or name.startswith((".", "/", "~"))
+    return Path(name).name if path else name
+
+
+def constants(vector: VectorSteering, form: str) -> dict[int, Tensor]:
+    """Return what a constant vector adds to the output of each active block.
+
+    Args:
+        vector: adds at `resid_post`, on every token.
+        form: name of the format that holds nothing else.
+
+    Returns:
+        0-based block -> alpha_l * c_l, float32 `[d_model]`.
+
+    Raises:
+        TrimtabError: another operation, site or scope; strength 0.
+    """
+    facts = (
+        ("operation", vector.operation, "add"),
+        ("site", vector.site, "resid_post"),
+        ("scope", str(vector.scope), "all"),
+    )
+    for what, has, holds in facts:
+        if has != holds:
+            raise TrimtabError(
+                asked=f"to export {vector.label} to {form}",
+                found=f"{what} {has}; {form} holds only {what} {holds}",
+                advice="steer with the hook, or measure the vector again with "
+                f"vector.select({what}={holds!r})",
+            )
+    not_zero(vector, form)
+    return {
+        layer: (vector.directions[layer].double() * alpha).float()
+        for layer, alpha in vector.alphas.items()
+    }
+
+
+def not_zero(vector: VectorSteering, form: str) -> None:
+    """Refuse a steering that changes nothing: an exported file of it would look like one."""
+    if vector.strength == 0.0:
+        raise TrimtabError(
+            asked=f"to export {vector.label} to {form}",
+            found="strength 0, which changes nothing",
+            advice="give the strength to export",
+        )

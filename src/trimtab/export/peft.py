@@ -1,0 +1,247 @@
+"""A PEFT adapter: steering as a rank-1 LoRA with biases, loaded by `PeftModel.from_pretrained`.
+
+A sublayer of a pre-norm block adds r o to the stream, o = W x + b0 its output projection's value.
+LoRA makes o + B A x + b of it. What is added to the stream, alpha c, is b = alpha c / r with A and
+B zero. A projection r o -> r o - m ((r o).c - t) c is B = -m c, A = c^T W and
+b = -m (c.b0 - t / r) c: with t = 0 and no b0 no bias at all. The same holds of the rows of an
+embedding, whose LoRA has no bias; there a constant is B A with A constant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.errors import TrimtabError
+from trimtab.export.card import adapter_card
+from trimtab.export.files import extra, not_zero, public_name
+from trimtab.hooks import Edit
+from trimtab.model import LanguageModel
+from trimtab.sites import Site
+from trimtab.steering import VectorSteering
+from trimtab.weights.layout import layout_of
+from trimtab.weights.staging import staged
+
+_FORM = "a PEFT adapter"
+_WEIGHTS = "adapter_model.safetensors"
+_BY_ATTENTION = ("attn_out", "resid_mid")
+_BY_MLP = ("mlp_out", "resid_post")
+
+
+@dataclass(frozen=True, eq=False)
+class _Update:
+    """What LoRA adds to one module: `left` [d, 1], `right` [1, n], `bias` [d], all float32."""
+
+    name: str
+    module: nn.Module
+    left: Tensor
+    right: Tensor
+    bias: Tensor
+
+    @property
+    def embeds(self) -> bool:
+        return isinstance(self.module, nn.Embedding)
+
+
+def write_peft(
+    lm: LanguageModel,
+    vector: VectorSteering | Sequence[VectorSteering],
+    out: str | os.PathLike[str],
+) -> Path:
+    """Write an adapter that steers the model when PEFT loads it.
+
+    `add` goes at `resid_post`, `mlp_out`, `resid_mid` and `attn_out`, into the biases that LoRA
+    brings (`lora_bias`). `ablate` and `affine` go at `embed`, `attn_out` and `mlp_out`, as rank-1
+    LoRA: at m = 1 the steerings of `trimtab.weights.at_every_writer(vector)` together equal a
+    projection at every point of the stream. A model without biases cannot merge an adapter that
+    has some; `trimtab bake` writes a checkpoint instead.
+
+    Args:
+        lm: the model the vectors were made for; it is only read.
+        vector: one steering, or several that would be on together; each module at most once.
+        out: folder to create; it appears whole or not at all.
+
+    Returns:
+        The folder, with `adapter_config.json`, `adapter_model.safetensors` and a card.
+
+    Raises:
+        TrimtabError: a scope other than `all`; a post-norm block, a mixture of experts or another
+            module that LoRA cannot reach; a bias that an embedding would need; another model's
+            vector; the package peft is missing.
+    """
+    vectors = [vector] if isinstance(vector, VectorSteering) else list(vector)
+    updates = _updates(lm, vectors)
+    peft = extra("peft", "peft")
+    has_bias = any(bool(update.bias.any()) for update in updates)
+    config = peft.LoraConfig(
+        r=1,
+        lora_alpha=1,
+        lora_dropout=0.0,
+        lora_bias=has_bias,
+        bias="none",
+        target_modules=[update.name for update in updates],
+        fan_in_fan_out=any(isinstance(update.module, Conv1D) for update in updates),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=public_name(lm.name or ""),
+    )
+    with staged(Path(out)) as building:
+        config.save_pretrained(building)
+        _sorted_targets(building / "adapter_config.json")
+        save_file(_tensors(updates, has_bias), building / _WEIGHTS, {"format": "pt"})
+        card = adapter_card(lm, vectors, [update.name for update in updates], has_bias)
+        (building / "README.md").write_text(card, encoding="utf-8")
+    return Path(out)
+
+
+def _updates(lm: LanguageModel, vectors: Sequence[VectorSteering]) -> list[_Update]:
+    found: dict[str, _Update] = {}
+    for vector in vectors:
+        vector.check(lm)
+        not_zero(vector, _FORM)
+        if str(vector.scope) != "all":
+            raise _refusal(
+                vector,
+                f"scope {vector.scope}; weights act on every token alike",
+                "steer with the hook, or measure the vector again with scope all",
+            )
+        for edit in vector.edits():
+            lm.sites.check(edit.site)
+            for update in _of_edit(lm, vector, edit):
+                found[update.name] = _joined(vector, found.get(update.name), update)
+    if not found:
+        raise TrimtabError(f"to write {_FORM}", "no steering", "give at least one vector")
+    embedded = [update.name for update in found.values() if update.embeds]
+    biased = [update.name for update in found.values() if bool(update.bias.any())]
+    if embedded and biased:
+        raise TrimtabError(
+            asked=f"to write {_FORM} for {embedded[0]} and {biased[0]}",
+            found="a bias for the one, and PEFT has no biases in an adapter with an embedding",
+            advice="bake a checkpoint, or leave the embedding out",
+        )
+    return list(found.values())
+
+
+def _of_edit(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Update]:
+    """The updates that are one edit of the stream."""
+    if edit.site.kind == "embed":
+        return _of_embedding(lm, vector, edit)
+    name, module = _writer(lm, vector, edit.site)
+    r, c = lm.sites.residual_multiplier, edit.direction.double()
+    weight, own = _weight(module), getattr(module, "bias", None)
+    zero = torch.zeros(lm.d_model, dtype=torch.float64)
+    if edit.operation == "add":
+        empty = torch.zeros(weight.shape[1])
+        return [_update(name, module, zero, empty, c * (edit.amount / r))]
+    if edit.site.kind in ("resid_mid", "resid_post"):
+        raise _refusal(
+            vector,
+            f"{edit.operation} at {edit.site}, where earlier layers' writing is projected too",
+            "use trimtab.weights.at_every_writer(vector), or the sites attn_out and mlp_out",
+        )
+    b0 = zero if own is None else own.detach().cpu().double()
+    target = edit.target if edit.operation == "affine" else 0.0
+    shift = -edit.amount * (c @ b0 - target / r)
+    return [_update(name, module, -edit.amount * c, c @ weight, shift * c)]
+
+
+def _of_embedding(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Update]:
+    """A projection, or a constant, of s e + p: e token and p learned position embeddings."""
+    tables = [(name, m) for name, m in lm.model.named_modules() if isinstance(m, nn.Embedding)]
+    main = next((pair for pair in tables if pair[1] is lm.sites.embedding), None)
+    if main is None:
+        raise _refusal(vector, f"no table of embeddings at {edit.site}", "bake a checkpoint")
+    scale = layout_of(lm.model.config, main[1].weight.dtype).embed_scale
+    c = edit.direction.double()
+    made = []
+    for name, module in tables:
+        rows, first = module.weight.detach().cpu().double(), module is main[1]
+        # The constant goes once into the sum, so into the token embedding alone.
+        if edit.operation == "add":
+            if first:
+                right = torch.full((len(rows),), edit.amount / scale, dtype=torch.float64)
+                made.append(_update(name, module, c, right, torch.zeros_like(c)))
+            continue
+        target = edit.target / scale if first and edit.operation == "affine" else 0.0
+        made.append(_update(name, module, -edit.amount * c, rows @ c - target, torch.zeros_like(c)))
+    return made
+
+
+def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str, nn.Module]:
+    """The output projection that LoRA changes for a site, and its name."""
+    sites = lm.sites
+    architecture = type(lm.model).__name__
+    if site.kind not in (*_BY_ATTENTION, *_BY_MLP):
+        raise _refusal(vector, f"site {site}", f"use embed, {', '.join(_BY_ATTENTION + _BY_MLP)}")
+    if sites.post_norm:
+        raise _refusal(
+            vector,
+            f"{architecture} puts a norm between the output projection and the stream, so that"
+            " what LoRA adds there is rescaled",
+            "bake a checkpoint: `trimtab bake` has an exact route",
+        )
+    writers = sites.attention_writer if site.kind in _BY_ATTENTION else sites.mlp_writer
+    module = writers[site.layer]
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        what = "a mixture of experts" if module is None else f"a {type(module).__name__}"
+        raise _refusal(
+            vector,
+            f"{what} at {site} of {architecture}, which LoRA's biases cannot reach",
+            "bake a checkpoint, or steer at attn_out",
+        )
+    return next(name for name, m in lm.model.named_modules() if m is module), module
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The projection's weight as `[d_model, inner]`, float64."""
+    weight = module.get_parameter("weight").detach().cpu().double()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _update(name: str, module: nn.Module, left: Tensor, right: Tensor, bias: Tensor) -> _Update:
+    parts = (left[:, None], right[None, :], bias)
+    return _Update(name, module, *(part.float().contiguous() for part in parts))
+
+
+def _joined(vector: VectorSteering, old: _Update | None, new: _Update) -> _Update:
+    """Constants of one module add up; projections do not."""
+    if old is None:
+        return new
+    if bool(old.left.any()) or bool(new.left.any()):
+        raise _refusal(vector, f"a second projection at {new.name}", "bake a checkpoint")
+    return _Update(new.name, new.module, new.left, new.right, old.bias + new.bias)
+
+
+def _tensors(updates: Sequence[_Update], has_bias: bool) -> dict[str, Tensor]:
+    """The adapter's tensors by the names PEFT gives them."""
+    found: dict[str, Tensor] = {}
+    for update in updates:
+        stem = f"base_model.model.{update.name}."
+        if update.embeds:
+            found[f"{stem}lora_embedding_A"] = update.right
+            found[f"{stem}lora_embedding_B"] = update.left
+            continue
+        found[f"{stem}lora_A.weight"] = update.right
+        found[f"{stem}lora_B.weight"] = update.left
+        if has_bias:
+            found[f"{stem}lora_B.bias"] = update.bias
+    return found
+
+
+def _sorted_targets(path: Path) -> None:
+    """PEFT keeps the modules in a set; in order, equal adapters are equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refusal(vector: VectorSteering, found: str, advice: str) -> TrimtabError:
+    return TrimtabError(asked=f"to export {vector.label} to {_FORM}", found=found, advice=advice)
