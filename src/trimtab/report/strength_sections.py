@@ -185,7 +185,15 @@ def tune_section(report: TuneReport) -> Section:
     test = bar_figure(
         ["unsteered", "tuned", "random directions"],
         "share of test answers",
-        [Bars("test split", [report.baseline, report.score, report.null], "--vector")],
+        [
+            Bars(
+                "test split",
+                [report.baseline, report.score, report.null],
+                "--vector",
+                low=[None, report.low, None],
+                high=[None, report.high, None],
+            )
+        ],
         description=f"Test split: unsteered {percent(report.baseline)}, tuned "
         f"{percent(report.score)}, random directions of the same size {percent(report.null)}",
     )

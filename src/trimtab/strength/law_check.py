@@ -38,7 +38,7 @@ MIDDLE = 0.5  # nats: the range over which bumps are counted
 GRID = 31  # strengths on which peaks are looked for
 LIKELY = -16.0  # log-probability below which float32 logits are too coarse for a peak
 NOISE = 1e-4  # of a log-probability between two grid points
-FAR = 1e5  # m of "infinite" strength, far above any norm and far below overflow
+FAR = 1e5  # of the stream's norm: "infinite" strength, far above any block and below overflow
 _KL = Callable[[Tensor], Tensor]  # m [n] -> nats [n]
 
 
@@ -185,7 +185,7 @@ def check_laws(
             strength = float(m[there].median()) if bool(there.any()) else math.inf
             rows.append(BudgetCheck(name, nats, strength, middle, low, high))
     peaks, inside = _peaks(fan, tilt)
-    token, right = _collapse(lm, fan, vector, side)
+    token, right = _collapse(lm, fan, vector, side, found.stream)
     return LawCheck(
         label=vector.at(side).label,
         layers=vector.layers,
@@ -323,7 +323,7 @@ def _top(curve: Tensor, grid: Tensor) -> Tensor:
 
 
 def _collapse(
-    lm: LanguageModel, fan: Fan, vector: VectorSteering, side: int
+    lm: LanguageModel, fan: Fan, vector: VectorSteering, side: int, stream: Tensor
 ) -> tuple[int | None, float | None]:
     # Of a window the first answer position itself may lie outside.
     if (
@@ -333,7 +333,9 @@ def _collapse(
     ):
         return None, None
     token = int(collapse_logits(lm, vector, side).argmax())
-    far = fan.next_logits([side * FAR])[0].argmax(-1)
+    push = sum(vector.scales[k] * vector.directions[k].double() for k in vector.layers)
+    m = FAR * float(stream.norm(dim=-1).max()) / float(torch.as_tensor(push).norm())
+    far = fan.next_logits([side * m])[0].argmax(-1)
     return token, float((far == token).double().mean())
 
 
