@@ -35,6 +35,9 @@ bench: $(STAMP)
 	mkdir -p bench/results
 	$(BIN)/python bench/extraction.py --json bench/results/extraction.json
 	$(BIN)/python bench/steered_generation.py --json bench/results/steered_generation.json
+	$(BIN)/python bench/sweep.py --json bench/results/sweep.json
+	$(BIN)/python bench/tune.py --json bench/results/tune.json
+	$(BIN)/python bench/strength_claims.py --json bench/results/strength_claims.json
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache

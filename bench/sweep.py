@@ -5,9 +5,10 @@ strength and prompt by prompt, as a notebook does. `batched_loop`: strength by s
 in one batch. Baselines get their prompts tokenised beforehand. That the results are equal is
 checked: logits to a tolerance, generated texts to the letter.
 
-`flops_over_baseline` counts the matrix products that were made. `changed_share` is the floor: of
-all tokens times blocks times strengths, the share that lies at or behind a steered token and above
-the first steered block; nothing below it can be shared between strengths of one prompt.
+`flops_over_baseline` counts the matrix products that were made. `changed_share` says how much could
+be saved by sharing between the strengths of one prompt alone: of all tokens times blocks, the share
+at or behind the first steered token and above the first steered block. A fan stays below it where
+prompts begin alike, and because the last block is run to the end for the read position only.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ def write_loop(
     return found
 
 
-def flops(run: Callable[[], object]) -> int:
-    """Multiplications and additions of one run's matrix products."""
+def counted(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a run gives, and the multiplications and additions of its matrix products."""
     with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+        found = run()
+    return found, counter.get_total_flops()
 
 
 def timed(
@@ -85,7 +86,7 @@ def timed(
 
 
 def changed_share(lm: LanguageModel, vector: VectorSteering, prompts: Sequence[str]) -> float:
-    """The floor, see above."""
+    """What strengths change, see above."""
     encoded = [lm.encode(prompt) for prompt in prompts]
     behind = sum(len(item.ids) - first_steered(vector, item) for item in encoded)
     above = lm.n_layers - 1 - shared_depth(vector)
@@ -110,11 +111,11 @@ def main() -> None:
             BATCHED: partial(read_loop, lm, vector, list(lm.batches(encoded))),
             "fan": partial(fan.next_logits, READOUT_STRENGTHS),
         }
-        logits = {name: run() for name, run in reads.items()}
+        once = {name: counted(run) for name, run in reads.items()}
+        logits = {name: found for name, (found, _) in once.items()}
         worst = float((logits["fan"] - logits[PLAIN]).abs().max())
         if worst > TOLERANCE or fan.reason:
             raise SystemExit(f"logits differ by {worst:.1e} ({fan.plan})")
-        work = {name: flops(run) for name, run in reads.items()}
         results.append(
             {
                 "sweep": "readout",
@@ -129,7 +130,9 @@ def main() -> None:
                     (logits[BATCHED] - logits[PLAIN]).abs().max()
                 ),
                 "changed_share": changed_share(lm, vector, prompts),
-                "flops_over_baseline": {name: work[name] / work[PLAIN] for name in reads},
+                "flops_over_baseline": {
+                    name: work / once[PLAIN][1] for name, (_, work) in once.items()
+                },
                 "plan": fan.plan,
                 "runs": timed(dict(reads), options.repeats, PLAIN),
             }
