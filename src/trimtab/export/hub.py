@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -20,11 +20,27 @@ _EXTRA = ("LICENSE*", "NOTICE*")
 class Hub(Protocol):
     """The two calls of `huggingface_hub.HfApi` that publishing takes."""
 
-    def create_repo(self, repo_id: str, **how: Any) -> Any:
+    def create_repo(
+        self,
+        repo_id: str,
+        *,
+        repo_type: str | None = None,
+        private: bool | None = None,
+        exist_ok: bool = False,
+    ) -> object:
         """Create a repository, or find it there."""
         ...
 
-    def upload_folder(self, *, repo_id: str, folder_path: str | Path, **how: Any) -> Any:
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str | Path,
+        repo_type: str | None = None,
+        commit_message: str | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+    ) -> object:
         """Upload a folder as one commit."""
         ...
 
@@ -56,7 +72,7 @@ def push(
             found=f"no {CARD} in it" if source.is_dir() else "no such folder",
             advice="push a folder that `trimtab bake` or `trimtab export --to peft` wrote",
         )
-    hub = HfApi() if api is None else api
+    hub: Hub = HfApi() if api is None else api
     try:
         hub.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         commit = hub.upload_folder(

@@ -125,7 +125,7 @@ _KNOWN: dict[str, Layout] = {
             "Qwen3ForCausalLM",
             mid_bias=_O_BIAS,
             switches=(("attention_bias", _QKVO),),
-            null="output_bias",
+            null="value_bias",
         ),
         Layout(
             "gemma",

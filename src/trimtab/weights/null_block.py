@@ -2,8 +2,9 @@
 
 Its projections are zero, so its MLP adds nothing and its attention adds only what biases make:
 
-output bias (Llama, Qwen3, Granite, Gemma): o_proj.bias = t / r.
-value bias (Qwen2): v_proj.bias[0] = 1 and o_proj.weight[:, 0] = t / r. Attention weights sum to 1,
+output bias (Llama, Granite, Gemma): o_proj.bias = t / r.
+value bias (Qwen2, which has no output bias, and Qwen3, whose output bias not every runtime reads):
+    v_proj.bias[0] = 1 and o_proj.weight[:, 0] = t / r. Attention weights sum to 1,
     so the first coordinate of the first head is 1 at every token, whatever the window.
 post-norm (Gemma 2 and 3, OLMo 2): the norm after the attention makes g b / sqrt(mean(b^2) + eps) of
     a constant b = o_proj.bias with gain g. OLMo 2: b = 1 and g = t sqrt(1 + eps). Gemma stores
@@ -33,8 +34,7 @@ _OUTPUT_BIAS = "o_proj.bias"
 def add_null_block(draft: Draft, point: Point, constant: Tensor) -> None:
     """Put in a block that adds a constant of the stream, float64 `[d_model]`, at a point."""
     kind, layer = point
-    if draft.layout.null != "value_bias":
-        draft.ensure_biases("attention_bias")
+    draft.ensure_biases("attention_bias")
     if kind == "mid":
         whole = draft.block_of(layer, "attention")
         at = draft.blocks.index(whole)

@@ -1,0 +1,1 @@
+"""Other programs on what Trimtab wrote: `make test-interop`."""
