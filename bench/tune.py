@@ -39,6 +39,7 @@ from trimtab.strength.tune import tune
 
 BUDGET, FLOOR, TOKENS, PROMPTS = 0.5, 0.9, 40, 32
 LAYERS, STRENGTHS = 6, 13
+VECTORS = (("refusal", "mean_difference"), ("topic", "next_token"), ("mood", "next_token"))
 
 
 def grid(lm: LanguageModel, validation: Behavior, vector: VectorSteering) -> VectorSteering | None:
@@ -111,11 +112,7 @@ def main() -> None:
     options = arguments(__doc__ or "", repeats=1)
     lm = load("harbor", dtype=torch.float32)
     results: list[dict[str, object]] = []
-    for name, method in (
-        ("refusal", "mean_difference"),
-        ("topic", "next_token"),
-        ("mood", "next_token"),
-    ):
+    for name, method in VECTORS:
         behavior = load_behavior(name)
         vector = find(lm, behavior, method)
         splits = behavior.split(0)
