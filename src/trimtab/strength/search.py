@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from trimtab.behavior import Behavior
     from trimtab.model import LanguageModel
 
-SCREENED = 5  # prompts a side of the first look
-SAMPLED, GLANCED = 8, 4  # places of which a few answers are read, prompts a side of that
+SCREENED = 4  # prompts a side of the first look
+SAMPLED, GLANCED = 7, 4  # places of which a few answers are read, prompts a side of that
 FEW = 8  # prompts a side on which cells are answered before they are confirmed
 ROUND = 3  # places refined and answered per round
 SHARES = (0.55, 1.0)  # of the strength that meets the budget
 CONFIRMED = 2  # cells confirmed per round
 LOOKED = 16  # prompts of the coarse look at damage
-COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.0, 1.1)  # of the strength found so far
-CURVE = (0.45, 0.7, 1.0, 1.3, 1.8, 3.0)  # of the chosen strength
+COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.08)  # of the strength found so far
+CURVE = (0.45, 0.7, 1.0, 1.4, 2.5)  # of the chosen strength
 SLACK = 1.02  # the strength is solved for to a few per cent of damage
 STEPS = ROUND + 5  # of progress, when the first round has a cell that passes
 
@@ -207,34 +207,51 @@ class Search:
             low, _ = paired_bootstrap(result.scores, before, self.seed)
         return "" if low > 0 else "no gain"
 
-    def curve(
-        self, chosen: VectorSteering, target: float
-    ) -> tuple[tuple[SweepRow, ...], tuple[float, float] | None]:
-        """Measure the chosen place against strength; return the rows and the window."""
+    def curve(self, chosen: VectorSteering) -> tuple[SweepRow, ...]:
+        """Measure the chosen place against strength."""
         strengths = [chosen.strength * factor for factor in CURVE]
         results = self.few.run_many(chosen, strengths, self.side)
-        rows = [
+        self.step()
+        return tuple(
             replace(sweep_row(chosen.at(m), result, self.seed), samples=())
             for m, result in zip(strengths, results, strict=True)
-        ]
-        self.step()
+        )
+
+    def gentler(self, chosen: VectorSteering, rows: Sequence[SweepRow]) -> VectorSteering:
+        """Return the weakest strength of the curve that does as well, once confirmed; else the chosen.
+
+        The search ends where the budget does; what is not needed there is only damage.
+        """
         at = CURVE.index(1.0)
+        for row in rows[:at]:
+            if row.score >= rows[at].score and row.coherence >= self.floor:
+                place = Tried(chosen.layers, "screened", "passed", row, str(chosen.scope))
+                tried = self.confirm(place)
+                if tried.verdict == "passed" and tried.row.score >= self.passed.score:
+                    self.passed = tried.row
+                    return self.place(tried)
+                break
+        return chosen
+
+    def window(self, rows: Sequence[SweepRow], target: float) -> tuple[float, float] | None:
+        """Return the ends of the run of strengths around the chosen one that pass at the target."""
         inside = [
             row.score >= target
             and row.coherence >= self.floor
             and row.damage_p95 <= self.budget * SLACK
             for row in rows
         ]
+        at = next(i for i, row in enumerate(rows) if row.strength == self.passed.strength)
         inside[at] = self.passed.score >= target  # confirmed on more prompts than the curve has
         if not inside[at]:
-            return tuple(rows), None
+            return None
         first, last = at, at
         while first > 0 and inside[first - 1]:
             first -= 1
         while last + 1 < len(rows) and inside[last + 1]:
             last += 1
         ends = sorted((rows[first].strength, rows[last].strength))
-        return tuple(rows), (ends[0], ends[1])
+        return ends[0], ends[1]
 
     def damage_coherence(self, curve: Sequence[SweepRow]) -> float:
         """Return the rank correlation over every cell that was answered."""

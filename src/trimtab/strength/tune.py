@@ -4,7 +4,8 @@
    and read a handful of answers at the best of them.
 2. Refine the strength at which measured p95 damage meets the budget, for the most promising.
 3. Answer prompts at that strength and below it; confirm the best cells on the validation split.
-4. Measure the winner's curve, its window, and on the test split its effect beside random directions.
+4. Measure the winner's curve; take the weakest strength on it that does as well; read the window; on
+   the test split measure the effect beside random directions.
 
 A cell passes when its score beats the unsteered model's on the same prompts (on the whole split by
 more than chance: the paired interval excludes 0), its coherence reaches the floor and its damage keeps
@@ -225,7 +226,9 @@ def tune(
             coherence_floor, max_new_tokens, max_prompts, seed, progress,
         )  # fmt: skip
         chosen = search.choose(layers, scopes, target)
-        curve, window = search.curve(chosen, target)
+        curve = search.curve(chosen)
+        chosen = search.gentler(chosen, curve)
+        window = search.window(curve, target)
         test = Evaluator(
             lm, splits.named("test"), max_new_tokens=max_new_tokens, max_prompts=max_prompts,
             unsteered=search.known,
