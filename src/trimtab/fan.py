@@ -129,7 +129,7 @@ class Fan:
                     f"a prompt of {len(item.ids)} tokens",
                     "read at least one position and at most all",
                 )
-            lm._check_length(len(item.ids))
+            lm.check_length(len(item.ids))
         self._items = [
             Item(tuple(item.ids), count, first_steered(vector, item))
             for item, count in zip(self.encoded, self.counts, strict=True)

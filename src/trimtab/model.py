@@ -159,13 +159,13 @@ class LanguageModel:
             logits_to_keep: Only this many last positions; 0 for all.
         """
         arguments: dict[str, object] = {}
-        accepted = self._arguments
+        accepted = self.forward_arguments
         if "position_ids" in accepted:
             # From the mask: a model with absolute position embeddings counts padding otherwise.
             arguments["position_ids"] = batch.position_ids
         if logits_to_keep and "logits_to_keep" in accepted:
             arguments["logits_to_keep"] = logits_to_keep
-        self._check_length(batch.input_ids.shape[1])
+        self.check_length(batch.input_ids.shape[1])
         with self.calling(batch):
             output = self.model(
                 input_ids=batch.input_ids,
@@ -255,15 +255,16 @@ class LanguageModel:
         listed, single = _listed(prompt)
         encoded = [self.encode(item) for item in listed]
         for item in encoded:
-            self._check_length(len(item.ids) + max_new_tokens)
+            self.check_length(len(item.ids) + max_new_tokens)
         answers = generation.answer(self, encoded, max_new_tokens, temperature, seed, use_cache)
         return answers[0] if single else answers
 
     @cached_property
-    def _arguments(self) -> frozenset[str]:
+    def forward_arguments(self) -> frozenset[str]:
+        """Names that the model's forward takes."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
         """Refuse what learned absolute positions cannot hold; rotary ones stretch."""
         limit = self._position_limit
         if limit is not None and length > limit:

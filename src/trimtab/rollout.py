@@ -60,7 +60,7 @@ def rollout(
         )
     fan = Fan(lm, vector, [lm.encode(prompt) for prompt in prompts])
     for item in fan.encoded:
-        lm._check_length(len(item.ids) + max_new_tokens)
+        lm.check_length(len(item.ids) + max_new_tokens)
     answers = [[""] * len(prompts) for _ in strengths]
     if not fan.shares(strengths):
         for place, strength in enumerate(strengths):

@@ -46,9 +46,9 @@ def call(
         float32 logits `[batch, keep, vocab]`, or None where the cache has ended the pass.
     """
     arguments: dict[str, object] = {}
-    if "position_ids" in lm._arguments:
+    if "position_ids" in lm.forward_arguments:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if "logits_to_keep" in lm._arguments:
+    if "logits_to_keep" in lm.forward_arguments:
         arguments["logits_to_keep"] = keep
     try:
         with lm.calling(batch):

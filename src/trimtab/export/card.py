@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from trimtab.export.files import public_name
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
-from trimtab.strength.units import convert
-from trimtab.tables import Table, clean
-from trimtab.weights.card import HUB_ID
+from trimtab.weights.card import HUB_ID, one_line, steering_section
 
 _LOAD = """## How to load
 ```python
@@ -39,38 +37,10 @@ def adapter_card(
     return "\n".join(
         (
             f"---\nlibrary_name: peft\ntags:\n- trimtab\n- steering\n{linked}---",
-            f"# {_line(base)}, a steering adapter\n",
+            f"# {one_line(base)}, a steering adapter\n",
             f"Fingerprint of the base: {lm.fingerprint}. Modules: {', '.join(modules)}.\n",
-            *(_steering(vector) for vector in vectors),
+            *(steering_section(vector) for vector in vectors),
             _LOAD,
             f"## Limits\n\n{limits}",
         )
     )
-
-
-def _steering(vector: VectorSteering) -> str:
-    made = vector.provenance
-    facts = (
-        ("behaviour", made.get("behavior", "not recorded")),
-        ("data hash", made.get("data_hash", "not recorded")),
-        ("method", made.get("method", "not recorded")),
-        ("layers (0-based)", ", ".join(map(str, vector.layers))),
-        ("operation, site, scope", f"{vector.operation}, {vector.site}, {vector.scope}"),
-        ("strength m", f"{vector.strength:g}"),
-    )
-    table = Table("", ("what", "value"), tuple((name, str(value)) for name, value in facts))
-    return (
-        f"## Steering: {_line(vector.label)}\n\n{_markdown(table)}\n"
-        "alpha is the length added along a unit direction; mu is the mean norm there on neutral"
-        f" prompts.\n\n{_markdown(convert(vector).table())}"
-    )
-
-
-def _markdown(table: Table) -> str:
-    rows = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-    lines = ["| " + " | ".join(_line(cell) for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
-
-
-def _line(text: str) -> str:
-    return " ".join(clean(text).split()).replace("|", "\\|")

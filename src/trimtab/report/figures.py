@@ -22,7 +22,7 @@ LABELS = {
     "baked": "baked checkpoint",
     "null": "random vector",
 }
-_AXIS = {
+AXIS = {
     "gridcolor": "var(--grid)",
     "linecolor": "var(--line)",
     "zerolinecolor": "var(--line)",
@@ -88,20 +88,20 @@ def strength_curve(name: str, entry: Row) -> Figure:
             axis="y2",
         ),
     ]
-    layout = _layout()
+    layout = base_layout()
     layout |= {
-        "xaxis": {**_AXIS, "title": _title("strength m"), "anchor": "y2", "zeroline": True},
+        "xaxis": {**AXIS, "title": axis_title("strength m"), "anchor": "y2", "zeroline": True},
         "yaxis": {
-            **_AXIS,
-            "title": _title("share"),
+            **AXIS,
+            "title": axis_title("share"),
             "range": [-0.03, 1.05],
             "domain": [0.44, 1],
             "tickformat": ".0%",
             "fixedrange": True,
         },
         "yaxis2": {
-            **_AXIS,
-            "title": _title("nats per token"),
+            **AXIS,
+            "title": axis_title("nats per token"),
             "domain": [0, 0.34],
             "rangemode": "tozero",
             "fixedrange": True,
@@ -128,16 +128,16 @@ def lever_bars(name: str, entry: Row) -> Figure:
         "hovertemplate": "%{y}: %{text}<extra></extra>",
         "width": 0.62,
     }
-    layout = _layout()
+    layout = base_layout()
     layout |= {
         "xaxis": {
-            **_AXIS,
-            "title": _title(f"share of answers: {name}"),
+            **AXIS,
+            "title": axis_title(f"share of answers: {name}"),
             "range": [0, 1.03],
             "tickformat": ".0%",
             "fixedrange": True,
         },
-        "yaxis": {**_AXIS, "tickfont": {"color": "var(--ink)"}, "fixedrange": True},
+        "yaxis": {**AXIS, "tickfont": {"color": "var(--ink)"}, "fixedrange": True},
         "showlegend": False,
         "height": 90 + 44 * len(levers),
     }
@@ -167,7 +167,8 @@ def describe_bars(name: str, entry: Row) -> str:
     return f"{name}, share of answers by lever: {shares}."
 
 
-def _layout() -> Figure:
+def base_layout() -> Figure:
+    """Return what every figure's layout starts from."""
     return {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -185,7 +186,8 @@ def _layout() -> Figure:
     }
 
 
-def _title(text: str) -> Figure:
+def axis_title(text: str) -> Figure:
+    """Return an axis title in the page's soft colour."""
     return {"text": text, "font": {"color": "var(--soft)", "size": 12}}
 
 

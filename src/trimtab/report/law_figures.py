@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.report.figures import _AXIS, Figure, _title
-from trimtab.report.figures import _layout as _page_layout
+from trimtab.report.figures import AXIS, Figure, axis_title, base_layout
 from trimtab.tables import clean, number
 
 COLORS = (
@@ -210,7 +209,7 @@ def heat_figure(
         "xgap": 1,
         "ygap": 1,
         "colorbar": {
-            "title": {**_title(_shown(value_label)), "side": "right"},
+            "title": {**axis_title(_shown(value_label)), "side": "right"},
             "tickfont": {"color": "var(--soft)"},
             "thickness": 12,
             "outlinewidth": 0,
@@ -281,9 +280,9 @@ def _window(window: tuple[float | None, float | None] | None) -> list[Figure]:
 
 def _layout(height: int, x_label: str, y_label: str) -> Figure:
     axes = [
-        {**_AXIS, "title": _title(_shown(one)), "fixedrange": True} for one in (x_label, y_label)
+        {**AXIS, "title": axis_title(_shown(one)), "fixedrange": True} for one in (x_label, y_label)
     ]
-    return {**_page_layout(), "height": height, "xaxis": axes[0], "yaxis": axes[1]}
+    return {**base_layout(), "height": height, "xaxis": axes[0], "yaxis": axes[1]}
 
 
 def _figure(data: list[Figure], layout: Figure, description: str, caption: str) -> Figure:

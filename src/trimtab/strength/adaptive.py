@@ -9,7 +9,7 @@ alone, which is where damage is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.measure.coherence import coherence_for
@@ -17,7 +17,6 @@ from trimtab.measure.divergence import Reference, summarise
 from trimtab.measure.intervals import share_interval
 from trimtab.measure.judges import judge_for
 from trimtab.measure.summary import mean
-from trimtab.steering import VectorSteering
 from trimtab.strength.laws import decisions
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from trimtab.chat import Prompt
     from trimtab.measure.evaluate import Evaluator
     from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
     from trimtab.strength.screen import Odds
 
 
@@ -53,16 +53,15 @@ class AdaptiveResult:
     damage_p95: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows(VectorSteering):
-    """A vector with a strength for each prompt."""
+@dataclass(frozen=True)
+class _Rows:
+    """A vector with a strength for each prompt, as one switch."""
 
-    rows: tuple[float, ...] = field(kw_only=True)
+    vector: VectorSteering
+    strengths: tuple[float, ...]
 
-    def on(
-        self, lm: LanguageModel, row_strengths: Sequence[float] | None = None
-    ) -> AbstractContextManager[None]:
-        return super().on(lm, row_strengths=row_strengths or self.rows)
+    def on(self, lm: LanguageModel) -> AbstractContextManager[None]:
+        return self.vector.on(lm, row_strengths=self.strengths)
 
 
 def adaptive_strengths(
@@ -123,8 +122,7 @@ def measure_adaptive(
     shown = evaluator.prompts(damaged)
     own = adaptive_strengths(lm, vector, odds, shown, goal, window)
     reference = Reference(lm, shown, evaluator.unsteered(damaged))
-    plain = {f.name: getattr(vector, f.name) for f in fields(VectorSteering)}
-    damage = summarise(reference.kl(_Rows(**plain, rows=own)), seed)
+    damage = summarise(reference.kl(_Rows(vector, own)), seed)
     low, high = share_interval(scores, seed)
     return AdaptiveResult(
         goal=goal,

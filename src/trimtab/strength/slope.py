@@ -90,7 +90,9 @@ def slopes(
         if min(vector.layers) > _FAILED.get(lm.model, -1):
             try:
                 found = _jvp(lm, vector, batch, encoded, at)
-            except RuntimeError as error:  # also NotImplementedError: an operation lacks it
+            except torch.OutOfMemoryError:
+                raise  # a smaller batch helps, three passes of a difference do not
+            except RuntimeError as error:  # what torch raises where an operation has no derivative
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logger.warning("%s: no forward-mode derivative (%s); differences", lm.name, reason)
                 _FAILED[lm.model] = min(vector.layers)

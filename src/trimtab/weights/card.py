@@ -23,16 +23,17 @@ def model_card(plan: Plan, vectors: Sequence[VectorSteering], report: BakeReport
     return "\n".join(
         (
             f"---\nlibrary_name: transformers\ntags:\n- trimtab\n- steering\n{linked}---",
-            f"# {_cell(base)}, steered\n",
+            f"# {one_line(base)}, steered\n",
             "The steering is part of this checkpoint's weights. It needs no hook and no extra"
             " library, acts on every token, and no prompt switches it off.\n",
-            _markdown(_origin(plan, report)),
-            *(_steering(vector) for vector in vectors),
+            markdown(_origin(plan, report)),
+            *(steering_section(vector) for vector in vectors),
             "## How it was done\n",
-            "\n".join(f"{n}. {_cell(step)}" for n, step in enumerate(plan.steps, start=1)) + "\n",
+            "\n".join(f"{n}. {one_line(step)}" for n, step in enumerate(plan.steps, start=1))
+            + "\n",
             "## Checked after saving and reloading\n",
             # Without the first rows: route and folder, the one said above, the other the maker's.
-            _markdown(Table("", checks.columns, checks.rows[2:])),
+            markdown(Table("", checks.columns, checks.rows[2:])),
             *(() if report.margin is None else (_margin(report.margin),)),
             _limits(plan, report),
             "## How to undo\n",
@@ -54,7 +55,8 @@ def _origin(plan: Plan, report: BakeReport) -> Table:
     return Table("", ("what", "value"), tuple(facts.items()))
 
 
-def _steering(vector: VectorSteering) -> str:
+def steering_section(vector: VectorSteering) -> str:
+    """Return what a card says of one vector: its origin and its strength in every unit."""
     made = vector.provenance
     facts = {
         "behaviour": made.get("behavior", "not recorded"),
@@ -66,16 +68,16 @@ def _steering(vector: VectorSteering) -> str:
     }
     table = Table("", ("what", "value"), tuple((k, str(v)) for k, v in facts.items()))
     return (
-        f"## Steering: {_cell(vector.label)}\n\n{_markdown(table)}\n"
+        f"## Steering: {one_line(vector.label)}\n\n{markdown(table)}\n"
         "alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
-        f" there on neutral prompts.\n\n{_markdown(convert(vector).table())}"
+        f" there on neutral prompts.\n\n{markdown(convert(vector).table())}"
     )
 
 
 def _margin(margin: Margin) -> str:
     table = margin.table()
     return (
-        f"## Margin of {_cell(margin.behavior)}\n\n{_markdown(table)}\n"
+        f"## Margin of {one_line(margin.behavior)}\n\n{markdown(table)}\n"
         f"Data hash {margin.data_hash}. A gap that grows on `toward` prompts hardens the behaviour;"
         " one that grows on `away` prompts makes it show where it should not.\n"
     )
@@ -87,7 +89,7 @@ def _limits(plan: Plan, report: BakeReport) -> str:
         if report.margin is not None
         else "What the steering does to the behaviour, and what else it changes,"
     )
-    notes = "".join(f"\n- {_cell(note)}" for note in plan.notes)
+    notes = "".join(f"\n- {one_line(note)}" for note in plan.notes)
     return f"## Limits\n\n- {measured} was not measured by the baking; measure it before use.{notes}\n"  # fmt: skip
 
 
@@ -108,11 +110,13 @@ def _undo(plan: Plan) -> str:
     )
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, its notes underneath."""
     rows = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(one_line(cell) for cell in row) + " |" for row in rows]
     return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
 
 
-def _cell(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return text that cannot leave its line or its table cell."""
     return " ".join(clean(text).split()).replace("|", "\\|")
