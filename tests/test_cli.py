@@ -17,7 +17,8 @@ from trimtab import cli
 from trimtab.cli.support import parse_layers
 from trimtab.errors import TrimtabError
 from trimtab.model import load
-from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.prompt_steering import PromptSteering
+from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.tables import clean
 

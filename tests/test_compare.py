@@ -16,7 +16,7 @@ from trimtab.measure.divergence import answer_kl, summarise
 from trimtab.measure.intervals import clopper_pearson, paired_bootstrap, two_way_bootstrap
 from trimtab.measure.nulls import null_seeds, random_null
 from trimtab.model import LanguageModel
-from trimtab.steering import prompt
+from trimtab.prompt_steering import prompt
 
 TOKENS = planted.TOKENS
 

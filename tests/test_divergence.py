@@ -14,7 +14,8 @@ from trimtab.errors import TrimtabError
 from trimtab.measure import divergence
 from trimtab.measure.divergence import Reference, answer_kl, summarise
 from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering, prompt
+from trimtab.prompt_steering import prompt
+from trimtab.steering import VectorSteering
 
 PROMPTS = [
     "How do I borrow the ledger?",

@@ -16,7 +16,8 @@ from trimtab.errors import TrimtabError
 from trimtab.export import steered_lm, write_lm_eval
 from trimtab.export.lm_eval import steer_config
 from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering, prompt
+from trimtab.prompt_steering import prompt
+from trimtab.steering import VectorSteering
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 

@@ -10,8 +10,9 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
+from trimtab.prompt_steering import prompt
 from trimtab.scope import Scope
-from trimtab.steering import Steering, VectorSteering, prompt
+from trimtab.steering import Steering, VectorSteering
 
 PROMPTS = ["The ferry leaves at noon.", "Please talk only about cats on the pier."]
 
@@ -212,30 +213,6 @@ def test_labels_say_what_and_how_hard():
 
 def test_levers_follow_the_protocol():
     assert isinstance(built(), Steering) and isinstance(prompt("x"), Steering)
-
-
-def test_a_prompt_lever_is_the_system_text_and_is_restored(lm):
-    lever = prompt("Talk only about cats.")
-    plain = lm.encode(PROMPTS[0]).ids
-    with lever.on(lm):
-        assert lm.system == "Talk only about cats."
-        steered = lm.encode(PROMPTS[0])
-        with prompt("Inner.").on(lm):
-            assert "Inner." in lm.encode(PROMPTS[0]).text
-        assert lm.system == "Talk only about cats."
-    assert "Talk only about cats." in steered.text
-    assert lm.system is None and lm.encode(PROMPTS[0]).ids == plain
-    with lever.at(0).on(lm):
-        assert lm.encode(PROMPTS[0]).ids == plain
-    with pytest.raises(ZeroDivisionError), lever.on(lm):
-        _ = 1 / 0
-    assert lm.system is None
-
-
-@pytest.mark.parametrize("strength", [0.5, -1.0, 2.0, float("nan")])
-def test_a_prompt_has_no_half_strength(strength):
-    with pytest.raises(TrimtabError, match="0 or 1"):
-        prompt("x").at(strength)
 
 
 def test_an_empty_prompt_is_refused():

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trimtab.errors import TrimtabError
+from trimtab.prompt_steering import PromptSteering
 from trimtab.scope import Scope
-from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.steering import VectorSteering
 from trimtab.steering_file import describe, load_steering, save_steering
 
 

@@ -15,8 +15,9 @@ from trimtab.errors import TrimtabError
 from trimtab.find import find
 from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
 from trimtab.model import LanguageModel, load
+from trimtab.prompt_steering import PromptSteering, prompt
 from trimtab.scope import Scope
-from trimtab.steering import PromptSteering, Steering, VectorSteering, prompt
+from trimtab.steering import Steering, VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.strength import calibrate, convert
 from trimtab.strength.choose import choose

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2.exceptions import TemplateError
 
 from trimtab.errors import TrimtabError
+from trimtab.tokenise import tokenise, tokenise_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,8 +17,42 @@ if TYPE_CHECKING:
 Message: TypeAlias = "dict[str, str]"
 Prompt: TypeAlias = "str | Sequence[Message]"
 
+SLOTS = ("system", "prefix", "suffix")
+# Between a slot and the user's text. A suffix itself begins with its space: tokenizers join the two.
+SEPARATORS = {"system": "", "prefix": " ", "suffix": ""}
+
 # Stands in for a message while the template is asked what it writes around one.
 _MARKER = "trimtab0marker0text"
+# Stands in for what is inserted.
+_SLOT = "trimtab0slot{}0text"
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Something that every prompt gets: text, or ids that stand for no text.
+
+    Attributes:
+        slot: `prefix`, in front of the last user text; `suffix`, behind it; `system`, in the system
+            message.
+        text: What is put there.
+        ids: Tokens that are put there in its stead, such as those of a soft prompt.
+        separator: Text between it and the user's.
+
+    Raises:
+        TrimtabError: An unknown slot.
+    """
+
+    slot: str
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    separator: str = " "
+
+    def __post_init__(self) -> None:
+        """Check the slot."""
+        if self.slot not in SLOTS:
+            raise TrimtabError(
+                f"the slot {self.slot!r}", "no such slot", f"use one of {', '.join(SLOTS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,6 +81,7 @@ def render(
     prompt: Prompt,
     system: str | None = None,
     completion: str | None = None,
+    inserts: Sequence[Insert] = (),
 ) -> Encoded:
     """Render a prompt through the chat template where there is one, and tokenise it once.
 
@@ -56,11 +92,23 @@ def render(
             user text.
         completion: An answer, appended after the generation prompt and closed by the end-of-turn
             token.
+        inserts: Put into their slots, the first one innermost. Text beside ids is tokenised by
+            itself.
 
     Raises:
         TrimtabError: The prompt has no known form, the template refuses it, or it has no tokens.
     """
     messages = _messages(prompt)
+    soft: dict[str, tuple[int, ...]] = {}
+    for number, insert in enumerate(inserts):
+        text = insert.text
+        if insert.ids:
+            text = _SLOT.format(number)
+            soft[text] = insert.ids
+        if insert.slot == "system":
+            system = text if system is None else f"{system}\n\n{text}"
+        else:
+            messages = _insert(messages, insert, text)
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         messages = _place_system(tokenizer, messages, system)
@@ -72,7 +120,7 @@ def render(
     prompt_end = len(text)
     if completion is not None:
         text += completion + end_of_turn(tokenizer)
-    ids, count_until = _tokenise(tokenizer, text, add_special_tokens=not templated)
+    ids, count_until = tokenise_around(tokenizer, text, soft, add_special_tokens=not templated)
     prompt_length = count_until(prompt_end, False) if completion is not None else len(ids)
     if prompt_length == 0:
         raise TrimtabError(f"prompt {prompt!r}", "no tokens", "give a prompt with some text")
@@ -80,7 +128,92 @@ def render(
         min(count_until(user_end, True), prompt_length) if templated else prompt_length
     )
     completion_end = None if completion is None else count_until(prompt_end + len(completion), True)
+    for marker in soft:
+        text = text.replace(marker, "")
     return Encoded(text, ids, prompt_length, instruction_end, completion_end)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands around a slot of one rendered prompt.
+
+    Attributes:
+        before: Tokens in front of the slot.
+        after: Tokens behind it, the generation prompt included.
+        head: How many of `after` follow the user's text.
+        texts: The rendered text in front of the slot and behind it.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    head: int
+    texts: tuple[str, str]
+
+
+def surroundings(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None, insert: Insert
+) -> Surroundings:
+    """Tokenise a prompt around a slot whose content is yet to be chosen.
+
+    Args:
+        tokenizer: As for `render`.
+        prompt: As for `render`.
+        system: As for `render`.
+        insert: Says which slot, and the separator; its text and ids do not matter.
+
+    Raises:
+        TrimtabError: As `render`; or the separator shares a token with what follows it.
+    """
+    marker = _SLOT.format(0)
+    messages = _messages(prompt)
+    if insert.slot == "system":
+        system = marker if system is None else f"{system}\n\n{marker}"
+    else:
+        messages = _insert(messages, insert, marker)
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        messages = _place_system(tokenizer, messages, system)
+        text = _apply(tokenizer, messages)
+        user_end = _user_end(tokenizer, messages, text)
+    else:
+        text = _plain(messages, system)
+        user_end = len(text)
+    start = text.index(marker)
+    end = start + len(marker)
+    ids, count = tokenise(tokenizer, text, add_special_tokens=not templated)
+    first, last = count(start, False), count(end, True)
+    if insert.slot == "suffix" and _joins(tokenizer, text[:start]):
+        raise TrimtabError(
+            f"a suffix behind the separator {insert.separator!r}",
+            "a tokenizer that joins the two into one token",
+            "use the separator '' and let the suffix begin with it",
+        )
+    follows = len(ids) - count(user_end, True) if templated else 0
+    head = min(follows, len(ids) - last)
+    return Surroundings(tuple(ids[:first]), tuple(ids[last:]), head, (text[:start], text[end:]))
+
+
+def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether words that follow a text share its last token."""
+    for word in ("the", "a", "Be", "cats"):
+        _, count = tokenise(tokenizer, text + word, False)
+        if count(len(text), True) > count(len(text), False):
+            return True
+    return False
+
+
+def _insert(messages: list[Message], insert: Insert, text: str) -> list[Message]:
+    """Put text in front of the last user text, or behind it."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if last is None:
+        raise TrimtabError(
+            f"a {insert.slot} of the last user text",
+            "a conversation without a user message",
+            "add a user message, or use the slot 'system'",
+        )
+    parts = [text, messages[last]["content"]]
+    content = insert.separator.join(parts if insert.slot == "prefix" else reversed(parts))
+    return [*messages[:last], {"role": "user", "content": content}, *messages[last + 1 :]]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -193,63 +326,3 @@ def _user_end(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text:
     content = messages[last]["content"].strip()
     start = text.rfind(content)
     return len(text) if start < 0 else start + len(content)
-
-
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
-) -> tuple[list[int], Callable[[int, bool], int]]:
-    """Tokens of a text, and a function from a character to the number of tokens before it.
-
-    Of a token that lies across the character, `count(char, True)` says that it comes before and
-    `count(char, False)` that it does not.
-    """
-
-    def encode(part: str, offsets: bool) -> dict[str, list]:
-        return dict(
-            tokenizer(
-                part,
-                add_special_tokens=add_special_tokens,
-                return_offsets_mapping=offsets,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-        )
-
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    encoding = encode(text, fast)
-    ids: list[int] = list(encoding["input_ids"])
-    eos, eos_text = tokenizer.eos_token_id, tokenizer.eos_token
-    if fast:
-        spans: list[tuple[int, int]] = list(encoding["offset_mapping"])
-        # A tokenizer that closes every text with eos would end the prompt before the answer: such a
-        # token covers no characters.
-        while len(ids) > 1 and ids[-1] == eos and tuple(spans[-1]) == (0, 0):
-            ids.pop()
-            spans.pop()
-
-        def count(char: int, straddling: bool) -> int:
-            n = len(ids)
-            while n > 0 and spans[n - 1] != (0, 0):
-                start, end = spans[n - 1]
-                if (start < char) if straddling else (end <= char):
-                    break
-                n -= 1
-            return n
-
-        return ids, count
-    while len(ids) > 1 and ids[-1] == eos and not text.endswith(str(eos_text)):
-        ids.pop()
-
-    def count_prefix(char: int, straddling: bool) -> int:
-        if char >= len(text):
-            return len(ids)
-        prefix = list(encode(text[:char], False)["input_ids"])
-        while len(prefix) > 1 and prefix[-1] == eos and not text[:char].endswith(str(eos_text)):
-            prefix.pop()
-        common = 0
-        while common < min(len(prefix), len(ids)) and prefix[common] == ids[common]:
-            common += 1
-        return min(len(prefix), len(ids)) if straddling else common
-
-    return ids, count_prefix

@@ -39,7 +39,22 @@ def answer(
     Returns:
         Answers in the order of the prompts.
     """
-    answers = [""] * len(encoded)
+    found = answer_ids(lm, encoded, max_new_tokens, temperature, seed, use_cache)
+    stops = end_ids(lm)
+    return [decode(lm.tokenizer, ids, stops) for ids in found]
+
+
+@torch.no_grad()
+def answer_ids(
+    lm: LanguageModel,
+    encoded: Sequence[Encoded],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Answer each prompt, as `answer`, in tokens; one that ended has its end token last."""
+    answers: list[list[int]] = [[] for _ in encoded]
     if max_new_tokens == 0:
         return answers
     stops = end_ids(lm)
@@ -58,7 +73,8 @@ def answer(
                 )
             new = tokens[:, batch.input_ids.shape[1] :]
             for row, ids in zip(batch.rows.tolist(), new.tolist(), strict=True):
-                answers[row] = decode(lm.tokenizer, ids, stops)
+                end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+                answers[row] = ids[:end]
     return answers
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from trimtab import generation
 from trimtab.batch import Batch, make_batches
-from trimtab.chat import Encoded, Message, Prompt, render
+from trimtab.chat import Encoded, Insert, Message, Prompt, render
 from trimtab.errors import TrimtabError
 from trimtab.fingerprint import fingerprint
 from trimtab.probe import text_config
@@ -40,6 +40,8 @@ class LanguageModel:
         tokenizer: Its tokenizer.
         name: Where it came from.
         system: A system text that every rendered prompt gets, or None.
+        inserts: What else every rendered prompt gets, see `trimtab.chat.Insert`.
+        soft_count: Ids beyond the vocabulary that the embedding answers for just now.
         active_batch: The batch whose calls are being made (see `calling`), or None.
     """
 
@@ -67,6 +69,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.system: str | None = None
+        self.inserts: tuple[Insert, ...] = ()
+        self.soft_count = 0
         self.active_batch: Batch | None = None
 
     def __repr__(self) -> str:
@@ -89,6 +93,16 @@ class LanguageModel:
         """Where the token ids go."""
         return next(self.model.get_input_embeddings().parameters()).device
 
+    @property
+    def known_ids(self) -> int:
+        """How many ids the embedding answers for."""
+        return next(self.model.get_input_embeddings().parameters()).shape[0] + self.soft_count
+
+    @property
+    def context(self) -> tuple[str | None, tuple[Insert, ...]]:
+        """What prompts get besides their own text."""
+        return self.system, self.inserts
+
     @cached_property
     def sites(self) -> Sites:
         """The places that can be read and written, found at first use by one tiny forward."""
@@ -104,18 +118,17 @@ class LanguageModel:
         return self._fingerprint
 
     def encode(self, prompt: Prompt, completion: str | None = None) -> Encoded:
-        """Render and tokenise a prompt, with `self.system` where one is set.
+        """Render and tokenise a prompt, with `self.system` and `self.inserts`.
 
         Raises:
             TrimtabError: The prompt has no known form, or its tokens are not in the model's
                 vocabulary.
         """
-        encoded = render(self.tokenizer, prompt, self.system, completion)
-        rows = next(self.model.get_input_embeddings().parameters()).shape[0]
-        if max(encoded.ids) >= rows:
+        encoded = render(self.tokenizer, prompt, self.system, completion, self.inserts)
+        if max(encoded.ids) >= self.known_ids:
             raise TrimtabError(
                 f"prompt {prompt!r}",
-                f"token {max(encoded.ids)} in a model with {rows} embeddings",
+                f"token {max(encoded.ids)} in a model with {self.known_ids} embeddings",
                 "use the tokenizer that belongs to the model",
             )
         return encoded

@@ -60,7 +60,7 @@ def recorded(block: nn.Module, recording: Recording) -> Iterator[None]:
             raise Stopped
         return recording.output
 
-    with _forward_as(block, keep):
+    with forward_as(block, keep):
         yield
 
 
@@ -83,14 +83,14 @@ def replayed(
 
     with ExitStack() as stack:
         for block in blocks[:depth]:
-            stack.enter_context(_forward_as(block, entered))
-        stack.enter_context(_forward_as(blocks[depth], given))
+            stack.enter_context(forward_as(block, entered))
+        stack.enter_context(forward_as(blocks[depth], given))
         yield
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Replace `forward` on the instance; a loader may have put one of its own there."""
+def forward_as(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Replace `forward` on the instance inside the block; a loader may have put one of its own there."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -326,63 +326,3 @@ class VectorSteering:
                 advice="choose at least one layer, and only layers that have a direction",
             )
         return chosen
-
-
-@dataclass(frozen=True)
-class PromptSteering:
-    """A system prompt as a lever: strength 1 uses it, strength 0 does not.
-
-    Raises:
-        TrimtabError: an empty text, or a strength between (a prompt cannot be half there).
-    """
-
-    text: str
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the text and the strength."""
-        if not isinstance(self.text, str) or not self.text.strip():
-            raise TrimtabError(
-                asked="to steer with a prompt",
-                found=f"the text {self.text!r}",
-                advice="give the instruction as a non-empty string",
-            )
-        if self.strength not in (0, 1):
-            raise TrimtabError(
-                asked=f"a prompt at strength {self.strength}",
-                found="a lever that is either there or not",
-                advice="use strength 0 or 1; a steering vector can be scaled",
-            )
-        object.__setattr__(self, "strength", float(self.strength))
-
-    @property
-    def label(self) -> str:
-        """The beginning of the text."""
-        short = self.text if len(self.text) <= 40 else self.text[:39] + "…"
-        return f'prompt "{short}"' + ("" if self.strength else " m=0")
-
-    def at(self, strength: float) -> PromptSteering:
-        """Return the same prompt, on (1) or off (0)."""
-        return replace(self, strength=strength)
-
-    @contextmanager
-    def on(self, lm: LanguageModel) -> Iterator[None]:
-        """Render every prompt of the `with` block with this system text; restored afterwards."""
-        before = lm.system
-        if self.strength:
-            lm.system = self.text
-        try:
-            yield
-        finally:
-            lm.system = before
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one steering file (docs/format.md)."""
-        from trimtab.steering_file import save_steering
-
-        return save_steering(self, path)
-
-
-def prompt(text: str) -> PromptSteering:
-    """Return the lever that puts `text` into the system prompt."""
-    return PromptSteering(text)

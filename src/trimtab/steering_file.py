@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, float32
 
+from trimtab.chat import SEPARATORS
 from trimtab.errors import TrimtabError
+from trimtab.prompt_steering import PromptSteering
 from trimtab.scope import Scope
-from trimtab.steering import PromptSteering, Steering, VectorSteering
+from trimtab.steering import Steering, VectorSteering
 
 FORMAT = "trimtab.steering"
 VERSION = 1
@@ -53,14 +55,28 @@ class _VectorHeader(_Strict):
 
 
 class _PromptHeader(_Strict):
+    """A text; what is absent has its default, so that a plain system prompt stays three fields."""
+
     kind: Literal["prompt"]
     text: str
     strength: float
+    slot: str = "system"
+    separator: str | None = None
+    provenance: dict[str, Any] = {}
 
 
-_HEADER: TypeAdapter[_VectorHeader | _PromptHeader] = TypeAdapter(
-    Annotated[_VectorHeader | _PromptHeader, Field(discriminator="kind")]
-)
+class _SoftPromptHeader(_Strict):
+    kind: Literal["soft_prompt"]
+    strength: float
+    slot: str
+    separator: str
+    fingerprint: str
+    model_name: str
+    provenance: dict[str, Any]
+
+
+_Header = _VectorHeader | _PromptHeader | _SoftPromptHeader
+_HEADER: TypeAdapter[_Header] = TypeAdapter(Annotated[_Header, Field(discriminator="kind")])
 
 
 def save_steering(steering: Steering, path: str | os.PathLike[str]) -> Path:
@@ -123,7 +139,10 @@ def load_steering(path: str | os.PathLike[str]) -> VectorSteering | PromptSteeri
     if recorded != _digest(header, tensors):
         raise _defect(path, "a checksum that does not match: the file was changed or damaged")
     try:
-        return _from_parts(_HEADER.validate_python(header), tensors)
+        parsed = _HEADER.validate_python(header)
+        if parsed.model_dump(exclude_defaults=True) != header:
+            raise _defect(path, "a field that repeats a default")
+        return _from_parts(parsed, tensors)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -139,11 +158,16 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     steering = load_steering(path)
     if isinstance(steering, PromptSteering):
+        soft = steering.vectors is not None
         return {
             "name": steering.label,
-            "kind": "prompt",
+            "kind": "soft_prompt" if soft else "prompt",
             "text": steering.text,
+            "slot": steering.slot,
+            "separator": steering.separator,
+            "tokens": len(steering.vectors) if steering.vectors is not None else None,
             "strength": steering.strength,
+            "provenance": steering.provenance,
         }
     return {
         "name": steering.label,
@@ -170,14 +194,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _to_bytes(steering: Steering) -> bytes:
     header, tensors = _to_parts(steering)
-    body = header.model_dump()
+    body = header.model_dump(exclude_defaults=True)
     body |= {"sha256": _digest(body, tensors), "format": FORMAT, "version": VERSION}
     return to_safetensors(tensors, metadata={METADATA_KEY: _canonical(body)})
 
 
-def _to_parts(steering: Steering) -> tuple[_VectorHeader | _PromptHeader, dict[str, Tensor]]:
+def _to_parts(steering: Steering) -> tuple[_Header, dict[str, Tensor]]:
     if isinstance(steering, PromptSteering):
-        return _PromptHeader(kind="prompt", text=steering.text, strength=steering.strength), {}
+        return _prompt_parts(steering)
     if not isinstance(steering, VectorSteering):
         raise TrimtabError(
             asked=f"to save a {type(steering).__name__}",
@@ -207,12 +231,55 @@ def _to_parts(steering: Steering) -> tuple[_VectorHeader | _PromptHeader, dict[s
     return header, {f"direction.{layer}": c for layer, c in steering.directions.items()}
 
 
-def _from_parts(
-    header: _VectorHeader | _PromptHeader, tensors: dict[str, Tensor]
-) -> VectorSteering | PromptSteering:
+def _prompt_parts(prompt: PromptSteering) -> tuple[_Header, dict[str, Tensor]]:
+    assert prompt.separator is not None  # it is set when the value is made
+    if prompt.vectors is None:
+        separator = None if prompt.separator == SEPARATORS[prompt.slot] else prompt.separator
+        header = _PromptHeader(
+            kind="prompt",
+            text=prompt.text,
+            strength=prompt.strength,
+            slot=prompt.slot,
+            separator=separator,
+            provenance=prompt.provenance,
+        )
+        return header, {}
+    soft = _SoftPromptHeader(
+        kind="soft_prompt",
+        strength=prompt.strength,
+        slot=prompt.slot,
+        separator=prompt.separator,
+        fingerprint=prompt.fingerprint,
+        model_name=prompt.model_name,
+        provenance=prompt.provenance,
+    )
+    return soft, {"vectors": prompt.vectors}
+
+
+def _from_parts(header: _Header, tensors: dict[str, Tensor]) -> VectorSteering | PromptSteering:
     if isinstance(header, _PromptHeader):
         _expect(not tensors, "a prompt without tensors", f"the tensors {sorted(tensors)}")
-        return PromptSteering(header.text, header.strength)
+        return PromptSteering(
+            header.text,
+            header.strength,
+            slot=header.slot,
+            separator=header.separator,
+            provenance=header.provenance,
+        )
+    if isinstance(header, _SoftPromptHeader):
+        _expect(
+            list(tensors) == ["vectors"], "one tensor, vectors", f"the tensors {sorted(tensors)}"
+        )
+        return PromptSteering(
+            "",
+            header.strength,
+            slot=header.slot,
+            separator=header.separator,
+            vectors=tensors["vectors"],
+            provenance=header.provenance,
+            fingerprint=header.fingerprint,
+            model_name=header.model_name,
+        )
     return VectorSteering(
         directions={_layer(name.removeprefix("direction.")): c for name, c in tensors.items()},
         layers=tuple(header.layers),

@@ -10,8 +10,9 @@ from safetensors.torch import load, save
 
 import tiny
 from trimtab.errors import TrimtabError
+from trimtab.prompt_steering import PromptSteering
 from trimtab.scope import Scope
-from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 
 STEERINGS = {

@@ -10,7 +10,8 @@ import typer
 
 from trimtab.cli.app import Json, Model, Seed, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
-from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.prompt_steering import PromptSteering
+from trimtab.steering import VectorSteering
 from trimtab.tables import clean
 
 

@@ -29,7 +29,9 @@ def measure_command(
     behavior: BehaviorName,
     levers: Annotated[
         list[str] | None,
-        typer.Argument(metavar="LEVER...", help="Steering files, or prompt:TEXT."),
+        typer.Argument(
+            metavar="LEVER...", help="Steering files, or prompt:TEXT, prefix:TEXT, suffix:TEXT."
+        ),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="Strength m of every vector; as stored by default.")

@@ -19,9 +19,14 @@ from transformers.utils import logging
 
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, load
-from trimtab.steering import PromptSteering, VectorSteering
+from trimtab.prompt_steering import PromptSteering, prompt
+from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.tables import write_json
+
+
+# What users type in front of a lever's words, and the slot that it means.
+LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
 
 
 def parse_layers(text: str) -> list[int]:
@@ -53,9 +58,10 @@ def parse_position(text: str) -> str | int:
 
 
 def read_lever(text: str) -> VectorSteering | PromptSteering:
-    """Read `prompt:TEXT` or the path of a steering file."""
-    if text.startswith("prompt:"):
-        return PromptSteering(text.removeprefix("prompt:"))
+    """Read `prompt:TEXT`, `prefix:TEXT`, `suffix:TEXT` or the path of a steering file."""
+    kind, colon, words = text.partition(":")
+    if colon and kind in LEVERS:
+        return prompt(words, LEVERS[kind])
     return load_steering(text)
 
 

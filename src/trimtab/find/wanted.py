@@ -12,7 +12,7 @@ from trimtab.behavior_parts import examples_at
 from trimtab.chat import Encoded, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.find.registry import Task
-from trimtab.steering import PromptSteering
+from trimtab.prompt_steering import PromptSteering
 
 SOURCES = ("auto", "prompted", "paired")
 # A greedy answer is generated a little longer than it is trained on, so that an answer that was cut

@@ -14,7 +14,8 @@ from trimtab.measure.judges import judge_kind
 from trimtab.measure.measurement import Measurement, Row
 from trimtab.measure.nulls import null_seeds, random_null
 from trimtab.measure.summary import Summary, mean, raw_alphas, summary
-from trimtab.steering import PromptSteering, Steering, VectorSteering
+from trimtab.prompt_steering import PromptSteering
+from trimtab.steering import Steering, VectorSteering
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior

@@ -197,9 +197,9 @@ class Reference:
 
     def _steered_context(self, steering: Switch) -> list[Encoded]:
         """Put the same answer tokens behind the prompt as the lever renders it."""
-        before = self.lm.system
+        before = self.lm.context
         with steering.on(self.lm):
-            if self.lm.system == before:
+            if self.lm.context == before:
                 return self.encoded
             rendered = [
                 self.lm.encode(prompt, completion=answer)

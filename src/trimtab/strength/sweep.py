@@ -160,6 +160,7 @@ def _header(evaluator: Evaluator, vector: VectorSteering, seed: int) -> dict[str
         "model": lm.fingerprint,
         "dtype": str(lm.model.dtype),
         "system": lm.system,
+        "inserts": [asdict(insert) for insert in lm.inserts],
         "vector": _hash(vector),
         "behavior": evaluator.behavior.data_hash,
         "max_new_tokens": evaluator.max_new_tokens,
