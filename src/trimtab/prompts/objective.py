@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, gap_of
 from trimtab.prompts.rows import Row
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
-
-AGGREGATORS = ("max", "logsumexp")
 
 
 class Objective(Protocol):
@@ -76,8 +76,7 @@ class CrossEntropy:
 class GapLoss:
     """Minus the gap between two token sets at the first answer position, in raw logits.
 
-    gap = agg(logits of toward) - agg(logits of away), agg the logsumexp or the max
-    (arXiv 2506.24056).
+    The gap and its aggregators are those of `trimtab.measure.readout.gap_of`.
     """
 
     def __init__(
@@ -93,18 +92,20 @@ class GapLoss:
             toward: Token ids of the behaviour.
             away: Token ids of its opposite.
             sign: +1 raises the gap, -1 lowers it.
-            aggregator: `logsumexp` or `max`.
+            aggregator: `logsumexp`, `max` or `log_odds`.
 
         Raises:
             TrimtabError: An empty set or an unknown aggregator.
         """
-        if not toward or not away or aggregator not in AGGREGATORS:
+        choice("aggregator", aggregator, AGGREGATORS)
+        if not toward or not away:
             raise TrimtabError(
-                f"the gap between {len(toward)} and {len(away)} tokens by {aggregator!r}",
-                "an empty set" if not toward or not away else "no such aggregator",
-                f"give tokens on both sides and one of {', '.join(AGGREGATORS)}",
+                f"the gap between {len(toward)} and {len(away)} tokens",
+                "an empty set",
+                "give tokens on both sides",
             )
         self.toward, self.away = list(toward), list(away)
+        self._tokens = ReadoutTokens(tuple(toward), tuple(away), (), {})
         self.sign, self.aggregator = sign, aggregator
 
     def keep(self, row: Row) -> int:
@@ -125,10 +126,7 @@ class GapLoss:
 
     def gaps(self, logits: Tensor) -> Tensor:
         """Return toward minus away of float32 logits `[..., vocab]`."""
-        sides = [logits[..., ids] for ids in (self.toward, self.away)]
-        if self.aggregator == "max":
-            return sides[0].amax(-1) - sides[1].amax(-1)
-        return sides[0].logsumexp(-1) - sides[1].logsumexp(-1)
+        return gap_of(logits, self._tokens, self.aggregator)
 
     def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         """Return -sign * gap of each row `[n]`."""

@@ -1,0 +1,79 @@
+"""`trimtab audit`: how wide a behaviour's margin is; nothing is searched or steered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.text import Text
+
+from trimtab.behavior import load_behavior
+from trimtab.checks import choice
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.support import (
+    check_writable,
+    load_model,
+    progress_bar,
+    show,
+    stdout_console,
+    write_result,
+)
+from trimtab.explain import audit, learn_sets
+from trimtab.measure.readout import AGGREGATORS
+from trimtab.report.audit_page import write_audit_page
+
+
+@app.command("audit", epilog="Example: trimtab audit harbor refusal --against ./hardened")
+def audit_command(
+    model: Model,
+    behavior: BehaviorName,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL2", help="A second checkpoint; differences are MODEL - MODEL2."),
+    ] = None,
+    aggregator: Annotated[
+        str, typer.Option(help=f"Of a set's logits: {', '.join(AGGREGATORS)}.")
+    ] = "logsumexp",
+    learn: Annotated[
+        bool,
+        typer.Option("--learn-sets", help="Read first tokens of train answers, not the words."),
+    ] = False,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="The layer that is pushed to close the gap.")
+    ] = None,
+    max_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts a list.")] = 32,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
+    check_writable(json_file, None if report is None else report / "index.html")
+    choice("aggregator", aggregator, AGGREGATORS)
+    contrast = load_behavior(behavior)
+    # Half precision would round gaps to a few hundredths.
+    lm = load_model(model, dtype=torch.float32)
+    other = None if against is None else load_model(against, dtype=torch.float32)
+    sets = learn_sets(lm, contrast, seed=seed) if learn else None
+    with progress_bar(f"auditing {contrast.name}") as progress:
+        found = audit(
+            lm,
+            contrast,
+            other=other,
+            aggregator=aggregator,
+            sets=sets,
+            layer=layer,
+            max_prompts=max_prompts,
+            seed=seed,
+            progress=progress,
+        )
+    # Files first: a reader that closes the pipe early should not cost them.
+    write_result(json_file, found.to_dict())
+    page = None if report is None else write_audit_page(report, found)
+    for shown in (*([sets] if sets is not None else []), *found.tables(), found):
+        show(shown)
+    if page is not None:
+        stdout_console().print(Text(str(page)))

@@ -1,0 +1,112 @@
+"""What slots do at the first answer position: the gap, the shift, the wanted side's mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.measure.divergence import token_kl
+from trimtab.prompts.objective import GapLoss
+from trimtab.prompts.rows import Row
+
+if TYPE_CHECKING:
+    from trimtab.chat import Encoded
+    from trimtab.model import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One entry per slot and row, float64 `[slots, rows]` on the CPU.
+
+    Attributes:
+        gaps: toward minus away, in the units of the objective's aggregator.
+        shifts: KL(without the slot || with it) of the next token, in nats.
+        masses: log-probability of all tokens of the wanted side together.
+    """
+
+    gaps: Tensor
+    shifts: Tensor
+    masses: Tensor
+
+
+@dataclass(eq=False)
+class Reader:
+    """Reads slots on some rows beside the same prompts without a slot.
+
+    Attributes:
+        lm: the model.
+        rows: without targets.
+        objective: says which tokens, which sign, which aggregator.
+        sequences: prompts fed so far, one per slot and row.
+        bare: the reading of the prompts as they are, `[1, rows]`.
+    """
+
+    lm: LanguageModel
+    rows: Sequence[Row]
+    objective: GapLoss
+    sequences: int = 0
+    bare: Reading = field(init=False)
+    _log_p: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the prompts as they are."""
+        plain = [self.lm.encode(row.request) for row in self.rows]
+        self._log_p = self._log_probs(plain)
+        self.bare = self._reading(self._log_p[None])
+
+    @torch.no_grad()
+    def read(self, slots: Sequence[Sequence[int]]) -> Reading:
+        """Return what each slot does on each row; an empty slot is the prompt as it is."""
+        found: list[Reading] = []
+        # A vocabulary's worth of numbers per prompt: not all at once.
+        size = max(1, 2**25 // (len(self.rows) * self._log_p.shape[-1]))
+        for start in range(0, len(slots), size):
+            part = slots[start : start + size]
+            items = [row.encoded(slot) for slot in part for row in self.rows]
+            log_p = self._log_probs(items)
+            found.append(self._reading(log_p.reshape(len(part), len(self.rows), -1)))
+        parts = [[getattr(r, name) for r in found] for name in ("gaps", "shifts", "masses")]
+        return Reading(*(torch.cat(part) for part in parts))
+
+    @torch.no_grad()
+    def next_token(self, slot: Sequence[int]) -> Tensor:
+        """Return log-probabilities of the token behind `before + slot`, `[rows, vocab]`."""
+        items = [row.encoded(slot) for row in self.rows]
+        cut = [
+            type(item)("", item.ids[: len(row.before) + len(slot)], 0, 0)
+            for item, row in zip(items, self.rows, strict=True)
+        ]
+        return self._log_probs(cut)
+
+    @torch.no_grad()
+    def slot_nll(self, slot: Sequence[int]) -> float:
+        """Return the mean -log p of the slot's own tokens in their place, in nats."""
+        total = 0.0
+        for i, token in enumerate(slot):
+            total -= float(self.next_token(slot[:i])[:, token].mean())
+        return total / max(1, len(slot))
+
+    def _reading(self, log_p: Tensor) -> Reading:
+        wanted = self.objective.toward if self.objective.sign > 0 else self.objective.away
+        return Reading(
+            gaps=self.objective.gaps(log_p).double(),
+            shifts=token_kl(self._log_p, log_p),
+            masses=log_p[..., wanted].logsumexp(-1).double(),
+        )
+
+    @torch.no_grad()
+    def _log_probs(self, items: Sequence[Encoded]) -> Tensor:
+        """Log-probabilities of the token behind each prompt, float32 `[prompts, vocab]`."""
+        result: Tensor | None = None
+        self.sequences += len(items)
+        for batch in self.lm.batches(items):
+            log_p = self.lm.forward(batch, logits_to_keep=1)[:, -1].float().log_softmax(-1).cpu()
+            if result is None:
+                result = log_p.new_empty(len(items), log_p.shape[-1])
+            result[batch.rows.cpu()] = log_p
+        assert result is not None  # there is at least one prompt
+        return result
