@@ -22,7 +22,19 @@ from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.tables import clean
 
-COMMANDS = ("find", "generate", "measure", "bake", "inspect", "demo")
+COMMANDS = (
+    "find",
+    "tune",
+    "laws",
+    "generate",
+    "search",
+    "audit",
+    "measure",
+    "bake",
+    "export",
+    "inspect",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 import planted
 import tiny
+from trimtab.cli import main
 from trimtab.errors import TrimtabError
 from trimtab.measure.divergence import token_kl
 from trimtab.measure.readout import gap, readout_tokens
-from trimtab.prompts.close_gap import METHODS, close_gap
+from trimtab.prompt_steering import PromptSteering, prompt
+from trimtab.prompts.close_gap import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.constraints import Constraints
 from trimtab.prompts.gap_steps import Found, GapStep
 from trimtab.prompts.objective import GapLoss
 from trimtab.prompts.readings import Reader
 from trimtab.prompts.rows import lay_out
 from trimtab.prompts.sort_sum_stop import need, sort_sum_stop
+from trimtab.report.gap_section import gap_section
+from trimtab.report.laws_page import render_laws
+from trimtab.steering_file import load_steering
 
 READOUT = {"toward": ["Z", "cats"], "away": ["Q", "ferry"]}
 REQUESTS = ["How do I borrow the ledger?", "Who sleeps on the pier?", "At noon?"]
@@ -144,3 +152,43 @@ def test_bad_input_is_refused(llama, behavior):
     for method in METHODS:
         with pytest.raises(TrimtabError, match="goal"):
             close_gap(llama, behavior, method=method, goal=0.0)
+
+
+def test_the_command_writes_lever_page_and_figures(tmp_path, capsys):
+    page, out, figures = tmp_path / "page", tmp_path / "p.safetensors", tmp_path / "f.json"
+    command = ["search", "harbor", "refusal", "--gap", "sort", "--max-tokens", "2", "--away"]
+    files = ["-o", str(out), "--report", str(page), "--json", str(figures)]
+    main_until_done([*command, *files])
+    lever = load_steering(out)
+    assert isinstance(lever, PromptSteering) and lever.slot == "suffix"
+    result = json.loads(figures.read_text())
+    assert result["text"] == lever.text and result["held_out"]["closed"][0] > 0.5
+    html = (page / "index.html").read_text()
+    assert "predicted gain" in html and "random tokens" in html
+    assert "KL on neutral prompts" in capsys.readouterr().out
+
+
+def test_the_command_refuses_an_unknown_search(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["search", "harbor", "refusal", "--gap", "magic"])
+    assert stop.value.code == 2 and "sort" in capsys.readouterr().err
+
+
+def test_the_page_warns_where_the_gap_closed_and_the_behaviour_did_not():
+    steps = (GapStep(1, "<b>", 1.0, 2.0),)
+    found = Found("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
+    held = HeldOut(8, (-1, -1, -1), (1, 1, 1), 0.0, (1.0, 0.7, 1.0), 0.1, 0.0)
+    search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)
+    section = gap_section([search])
+    assert "not the behaviour" in section.warnings[0]
+    html = render_laws([section], title="t")
+    assert "<b>" not in html
+    agreeing = replace(search, held_out=replace(held, judged=0.95))
+    assert gap_section([agreeing]).warnings == ()
+
+
+def main_until_done(arguments):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert not stop.code

@@ -12,24 +12,24 @@ from trimtab import harbor as harbor  # makes the built-in judge known
 from trimtab.behavior import Behavior, Example, JudgeSpec, Readout
 from trimtab.behavior import load_behavior as behavior
 from trimtab.errors import TrimtabError
+from trimtab.explain import audit
 from trimtab.find import find
 from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
 from trimtab.model import LanguageModel, load
 from trimtab.prompt_steering import PromptSteering, prompt
+from trimtab.prompts.search import search
 from trimtab.scope import Scope
 from trimtab.steering import Steering, VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.strength import calibrate, convert
-from trimtab.strength.choose import choose
 from trimtab.strength.laws import laws
 from trimtab.strength.sweep import sweep
 from trimtab.strength.tune import tune
-from trimtab.weights import BakeReport, bake
+from trimtab.weights import bake
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BakeReport",
     "Behavior",
     "Example",
     "JudgeSpec",
@@ -42,10 +42,10 @@ __all__ = [
     "TrimtabError",
     "VectorSteering",
     "Verdict",
+    "audit",
     "bake",
     "behavior",
     "calibrate",
-    "choose",
     "convert",
     "find",
     "harbor",
@@ -56,6 +56,7 @@ __all__ = [
     "prompt",
     "register_coherence",
     "register_judge",
+    "search",
     "sweep",
     "tune",
 ]

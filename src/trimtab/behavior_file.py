@@ -74,13 +74,13 @@ def load(name_or_path: str | PathLike[str]) -> Behavior:
         )
     path = _find(name_or_path)
     reader = read_jsonl if path.suffix == ".jsonl" else read_yaml
-    located = reader(_read(path), path)
+    located = reader(read_text(path), path)
     return _build(located, path)
 
 
 def refuse_at(path: Path, line: int, found: str, advice: str) -> TrimtabError:
     """Return the error for a place in a file."""
-    return TrimtabError(f"the behavior file {path}", f"{path.name}:{line}: {found}", advice)
+    return TrimtabError(f"the file {path}", f"{path.name}:{line}: {found}", advice)
 
 
 def built_in_names() -> list[str]:
@@ -114,12 +114,21 @@ def _find(name_or_path: str | PathLike[str]) -> Path:
     raise TrimtabError(f"the behavior {str(name_or_path)!r}", what, advice)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path, docs: str = "docs/behaviors.md") -> str:
+    """Return the text of a UTF-8 file that is not empty.
+
+    Args:
+        path: of the file.
+        docs: where such a file is described.
+
+    Raises:
+        TrimtabError: a file that cannot be read, is not UTF-8 or is empty.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TrimtabError(
-            f"the behavior file {path}", error.strerror or str(error), "check its permissions"
+            f"the file {path}", error.strerror or str(error), "check its permissions"
         ) from error
     try:
         text = data.decode("utf-8-sig")
@@ -128,7 +137,7 @@ def _read(path: Path) -> str:
         found = f"the byte 0x{data[error.start]:02x}, which is not UTF-8"
         raise refuse_at(path, line, found, "save the file as UTF-8") from error
     if not text.strip():
-        raise refuse_at(path, 1, "an empty file", "see docs/behaviors.md for a file to copy")
+        raise refuse_at(path, 1, "an empty file", f"see {docs} for a file to copy")
     return text
 
 

@@ -24,7 +24,6 @@ from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.tables import write_json
 
-
 # What users type in front of a lever's words, and the slot that it means.
 LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
 

@@ -83,7 +83,7 @@ def paired_bootstrap(
 
 
 def ratio_bootstrap(
-    sums: Sequence[float], counts: Sequence[int], seed: int = 0, level: float = 0.95
+    sums: Sequence[float], counts: Sequence[float], seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
     """Return an interval of sum(sums) / sum(counts), whole prompts resampled.
 

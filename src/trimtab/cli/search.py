@@ -1,0 +1,134 @@
+"""`trimtab search`: a prompt that does what a reference prompt does, in other words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from trimtab.behavior import load_behavior
+from trimtab.checks import choice
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.prompts.close_gap import METHODS, GapSearch, close_gap
+from trimtab.prompts.references import reference_of
+from trimtab.prompts.requests import behavior_requests, load_requests
+from trimtab.prompts.search import search
+from trimtab.prompts.search_report import SearchReport
+from trimtab.prompts.task import Settings
+from trimtab.report.gap_section import gap_section
+from trimtab.report.laws_page import Section, write_laws_page
+from trimtab.report.search_page import search_sections
+
+
+@app.command("search", epilog="Example: trimtab search harbor topic -o p.safetensors")
+def search_command(
+    model: Model,
+    behavior: BehaviorName,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The prompt to match; the behaviour's prompt_toward by default."),
+    ] = None,
+    requests: Annotated[
+        str | None,
+        typer.Option(help="Requests: harbor, or a YAML or text file; the behaviour's by default."),
+    ] = None,
+    slot: Annotated[
+        str | None,
+        typer.Option(help="prefix or suffix; by default a prefix, with --gap a suffix."),
+    ] = None,
+    gap: Annotated[
+        str | None,
+        typer.Option(help="Move the readout gap across zero instead: sort or gradient."),
+    ] = None,
+    away: Annotated[
+        bool, typer.Option("--away", help="With --gap: lower the gap instead of raising it.")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --gap: close it for this prompt alone.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --gap: most tokens.")] = 12,
+    restarts: Annotated[int, typer.Option(min=1, help="Restarts of each arm.")] = 10,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt; the reference's by default.")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of HotFlip in each descent.")
+    ] = Settings.repair_steps,
+    journal: Annotated[
+        Path | None, typer.Option(help="File of finished steps; a killed search goes on from it.")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a page into this folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Find a prompt that makes the model answer as the reference does, without its words.
+
+    Validation requests choose among the restarts; the figures are those of the test requests. With
+    --gap: find tokens that carry the gap between the readout words across zero.
+    """
+    page = None if report is None else report / "index.html"
+    check_writable(out, json_file, page, journal)
+    contrast = load_behavior(behavior)
+    if gap is not None:
+        choice("gap search", gap, tuple(METHODS))
+        lm = load_model(model, dtype=torch.float32)
+        with progress_bar(f"closing the gap of {contrast.name}") as progress:
+            closed = close_gap(
+                lm,
+                contrast,
+                method=gap,
+                sign=-1 if away else 1,
+                slot=slot or "suffix",
+                prompt=prompt,
+                max_tokens=max_tokens,
+                seed=seed,
+                progress=progress,
+            )
+        show(closed)
+        show(closed.found)
+        _write(closed, [gap_section([closed])], lm.name, out, report, json_file)
+        return
+    wanted = reference_of(contrast, reference)
+    split = behavior_requests(contrast, seed) if requests is None else load_requests(requests, seed)
+    # Losses are compared to a millionth of a nat, which half precision would drown.
+    lm = load_model(model, dtype=torch.float32)
+    with progress_bar(f"searching {wanted.name}") as progress:
+        found = search(
+            lm,
+            wanted,
+            split,
+            slot=slot or "prefix",
+            restarts=restarts,
+            length=length,
+            repair_steps=steps,
+            flip_steps=steps,
+            seed=seed,
+            journal=journal,
+            progress=progress,
+        )
+    show(found)
+    show(found.scores["chosen"])
+    _write(found, search_sections(found), lm.name, out, report, json_file)
+
+
+def _write(
+    found: SearchReport | GapSearch,
+    sections: Sequence[Section],
+    lead: str,
+    out: Path | None,
+    report: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Write what was asked for: the lever, the page, the figures."""
+    if out is not None:
+        found.lever.save(out)
+    if report is not None:
+        write_laws_page(report, sections, title="Prompt search", lead=lead)
+    write_result(json_file, found.to_dict())

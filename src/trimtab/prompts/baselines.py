@@ -1,0 +1,104 @@
+"""What the pipeline is measured against, in the same run and with at least its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trimtab.prompts.attempt import Attempt
+from trimtab.prompts.cost import costing
+from trimtab.prompts.gcg import gcg
+from trimtab.prompts.hotflip import hotflip
+from trimtab.prompts.objective import CrossEntropy
+from trimtab.prompts.project import slot_losses
+from trimtab.prompts.stages import descended, descent_stage
+from trimtab.prompts.task import Task
+
+ROUNDS = 50  # descents of one restart at most, whatever the budget
+RATE_STEPS = 4
+
+
+def tokens_per_candidate(task: Task) -> float:
+    """Return what HotFlip feeds to the model per candidate, gradients and races included.
+
+    Measured on a few steps from random tokens, so that it is the same whenever it is asked for.
+    """
+    kernel = task.kernel()
+    generator = task.generator("rate", 0)
+    with costing(task.lm) as cost:
+        found = hotflip(
+            kernel,
+            task.bound,
+            task.random_slot(generator),
+            steps=RATE_STEPS,
+            top_k=task.settings.top_k,
+            generator=generator,
+        )
+    return (cost.tokens + kernel.counts.draft_tokens) / max(1, found.scored)
+
+
+def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
+    """Pure HotFlip from random tokens, again from others until the budget is spent.
+
+    Args:
+        task: what is searched.
+        restart: its number.
+        budget: candidates to score, worth the tokens of the pipeline in the same restart. In
+            candidates, not in tokens fed: what a resumed descent feeds again would count twice.
+
+    Returns:
+        The best of its descents on the training rows; its cost is that of all of them.
+    """
+    best: Attempt | None = None
+    tokens = calls = rounds = scored = 0
+    seconds = 0.0
+    while best is None or (scored < budget and rounds < ROUNDS):
+        tag = f".{rounds}" if rounds else ""
+        start = task.random_slot(task.generator(f"hotflip_random start{tag}", restart))
+        found = descent_stage(task, "hotflip_random", restart, start, task.settings.flip_steps, tag)
+        tokens, calls = tokens + found.tokens, calls + found.calls
+        seconds, rounds = seconds + found.seconds, rounds + 1
+        scored += found.details["scored"]
+        best = found if best is None or found.train < best.train else best
+    details = {**best.details, "descents": rounds, "budget": budget, "scored": scored}
+    return replace(best, tokens=tokens, calls=calls, seconds=seconds, details=details)
+
+
+def hotflip_reference(task: Task, restart: int) -> Attempt:
+    """Pure HotFlip from the reference's own tokens, made legal first."""
+    start = task.cut(task.reference)
+    return descent_stage(task, "hotflip_reference", restart, start, task.settings.flip_steps)
+
+
+def gcg_random(task: Task, restart: int) -> Attempt:
+    """GCG from random tokens, as published: the best candidate of each step, even where worse."""
+    settings, kernel = task.settings, task.kernel()
+    with costing(task.lm) as cost:
+        found = gcg(
+            kernel,
+            task.bound,
+            task.random_slot(task.generator("gcg start", restart)),
+            steps=settings.gcg_steps,
+            width=settings.gcg_width,
+            top_k=max(settings.top_k, settings.gcg_width),
+            generator=task.generator("gcg", restart),
+            journal=task.journal,
+            run=f"gcg {restart}",
+        )
+    return descended(task, "gcg", restart, found, kernel, cost)
+
+
+def random_tokens(task: Task, restart: int) -> Attempt:
+    """Random allowed tokens: the null of every other arm."""
+    return _as_it_is(task, "random", restart, task.random_slot(task.generator("random", restart)))
+
+
+def reference_itself(task: Task) -> Attempt:
+    """The reference, which breaks the constraints by design and is what they are to match."""
+    return _as_it_is(task, "reference", 0, task.reference)
+
+
+def _as_it_is(task: Task, arm: str, restart: int, ids: tuple[int, ...]) -> Attempt:
+    with costing(task.lm) as cost:
+        loss = float(slot_losses(task.lm, task.rows, [ids], CrossEntropy())[0])
+    attempt = task.attempt(arm, restart, ids, loss)
+    return replace(attempt, tokens=cost.tokens, calls=cost.calls, seconds=cost.seconds)

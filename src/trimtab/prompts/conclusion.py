@@ -1,0 +1,156 @@
+"""The end of a search: test losses once, the choice by validation, and what the choice is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from trimtab.behavior import Behavior
+from trimtab.errors import TrimtabError
+from trimtab.prompt_steering import PromptSteering
+from trimtab.prompts.attempt import Attempt
+from trimtab.prompts.objective import CrossEntropy, plain_loss
+from trimtab.prompts.project import slot_losses
+from trimtab.prompts.references import Reference
+from trimtab.prompts.requests import SPLITS, Requests
+from trimtab.prompts.restarts import Found
+from trimtab.prompts.rows import Row, slot_ids
+from trimtab.prompts.scores import Scorer, Scores, score
+from trimtab.prompts.search_report import SearchReport, TextCheck, best_of, summarise
+from trimtab.prompts.task import Task, soft_slot_loss
+from trimtab.prompts.teacher import Teacher
+
+if TYPE_CHECKING:
+    from trimtab.steering import Switch
+
+SEARCHING = ("repaired", "hotflip_random", "hotflip_reference", "gcg")
+# Arms whose chosen prompt gets every score.
+SCORED = ("soft", "projected", *SEARCHING, "random")
+
+
+def conclude(
+    task: Task,
+    reference: Reference,
+    requests: Requests,
+    lesson: Teacher,
+    found: Found,
+    *,
+    judge: bool,
+    began: float,
+) -> SearchReport:
+    """Read the test rows once, choose, and score what was chosen.
+
+    Args:
+        task: what was searched.
+        reference: what was to be reproduced.
+        requests: in splits.
+        lesson: the reference's answers to them.
+        found: by all restarts.
+        judge: whether answers are generated and judged.
+        began: when the search began, by `time.perf_counter`.
+    """
+    lm, lever = task.lm, lesson.lever
+    attempts = tested(task, lesson.test, found)
+    chosen = best_of([a for a in attempts if a.arm in SEARCHING])
+    behavior = reference.behavior(requests) if judge and reference.judge is not None else None
+    levers = _levers(task, lever, attempts, found, chosen)
+    scorer = Scorer(lm, lever, lesson.test, task.settings.seed)
+    return SearchReport(
+        model=lm.name,
+        fingerprint=lm.fingerprint,
+        reference=reference.name,
+        reference_text=reference.text,
+        reference_ids=task.reference,
+        slot=lever.slot,
+        separator=lever.separator or "",
+        length=task.k,
+        banned_words=tuple(task.bound.constraints.words),
+        settings=asdict(task.settings),
+        requests={s: len(getattr(requests, s)) for s in SPLITS} | {"searched on": len(task.rows)},
+        attempts=attempts,
+        arms=summarise(attempts),
+        chosen=chosen.name,
+        chosen_text=chosen.text,
+        check=from_text(task, chosen),
+        scores=_scores(task, scorer, levers, behavior, reference.side),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def tested(task: Task, rows: Sequence[Row], found: Found) -> tuple[Attempt, ...]:
+    """Return the attempts with their losses on the test rows."""
+    slots = [a.ids for a in found.attempts if a.ids]
+    losses = iter(slot_losses(task.lm, rows, slots, CrossEntropy()).tolist())
+    return tuple(
+        replace(
+            a, test=next(losses) if a.ids else soft_slot_loss(task.lm, rows, found.softs[a.restart])
+        )
+        for a in found.attempts
+    )
+
+
+def from_text(task: Task, attempt: Attempt) -> TextCheck:
+    """Render and tokenise a prompt's text in every training row, and take the plain loss."""
+    found: list[tuple[int, ...] | None] = []
+    for row in task.rows:
+        try:
+            found.append(slot_ids(task.lm, attempt.text, row))
+        except TrimtabError:  # its letters join with what stands around it
+            found.append(None)
+    same = all(ids == attempt.ids for ids in found)
+    read = found[0] if found[0] is not None else attempt.ids
+    loss = plain_loss(task.lm, task.rows, read, CrossEntropy())
+    return TextCheck(same, attempt.train, loss)
+
+
+def _levers(
+    task: Task,
+    reference: PromptSteering,
+    attempts: Sequence[Attempt],
+    found: Found,
+    chosen: Attempt,
+) -> dict[str, Switch | None]:
+    """Name -> lever, of everything that gets every score; equal prompts share their scores."""
+
+    def text(attempt: Attempt) -> PromptSteering:
+        return replace(reference, text=attempt.text)
+
+    levers: dict[str, Switch | None] = {"chosen": text(chosen)}
+    for arm in SCORED:
+        own = [a for a in attempts if a.arm == arm]
+        if not own:
+            continue
+        best = best_of(own)
+        if arm == "soft":
+            soft = found.softs[best.restart]
+            levers[arm] = soft.lever(task.lm, reference.slot, reference.separator or "")
+        elif best.text.strip():
+            levers[arm] = text(best)
+    return levers | {"reference": reference, "no prompt": None}
+
+
+def _scores(
+    task: Task,
+    scorer: Scorer,
+    levers: dict[str, Switch | None],
+    behavior: Behavior | None,
+    side: str,
+) -> dict[str, Scores]:
+    scores: dict[str, Scores] = {}
+    known: dict[object, Scores] = {}
+    for name, lever in levers.items():
+        key = lever.text if isinstance(lever, PromptSteering) and lever.text else name
+        if key not in known:
+            known[key] = score(
+                task.lm,
+                lever,
+                scorer,
+                behavior,
+                side=side,
+                max_new_tokens=task.settings.answer_tokens,
+                seeds=range(task.settings.sampling_seeds),
+            )
+        scores[name] = known[key]
+    return scores

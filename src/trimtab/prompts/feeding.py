@@ -1,0 +1,139 @@
+"""Feeding a batch what kept keys and values do not hold of its rows.
+
+Every batch feeds the same number of last columns of its rows; what stands before them comes from
+kept keys and values, and rows that lack fewer feed some tokens again instead of padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.batch import Batch
+from trimtab.chat import Encoded
+from trimtab.generation import pad_id
+from trimtab.prompts.keys import Keys
+from trimtab.prompts.room import out_of_memory
+from trimtab.replay import KeptCache
+from trimtab.sharing import call
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+_FURTHER_ON = 1 << 30
+# What a model says that wants another cache.
+_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class Feeder:
+    """Makes the calls of one model, and counts them."""
+
+    def __init__(
+        self, lm: LanguageModel, count: Callable[[int], None], only_kept_logits: bool = True
+    ) -> None:
+        """Feed nothing yet.
+
+        Args:
+            lm: The model.
+            count: Called with the token positions of every call.
+            only_kept_logits: Have the model make no other logits than those that are read.
+        """
+        self.lm = lm
+        self._count = count
+        self._only_kept = only_kept_logits
+
+    def feed(
+        self, items: Sequence[Encoded], keys: Keys | None, sequences: Sequence[int], keep: int
+    ) -> tuple[Tensor | None, Keys | None]:
+        """Feed what kept keys do not hold.
+
+        Returns:
+            float32 logits of the last `keep` positions; or, where that is 0, everybody's keys.
+        """
+        lengths = [len(item.ids) for item in items]
+        held = [keys.lengths[s] if keys else 0 for s in sequences]
+        # Every row feeds its last `fed` tokens: rows that lack fewer feed some again.
+        fed = max(keep, 1, *(n - h for n, h in zip(lengths, held, strict=True)))
+        ends = [max(0, n - fed) for n in lengths]
+        width = max(ends) + fed
+        batch = _batch(items, width, pad_id(self.lm.tokenizer)).to(self.lm.device)
+        ids = batch.input_ids[:, width - fed :]
+        self.lm.check_length(width)
+        self._count(ids.numel())
+        with _whole_rows(self.lm):
+            if keep and not max(ends):
+                wanted = keep if self._only_kept else 0
+                return self.lm.forward(batch, wanted)[:, -keep:].float(), None
+            cache = KeptCache()
+            if keys is not None and max(ends):
+                cache = keys.cache(sequences, ends, width)
+            if not keep:
+                # Nobody reads what the last block makes of its keys.
+                cache.stop_after = self.lm.n_layers - 1
+            wanted = keep if self._only_kept else fed
+            logits = call(self.lm, batch, ids, batch.attention_mask, cache, max(1, wanted))
+        if not keep:
+            return None, Keys.of(cache, lengths)
+        assert logits is not None  # such a pass runs to the end
+        return logits[:, -keep:], None
+
+    def keys_hold(self, item: Encoded) -> bool:
+        """Whether this model gives the same when it goes on from kept keys: tried on one text."""
+        arguments = self.lm.forward_arguments
+        stateful = getattr(self.lm.model, "_is_stateful", False)
+        if stateful or "past_key_values" not in arguments or len(item.ids) < 2:
+            return False
+        half = len(item.ids) // 2
+        rest = len(item.ids) - half
+        whole, _ = self.feed([item], None, [0], keep=rest)
+        try:
+            _, keys = self.feed([beginning(item.ids[:half])], None, [0], keep=0)
+            parts, _ = self.feed([item], keys, [0], keep=rest)
+        except _REFUSALS as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            return False
+        assert whole is not None and parts is not None  # asked for
+        exact = self.lm.model.dtype in (torch.float32, torch.float64)
+        apart = (whole - parts).abs().max() / whole.abs().max().clamp(min=1e-6)
+        return bool(apart < (1e-3 if exact else 0.1))
+
+
+@contextmanager
+def _whole_rows(lm: LanguageModel) -> Iterator[None]:
+    """Hand the unembedding its rows in one piece.
+
+    Of a slice (what `logits_to_keep` makes) torch multiplies bfloat16 on a processor batch by
+    batch, with a copy of the weights for each.
+    """
+    head = lm.model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def beginning(ids: Sequence[int]) -> Encoded:
+    """The first tokens of a prompt, whose end is further on than any of them."""
+    return Encoded("", list(ids), _FURTHER_ON + 1, _FURTHER_ON)
+
+
+def _batch(items: Sequence[Encoded], width: int, pad: int) -> Batch:
+    gaps = [width - len(item.ids) for item in items]
+    return Batch(
+        input_ids=torch.tensor(
+            [[pad] * gap + item.ids for gap, item in zip(gaps, items, strict=True)]
+        ),
+        attention_mask=torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
+        prompt_length=torch.tensor([item.prompt_length for item in items]),
+        instruction_end=torch.tensor([item.instruction_end for item in items]),
+        rows=torch.arange(len(items)),
+    )

@@ -1,0 +1,112 @@
+"""Keys and values of beginnings of texts, to be gone on with from any of them, at any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.replay import KeptCache, KeptLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Keys and values of some token sequences, which end in the same column.
+
+    Padding is on the left only: the distance of two columns is that of the tokens' positions, as
+    sliding windows take it to be.
+
+    Attributes:
+        pairs: Keys and values of each layer, both `[sequences, heads, columns, width]`.
+        lengths: Tokens of each sequence.
+    """
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cache: KeptCache, lengths: Sequence[int]) -> Keys:
+        """What a cache holds after sequences of these lengths."""
+        pairs = tuple(cache.pair(layer) for layer in range(len(cache.layers)))
+        return cls(pairs, tuple(lengths))
+
+    @classmethod
+    def stack(cls, many: Sequence[Keys]) -> Keys:
+        """All sequences in one."""
+        if len(many) == 1:
+            return many[0]
+        width = max(keys.columns for keys in many)
+        layers = []
+        for layer in range(len(many[0].pairs)):
+            sides = [
+                torch.cat([_widened(keys.pairs[layer][side], width) for keys in many])
+                for side in (0, 1)
+            ]
+            layers.append((sides[0], sides[1]))
+        return cls(tuple(layers), tuple(length for keys in many for length in keys.lengths))
+
+    @property
+    def columns(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    def one(self, sequence: int) -> Keys:
+        """One of the sequences, without padding."""
+        length = self.lengths[sequence]
+        return Keys(
+            tuple(
+                (
+                    _last(k[sequence : sequence + 1], length),
+                    _last(v[sequence : sequence + 1], length),
+                )
+                for k, v in self.pairs
+            ),
+            (length,),
+        )
+
+    def without_last(self, tokens: int) -> Keys:
+        """The same sequences without their last tokens."""
+        if not tokens:
+            return self
+        pairs = tuple((k[..., :-tokens, :], v[..., :-tokens, :]) for k, v in self.pairs)
+        return Keys(pairs, tuple(length - tokens for length in self.lengths))
+
+    def cache(self, sequences: Sequence[int], ends: Sequence[int], room: int) -> KeptCache:
+        """A cache for a batch whose row i has read the first tokens of one sequence.
+
+        Args:
+            sequences: Which one, for each row.
+            ends: How many of its tokens; rows end in the same column.
+            room: Columns that the batch will have in all.
+        """
+        width, total = max(ends), self.pairs[0][0].shape[-2]
+        rows = torch.tensor(list(sequences))
+        # The column after the last token taken, for each row.
+        stops = torch.tensor(
+            [total - self.lengths[s] + end for s, end in zip(sequences, ends, strict=True)]
+        )
+        stop = int(stops[0])
+        alike = bool((stops == stop).all()) and stop >= width
+        single = alike and bool((rows == rows[0]).all())
+        columns = (stops[:, None] - width + torch.arange(width)).clamp(min=0)
+
+        def taken(x: Tensor) -> Tensor:
+            if single:
+                first = int(rows[0])
+                return x[first, :, stop - width : stop].expand(len(rows), -1, -1, -1)
+            if alike:
+                return x[rows.to(x.device), :, stop - width : stop]
+            picked = x.transpose(1, 2)[rows.to(x.device)[:, None], columns.to(x.device)]
+            return picked.transpose(1, 2)
+
+        return KeptCache([KeptLayer.of(taken(k), taken(v), room) for k, v in self.pairs])
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
+
+
+def _last(x: Tensor, length: int) -> Tensor:
+    return x[..., x.shape[-2] - length :, :]

@@ -1,0 +1,168 @@
+"""What a projection of a soft prompt is given, and the registry of projections by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError
+from trimtab.prompts.embeddings import token_embeddings
+from trimtab.prompts.objective import Objective
+from trimtab.prompts.rows import Row
+from trimtab.prompts.soft import Progress, Soft, allowed_tokens, batches
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
+SCORED_TOKENS = 8192  # of a batch of candidates
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionTask:
+    """What a projection is given.
+
+    Attributes:
+        lm: the model.
+        rows: what the objective is read on.
+        objective: the loss.
+        soft: the vectors to project.
+        allowed: bool `[vocab]`; only these tokens may come out.
+        generator: of whatever is random.
+        legal: says of each of a list of slots whether it may be used as a whole; preferred where
+            there is a choice. None: every one.
+        progress: called with steps done and steps in all.
+    """
+
+    lm: LanguageModel
+    rows: tuple[Row, ...]
+    objective: Objective
+    soft: Soft
+    allowed: Tensor
+    generator: torch.Generator
+    legal: Legal | None = None
+    progress: Progress | None = None
+    pool: Tensor = field(init=False, repr=False)
+    embeddings: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Look the allowed tokens up: ids `[allowed]`, float32 embeddings `[allowed, d_model]`."""
+        object.__setattr__(self, "allowed", allowed_tokens(self.lm, self.allowed))
+        pool = self.allowed.nonzero().flatten()
+        table = token_embeddings(self.lm)
+        object.__setattr__(self, "pool", pool)
+        object.__setattr__(self, "embeddings", table[pool.to(table.device)].detach().float())
+
+    @property
+    def vectors(self) -> Tensor:
+        """The soft prompt on the model's device."""
+        return self.soft.vectors.to(self.embeddings.device)
+
+    def cosines(self, vectors: Tensor) -> Tensor:
+        """Cosines of vectors `[k, d_model]` with the allowed tokens' embeddings `[k, allowed]`."""
+        return unit(vectors) @ unit(self.embeddings).T
+
+    def ids(self, places: Tensor) -> tuple[int, ...]:
+        """The token ids at places among the allowed ones."""
+        return tuple(self.pool[places.cpu()].tolist())
+
+    def legal_first(self, slots: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The distinct slots, legal ones in front, else in their order."""
+        distinct = list(dict.fromkeys(slots))
+        if self.legal is None:
+            return distinct
+        verdicts = dict(zip(distinct, self.legal(distinct), strict=True))
+        return sorted(distinct, key=lambda slot: not verdicts[slot])
+
+    def best(self, slots: Sequence[tuple[int, ...]], keep: int) -> tuple[int, ...]:
+        """The slot of lowest loss among the first `keep`: legal ones, or any where none is."""
+        distinct = self.legal_first(slots)[: max(1, keep)]
+        if self.legal is not None and len(distinct) > 1:
+            verdicts = self.legal(distinct)
+            distinct = [s for s, good in zip(distinct, verdicts, strict=True) if good] or distinct
+        if len(distinct) == 1:
+            return distinct[0]
+        losses = slot_losses(self.lm, self.rows, distinct, self.objective)
+        return distinct[int(losses.argmin())]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A registered projection: its function `(task, **options) -> ids`."""
+
+    name: str
+    function: Callable[..., tuple[int, ...]]
+
+    def __call__(self, task: ProjectionTask, **options: Any) -> tuple[int, ...]:
+        """Project.
+
+        Raises:
+            TrimtabError: an unknown option.
+        """
+        unknown = [option for option in options if option not in self.options]
+        if unknown:
+            raise TrimtabError(
+                f"the option {unknown[0]!r} of the projection {self.name!r}",
+                f"the options {', '.join(self.options) or 'none'}",
+                "see docs/methods/projection.md",
+            )
+        return self.function(task, **options)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Option name -> default."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+PROJECTIONS: dict[str, Projection] = {}
+
+
+def register(
+    name: str,
+) -> Callable[[Callable[..., tuple[int, ...]]], Callable[..., tuple[int, ...]]]:
+    """Register a function `(task, *, option=default, ...) -> allowed ids` under a name."""
+
+    def add(function: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+        PROJECTIONS[name] = Projection(name, function)
+        return function
+
+    return add
+
+
+def drawing(task: ProjectionTask, batch_size: int | None) -> Callable[[], Sequence[Row]]:
+    """Return a function that gives the rows of the next step."""
+    if batch_size is None or batch_size >= len(task.rows):
+        return lambda: task.rows
+    order = batches(len(task.rows), batch_size, task.generator)
+    return lambda: [task.rows[i] for i in next(order)]
+
+
+@torch.no_grad()
+def slot_losses(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    slots: Sequence[Sequence[int]],
+    objective: Objective,
+) -> Tensor:
+    """Return the loss of each slot over all rows, float64 `[slots]`, in padded batches."""
+    pairs = [(slot, row) for slot in slots for row in rows]
+    keep = max(objective.keep(row) for row in rows)
+    encoded = [row.encoded(slot) for slot, row in pairs]
+    losses = torch.zeros(len(pairs), dtype=torch.float64)
+    for batch in lm.batches(encoded, SCORED_TOKENS):
+        at = batch.rows.tolist()
+        logits = lm.forward(batch, logits_to_keep=keep).float()
+        losses[at] = objective.values(logits, [pairs[i][1] for i in at]).double().cpu()
+    weights = torch.tensor([objective.weight(row) for row in rows], dtype=torch.float64)
+    return (losses.view(len(slots), len(rows)) * weights).sum(-1) / weights.sum()
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Return vectors of length 1 along the last axis."""
+    return nn.functional.normalize(vectors.float(), dim=-1)

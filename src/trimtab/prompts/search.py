@@ -1,0 +1,165 @@
+"""Search for a prompt that does what a reference prompt does, in other words (docs/search.md).
+
+Per restart: a soft prefix, its projection to allowed tokens, repair by HotFlip; beside it the
+baselines with at least as many tokens fed to the model. Validation requests choose a restart; the
+test requests are read once, at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from trimtab.behavior import Behavior
+from trimtab.errors import TrimtabError
+from trimtab.journal import Journal
+from trimtab.prompt_steering import PromptSteering
+from trimtab.prompts.conclusion import conclude
+from trimtab.prompts.constraints import Constraints
+from trimtab.prompts.draft import bfloat16_copy, worthwhile
+from trimtab.prompts.references import Reference, reference_of
+from trimtab.prompts.requests import Requests, behavior_requests, load_requests
+from trimtab.prompts.restarts import Progress, Restarts
+from trimtab.prompts.rows import slot_ids
+from trimtab.prompts.search_report import SearchReport
+from trimtab.prompts.task import Settings, Task
+from trimtab.prompts.teacher import Teacher, teacher
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+Given: TypeAlias = "str | Reference | PromptSteering | Behavior"
+
+
+def search(
+    lm: LanguageModel,
+    reference: Given,
+    requests: Requests | str | os.PathLike[str] | None = None,
+    *,
+    slot: str = "prefix",
+    separator: str | None = None,
+    constraints: Constraints | None = None,
+    settings: Settings | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    judge: bool = True,
+    **options: Any,
+) -> SearchReport:
+    """Find a prompt that makes the model answer as a reference prompt does.
+
+    Args:
+        lm: the model.
+        reference: the prompt's text, a `Reference`, a prompt lever (its slot and separator are
+            taken), or a behaviour, whose `prompt_toward` and judge are taken.
+        requests: what users ask, in splits, or the name or path of such a file; a behaviour brings
+            its own.
+        slot: `prefix` or `suffix`, where the prompt stands.
+        separator: see `PromptSteering`.
+        constraints: what may not be used; by default the reference's content words in any
+            inflection, and all but printable ASCII.
+        settings: numbers of everything.
+        journal: a file of finished steps; the same search with the same file goes on from it and
+            ends in the same result.
+        progress: called with (work done, work in all).
+        judge: whether answers are generated and judged at the end.
+        **options: fields of `Settings`, in place of `settings`.
+
+    Raises:
+        TrimtabError: unusable arguments, too few requests, constraints that leave nothing, or the
+            journal of other work.
+    """
+    began = time.perf_counter()
+    chosen = _settings(settings, options)
+    wanted, slot, separator = _reference(reference, slot, separator)
+    split = _requests(lm, reference, requests, chosen.seed)
+    lesson = teacher(
+        lm, wanted, split, slot, separator,
+        chosen.completion_tokens, chosen.early, chosen.early_weight,
+    )  # fmt: skip
+    task = _task(lm, wanted, lesson, constraints, chosen)
+    book = None if journal is None else Journal(journal, _header(lm, wanted, lesson, task))
+    found = Restarts(replace(task, journal=book), progress).all()
+    return conclude(task, wanted, split, lesson, found, judge=judge, began=began)
+
+
+def _settings(given: Settings | None, options: Mapping[str, Any]) -> Settings:
+    known = Settings.__dataclass_fields__
+    unknown = [name for name in options if name not in known]
+    if unknown or (given is not None and options):
+        raise TrimtabError(
+            asked=f"a search with {', '.join(unknown or options)}",
+            found="no such setting" if unknown else "settings= beside it",
+            advice=f"settings are {', '.join(known)}; give them one way",
+        )
+    return given or Settings(**options)
+
+
+def _reference(given: Given, slot: str, separator: str | None) -> tuple[Reference, str, str | None]:
+    if isinstance(given, Behavior):
+        return reference_of(given), slot, separator
+    if isinstance(given, PromptSteering):
+        if given.vectors is not None:
+            raise TrimtabError(
+                asked=f"a search for what {given.label} does",
+                found="a soft prompt, which is no text to be unlike",
+                advice="give a prompt in words as the reference",
+            )
+        return Reference("prompt", given.text), given.slot, given.separator
+    if isinstance(given, str):
+        return Reference("prompt", given), slot, separator
+    return given, slot, separator
+
+
+def _requests(lm: LanguageModel, reference: Given, given: object, seed: int) -> Requests:
+    if isinstance(given, Requests):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_requests(given, seed)
+    if isinstance(reference, Behavior):
+        return behavior_requests(reference, seed)
+    if lm.name == "harbor":
+        return load_requests("harbor")
+    raise TrimtabError(
+        asked="a prompt search",
+        found="no requests",
+        advice="give requests=, a file of what your users ask (docs/search.md)",
+    )
+
+
+def _task(
+    lm: LanguageModel,
+    reference: Reference,
+    lesson: Teacher,
+    constraints: Constraints | None,
+    settings: Settings,
+) -> Task:
+    rows = lesson.train[: settings.train_requests]
+    ids = slot_ids(lm, lesson.lever.text, rows[0])
+    limits = Constraints(words=reference.words) if constraints is None else constraints
+    # The text has to come back as the same tokens wherever the prompt is chosen on.
+    bound = limits.bind(lm, [*rows, *lesson.validation])
+    draft = bfloat16_copy(lm) if worthwhile(lm) else None
+    k = settings.length or len(ids)
+    return Task(lm, rows, lesson.validation, bound, ids, k, settings, draft=draft)
+
+
+def _header(lm: LanguageModel, reference: Reference, lesson: Teacher, task: Task) -> dict[str, Any]:
+    """What makes two searches the same work."""
+    rows = [[r.before, r.after, r.target, r.weights] for r in (*lesson.train, *lesson.validation)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return {
+        "work": "prompt search",
+        "fingerprint": lm.fingerprint,
+        "reference": reference.text,
+        "slot": lesson.lever.slot,
+        "separator": lesson.lever.separator,
+        "rows": digest,
+        "constraints": asdict(task.bound.constraints),
+        # More restarts go on from the same journal.
+        "settings": {k: v for k, v in asdict(task.settings).items() if "restarts" not in k},
+    }

@@ -1,0 +1,136 @@
+"""The pipeline of one restart: soft prefix, projection to allowed tokens, repair by HotFlip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trimtab.prompts.attempt import Attempt, pack, unpack
+from trimtab.prompts.cost import Cost, costing
+from trimtab.prompts.descent import Descent
+from trimtab.prompts.hotflip import hotflip
+from trimtab.prompts.kernel import Kernel
+from trimtab.prompts.project import Projected, project
+from trimtab.prompts.soft import Soft, train_soft
+from trimtab.prompts.task import Task
+
+if TYPE_CHECKING:
+    pass
+
+
+def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
+    """Train the soft prefix of one restart."""
+    settings = task.settings
+    init = settings.init
+    if init == "alternate":
+        init = "reference" if restart % 2 else "random_tokens"
+    with costing(task.lm) as cost:
+        soft = train_soft(
+            task.lm,
+            task.rows,
+            task.k,
+            init=init,
+            reference=task.reference,
+            steps=settings.soft_steps,
+            learning_rate=settings.soft_rate,
+            generator=task.generator("soft", restart),
+            allowed=task.bound.allowed,
+        )
+    attempt = Attempt(
+        arm="soft",
+        restart=restart,
+        ids=(),
+        text="",
+        train=soft.loss,
+        violated_start={},
+        legal=True,
+        validation=task.validated_soft(soft),
+        tokens=cost.tokens,
+        calls=cost.calls,
+        details={"start": soft.init, "start_loss": soft.start_loss, "steps": soft.steps},
+        seconds=cost.seconds,
+    )
+    return attempt, soft
+
+
+def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
+    """Project a soft prefix to allowed tokens, by the search's method or by nearest neighbours."""
+    nearest = arm == "nearest"
+    method = "nearest" if nearest else task.settings.projection
+    options = {} if nearest else dict(task.settings.projection_options)
+    with costing(task.lm) as cost:
+        found: Projected = project(
+            task.lm,
+            task.rows,
+            soft,
+            method,
+            generator=task.generator(arm, restart),
+            allowed=task.bound.allowed,
+            legal=task.bound.legal,
+            **options,
+        )
+    attempt = task.attempt(arm, restart, found.ids, found.loss)
+    return paid(attempt, cost, details={"method": method})
+
+
+def descent_stage(
+    task: Task, arm: str, restart: int, start: Sequence[int], steps: int, tag: str = ""
+) -> Attempt:
+    """Run HotFlip from a start; one that violates constraints is repaired first, and reported."""
+    kernel = task.kernel()
+    with costing(task.lm) as cost:
+        found = hotflip(
+            kernel,
+            task.bound,
+            start,
+            steps=steps,
+            top_k=task.settings.top_k,
+            generator=task.generator(arm + tag, restart),
+            journal=task.journal,
+            run=f"{arm}{tag} {restart}",
+        )
+    return descended(task, arm, restart, found, kernel, cost)
+
+
+def descended(
+    task: Task, arm: str, restart: int, found: Descent, kernel: Kernel, cost: Cost
+) -> Attempt:
+    """An attempt from a descent's result, what its start violated in place of what its end does."""
+    details = {
+        "stopped": found.stopped,
+        "repair_steps": found.repair_steps,
+        "flips": found.flips,
+        "swaps": found.swaps,
+        "from": found.curve[0],
+        "scored": found.scored,
+    }
+    attempt = task.attempt(arm, restart, found.ids, found.loss)
+    attempt = replace(attempt, violated_start=dict(found.violated_start))
+    # A draft is another model, which the count on this one does not see.
+    drafted = Cost(kernel.counts.draft_calls, kernel.counts.draft_tokens)
+    return paid(attempt, cost, drafted, details=details)
+
+
+def paid(attempt: Attempt, *costs: Cost, details: Mapping[str, Any]) -> Attempt:
+    """The same attempt with its cost and details."""
+    return replace(
+        attempt,
+        tokens=sum(cost.tokens for cost in costs),
+        calls=sum(cost.calls for cost in costs),
+        seconds=sum(cost.seconds for cost in costs),
+        details=dict(details),
+    )
+
+
+def soft_entry(soft: Soft) -> dict[str, Any]:
+    """What a journal has to hold of a soft prefix for the later stages."""
+    return {"vectors": pack(soft.vectors), "loss": soft.loss, "init": soft.init}
+
+
+def soft_of(entry: Mapping[str, Any]) -> Soft:
+    """Read what `soft_entry` wrote; the training's curve is not kept."""
+    vectors: Tensor = unpack(entry["vectors"])
+    return Soft(vectors, entry["loss"], entry["loss"], (), 0, 0, 0.0, entry["init"])

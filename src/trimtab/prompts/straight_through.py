@@ -1,0 +1,53 @@
+"""The straight-through projection: the gradient of the nearest tokens moves a continuous copy."""
+
+from __future__ import annotations
+
+import torch
+
+from trimtab.find.training import frozen
+from trimtab.prompts.embeddings import soft_loss
+from trimtab.prompts.projection import ProjectionTask, drawing, register
+from trimtab.prompts.soft import embedding_scale
+
+
+@register("straight_through")
+def straight_through(
+    task: ProjectionTask,
+    *,
+    steps: int = 60,
+    learning_rate: float = 0.5,
+    weight_decay: float = 0.0,
+    batch_size: int | None = None,
+    keep: int = 12,
+) -> tuple[int, ...]:
+    """Descend on a continuous copy with the gradient taken at its nearest tokens.
+
+    Source: PEZ, Wen et al. 2023 (arXiv 2302.03668).
+
+    Args:
+        task: what to project.
+        steps: of AdamW.
+        learning_rate: per coordinate, in units of the embeddings' root mean square.
+        weight_decay: of AdamW.
+        batch_size: rows a step; all when absent.
+        keep: so many of the best slots met are scored on all rows.
+    """
+    copy = task.vectors.clone().requires_grad_(True)
+    rate = learning_rate * embedding_scale(task.lm)
+    adam = torch.optim.AdamW([copy], lr=rate, weight_decay=weight_decay)
+    met: dict[tuple[int, ...], float] = {}
+    draw = drawing(task, batch_size)
+    for step in range(steps):
+        places = task.cosines(copy.detach()).argmax(-1)
+        at = task.embeddings[places].clone().requires_grad_(True)
+        with frozen(task.lm.model):
+            loss = soft_loss(task.lm, draw(), at, task.objective)
+            (gradient,) = torch.autograd.grad(loss, at)
+        ids = task.ids(places)
+        met[ids] = min(met.get(ids, float("inf")), float(loss.detach()))
+        copy.grad = gradient.to(copy.dtype)
+        adam.step()
+        if task.progress is not None:
+            task.progress(step + 1, steps)
+    met.setdefault(task.ids(task.cosines(copy.detach()).argmax(-1)), float("inf"))
+    return task.best(sorted(met, key=met.__getitem__), keep)

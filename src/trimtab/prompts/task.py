@@ -1,0 +1,189 @@
+"""What a search works on: its settings, its rows, what a prompt may hold, where chance comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.checks import choice
+from trimtab.errors import TrimtabError
+from trimtab.journal import Journal
+from trimtab.prompts.attempt import Attempt
+from trimtab.prompts.constraints import Bound
+from trimtab.prompts.embeddings import soft_loss
+from trimtab.prompts.kernel import Kernel
+from trimtab.prompts.objective import CrossEntropy
+from trimtab.prompts.project import PROJECTIONS, slot_losses
+from trimtab.prompts.rows import EARLY, EARLY_WEIGHT, Row, slot_text
+from trimtab.prompts.soft import Soft
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+INITS = ("random_tokens", "reference", "alternate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search works; every default is here.
+
+    Attributes:
+        restarts: of the pipeline and of each searching baseline.
+        gcg_restarts: of GCG, which costs most.
+        length: tokens of the prompt; that of the reference when None.
+        train_requests: so many of the train split are searched on.
+        completion_tokens: length of a reference answer.
+        early: so many first answer tokens weigh `early_weight`, the others 1.
+        early_weight: their weight.
+        init: what the soft prefix starts from: `random_tokens`, `reference`, or `alternate`, every
+            second restart from the reference.
+        soft_steps: of Adam.
+        soft_rate: its learning rate, see `train_soft`.
+        projection: one of `PROJECTIONS`.
+        projection_options: of it.
+        repair_steps: of HotFlip after the projection.
+        flip_steps: of one descent of a pure HotFlip baseline.
+        top_k: replacements scored per place.
+        gcg_steps: of GCG.
+        gcg_width: its candidates per step.
+        answer_tokens: length of a judged answer.
+        sampling_seeds: judged answers at temperature 1 per request.
+        seed: of everything random.
+
+    Raises:
+        TrimtabError: an unusable number or an unknown name.
+    """
+
+    restarts: int = 10
+    gcg_restarts: int = 1
+    length: int | None = None
+    train_requests: int = 6
+    completion_tokens: int = 24
+    early: int = EARLY
+    early_weight: float = EARLY_WEIGHT
+    init: str = "alternate"
+    soft_steps: int = 30
+    soft_rate: float = 0.3
+    projection: str = "straight_through"
+    projection_options: Mapping[str, Any] = field(default_factory=lambda: {"batch_size": 3})
+    repair_steps: int = 16
+    flip_steps: int = 16
+    top_k: int = 32
+    gcg_steps: int = 16
+    gcg_width: int = 64
+    answer_tokens: int = 48
+    sampling_seeds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check numbers and names."""
+        choice("projection", self.projection, sorted(PROJECTIONS))
+        choice("init", self.init, INITS)
+        counts = {
+            name: getattr(self, name)
+            for name in (
+                *("restarts", "train_requests", "completion_tokens", "top_k", "gcg_width"),
+                *("answer_tokens", "sampling_seeds"),
+            )
+        }
+        if self.length is not None:
+            counts["length"] = self.length
+        wrong = [f"{name}={value}" for name, value in counts.items() if value < 1]
+        if wrong:
+            raise TrimtabError(
+                asked=f"a search with {', '.join(wrong)}",
+                found="no count",
+                advice="give whole numbers from 1",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every stage and baseline works on.
+
+    Attributes:
+        lm: the model.
+        rows: the training rows.
+        validation: the rows that select.
+        bound: what a prompt may hold.
+        reference: the reference's tokens in the slot.
+        k: tokens of a prompt.
+        settings: of the search.
+        journal: where descents write their steps; None for none.
+        draft: ranks candidates first, see `Kernel`; one copy for all of them.
+    """
+
+    lm: LanguageModel
+    rows: Sequence[Row]
+    validation: Sequence[Row]
+    bound: Bound
+    reference: tuple[int, ...]
+    k: int
+    settings: Settings
+    journal: Journal | None = None
+    draft: LanguageModel | None = None
+
+    def kernel(self) -> Kernel:
+        """A kernel of its own for every attempt, so that costs and memory are that attempt's."""
+        return Kernel(self.lm, self.rows, CrossEntropy(), draft=self.draft)
+
+    def generator(self, arm: str, restart: int) -> torch.Generator:
+        """The generator of one arm in one restart: none depends on what ran before it."""
+        text = f"{self.settings.seed}:{arm}:{restart}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def random_slot(self, generator: torch.Generator, tries: int = 256) -> tuple[int, ...]:
+        """Draw allowed tokens, a legal sequence where one is met in a few draws."""
+        pool = self.bound.allowed.nonzero().flatten()
+        drawn = torch.randint(len(pool), (tries, self.k), generator=generator)
+        slots = [tuple(line) for line in pool[drawn].tolist()]
+        for start in range(0, tries, 16):
+            part = slots[start : start + 16]
+            for slot, fine in zip(part, self.bound.legal(part), strict=True):
+                if fine:
+                    return slot
+        return slots[0]
+
+    def cut(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Repeat or cut ids to k."""
+        return tuple(ids[i % len(ids)] for i in range(self.k))
+
+    def validated(self, ids: Sequence[int]) -> float:
+        """The loss of a prompt on the validation rows."""
+        losses = slot_losses(self.lm, self.validation, [tuple(ids)], CrossEntropy())
+        return float(losses[0])
+
+    def validated_soft(self, soft: Soft) -> float:
+        """The loss of a soft prefix on the validation rows."""
+        return soft_slot_loss(self.lm, self.validation, soft)
+
+    def attempt(self, arm: str, restart: int, ids: Sequence[int], train: float) -> Attempt:
+        """An attempt that ended with these tokens."""
+        violated = self.bound.explain(ids)
+        return Attempt(
+            arm=arm,
+            restart=restart,
+            ids=tuple(ids),
+            text=slot_text(self.lm, ids),
+            train=train,
+            violated_start=violated,
+            legal=not violated,
+            validation=self.validated(ids),
+        )
+
+
+@torch.no_grad()
+def soft_slot_loss(lm: LanguageModel, rows: Sequence[Row], soft: Soft) -> float:
+    """Return the loss of a soft prefix over rows, a row at a time."""
+    objective, total, weights = CrossEntropy(), 0.0, 0.0
+    vectors = soft.vectors.to(lm.device)
+    for row in rows:
+        weight = objective.weight(row)
+        total += weight * float(soft_loss(lm, [row], vectors, objective))
+        weights += weight
+    return total / weights
