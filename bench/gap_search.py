@@ -20,12 +20,12 @@ from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.measure.readout import readout_tokens
 from trimtab.model import LanguageModel, load
-from trimtab.prompts.close_gap import METHODS, GapSearch, close_gap
 from trimtab.prompts.constraints import Constraints
+from trimtab.prompts.gap.readings import Reader
+from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
 from trimtab.prompts.gcg import gcg
 from trimtab.prompts.kernel import Kernel
 from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.readings import Reader
 from trimtab.prompts.rows import lay_out
 
 BEHAVIORS = ("refusal", "mood", "topic")

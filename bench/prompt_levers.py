@@ -26,7 +26,7 @@ import torch
 from common import emit
 from trimtab import load
 from trimtab.measure.intervals import bootstrap
-from trimtab.prompts.attempt import ARMS
+from trimtab.prompts.pipeline.attempt import ARMS
 from trimtab.prompts.references import built_in_references
 from trimtab.prompts.search import search
 from trimtab.tables import write_json

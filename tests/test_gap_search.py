@@ -15,13 +15,13 @@ from trimtab.errors import TrimtabError
 from trimtab.measure.divergence import token_kl
 from trimtab.measure.readout import gap, readout_tokens
 from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.prompts.close_gap import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.gap_steps import Found, GapStep
+from trimtab.prompts.gap.readings import Reader
+from trimtab.prompts.gap.sort_sum_stop import need, sort_sum_stop
+from trimtab.prompts.gap.steps import Found, GapStep
+from trimtab.prompts.gap_search import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.readings import Reader
 from trimtab.prompts.rows import lay_out
-from trimtab.prompts.sort_sum_stop import need, sort_sum_stop
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import render_laws
 from trimtab.steering_file import load_steering

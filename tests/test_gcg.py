@@ -10,8 +10,8 @@ from test_hotflip import random_start, rows_of, seeded
 from trimtab.journal import Journal
 from trimtab.model import LanguageModel
 from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.descent import Descent
 from trimtab.prompts.gcg import gcg
+from trimtab.prompts.moves.descent import Descent
 
 
 class Watched(PlainScorer):

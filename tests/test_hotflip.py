@@ -11,11 +11,11 @@ from plain_scorer import PlainScorer
 from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.model import LanguageModel
-from trimtab.prompts.buffer import Buffer
 from trimtab.prompts.constraints import Bound, Constraints
-from trimtab.prompts.descent import Descent, legal_of
 from trimtab.prompts.hotflip import hotflip
 from trimtab.prompts.kernel import Kernel
+from trimtab.prompts.moves.buffer import Buffer
+from trimtab.prompts.moves.descent import Descent, legal_of
 from trimtab.prompts.rows import Row, lay_out
 
 REQUESTS = ["How do I borrow it?", "Is that allowed today?", "The cats?"]

@@ -24,8 +24,8 @@ from trimtab.report.law_figures import (
 )
 from trimtab.report.laws_page import Section, render_laws, write_laws_page
 from trimtab.report.theory import theory_figures, theory_section
-from trimtab.strength.features_model import FeaturesModel
-from trimtab.strength.theorems import Theorems, theorems
+from trimtab.strength.theory.features_model import FeaturesModel
+from trimtab.strength.theory.theorems import Theorems, theorems
 from trimtab.tables import Table
 
 

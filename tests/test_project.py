@@ -9,7 +9,6 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.embeddings import token_embeddings
-from trimtab.prompts.mixture import anneal
 from trimtab.prompts.objective import CrossEntropy, plain_loss
 from trimtab.prompts.project import (
     PROJECTIONS,
@@ -19,6 +18,7 @@ from trimtab.prompts.project import (
     register,
     slot_losses,
 )
+from trimtab.prompts.projections.mixture import anneal
 from trimtab.prompts.rows import lay_out, slot_ids
 from trimtab.prompts.soft import Soft, allowed_tokens, train_soft
 

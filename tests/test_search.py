@@ -21,16 +21,16 @@ import tiny
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.attempt import ARMS, Attempt, pack, unpack
 from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.cost import costing
 from trimtab.prompts.objective import CrossEntropy, plain_loss
+from trimtab.prompts.pipeline.attempt import ARMS, Attempt, pack, unpack
+from trimtab.prompts.pipeline.cost import costing
+from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarise
+from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.references import Reference
 from trimtab.prompts.requests import Requests
 from trimtab.prompts.rows import slot_ids
 from trimtab.prompts.search import search
-from trimtab.prompts.search_report import SearchReport, best_of, gap_closed, summarise
-from trimtab.prompts.task import Settings
 from trimtab.prompts.teacher import teacher_rows
 from trimtab.prompts.words import Words
 from trimtab.steering_file import load_steering

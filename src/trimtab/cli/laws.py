@@ -24,9 +24,9 @@ from trimtab.errors import TrimtabError
 from trimtab.report.laws_page import write_laws_page
 from trimtab.report.strength_sections import study_sections
 from trimtab.report.theory import theory_section
-from trimtab.strength.features_model import FeaturesModel
 from trimtab.strength.study import study
-from trimtab.strength.theorems import theorems
+from trimtab.strength.theory.features_model import FeaturesModel
+from trimtab.strength.theory.theorems import theorems
 
 
 @app.command("laws", epilog="Example: trimtab laws harbor refusal v.safetensors --out laws")

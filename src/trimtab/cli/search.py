@@ -13,12 +13,12 @@ from trimtab.behavior import load_behavior
 from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
-from trimtab.prompts.close_gap import METHODS, GapSearch, close_gap
+from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
+from trimtab.prompts.pipeline.report import SearchReport
+from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.references import reference_of
 from trimtab.prompts.requests import behavior_requests, load_requests
 from trimtab.prompts.search import search
-from trimtab.prompts.search_report import SearchReport
-from trimtab.prompts.task import Settings
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import Section, write_laws_page
 from trimtab.report.search_page import search_sections

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.journal import Journal
-from trimtab.prompts.buffer import Buffer
 from trimtab.prompts.constraints import Bound
-from trimtab.prompts.descent import (
+from trimtab.prompts.moves.buffer import Buffer
+from trimtab.prompts.moves.descent import (
     LEAST_GAIN,
     Descent,
     Diary,
@@ -27,7 +27,7 @@ from trimtab.prompts.descent import (
     replaced,
     seeded,
 )
-from trimtab.prompts.repair import repair
+from trimtab.prompts.moves.repair import repair
 
 _REFILL = 16
 

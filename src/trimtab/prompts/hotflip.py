@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from trimtab.journal import Journal
-from trimtab.prompts.buffer import Buffer
 from trimtab.prompts.constraints import Bound
-from trimtab.prompts.descent import (
+from trimtab.prompts.moves.buffer import Buffer
+from trimtab.prompts.moves.descent import (
     LEAST_GAIN,
     Descent,
     Diary,
@@ -26,7 +26,7 @@ from trimtab.prompts.descent import (
     replaced,
     seeded,
 )
-from trimtab.prompts.repair import repair
+from trimtab.prompts.moves.repair import repair
 
 NEAR = 4  # best replacements of a place that pairs are made of
 KEPT = 8  # exact losses wanted of a step

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts import lattice, mixture, straight_through
 from trimtab.prompts.objective import CrossEntropy, Objective
-from trimtab.prompts.projection import (
+from trimtab.prompts.projections import lattice, mixture, straight_through
+from trimtab.prompts.projections.registry import (
     PROJECTIONS,
     Legal,
     Projection,

@@ -19,15 +19,15 @@ from trimtab.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.conclusion import conclude
 from trimtab.prompts.constraints import Constraints
 from trimtab.prompts.draft import bfloat16_copy, worthwhile
+from trimtab.prompts.pipeline.conclusion import conclude
+from trimtab.prompts.pipeline.report import SearchReport
+from trimtab.prompts.pipeline.restarts import Progress, Restarts
+from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.references import Reference, reference_of
 from trimtab.prompts.requests import Requests, behavior_requests, load_requests
-from trimtab.prompts.restarts import Progress, Restarts
 from trimtab.prompts.rows import slot_ids
-from trimtab.prompts.search_report import SearchReport
-from trimtab.prompts.task import Settings, Task
 from trimtab.prompts.teacher import Teacher, teacher
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimtab.prompts.attempt import STAGES, TITLES
+from trimtab.prompts.pipeline.attempt import STAGES, TITLES
+from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.scores import Scores
-from trimtab.prompts.search_report import SearchReport
 from trimtab.prompts.states import StateSweep
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, line_figure

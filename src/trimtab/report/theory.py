@@ -7,7 +7,7 @@ import torch
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, described, line_figure
 from trimtab.report.laws_page import Section
-from trimtab.strength.theorems import Theorems
+from trimtab.strength.theory.theorems import Theorems
 from trimtab.tables import number, percent
 
 OTHERS = ("--prompt", "--baked", "--baseline", "--coherence", "--spill", "--damage")

@@ -24,7 +24,7 @@ from trimtab.fan import Fan
 from trimtab.measure.correlation import spearman
 from trimtab.strength.head import STREAM_SITES, collapse_logits, read_head
 from trimtab.strength.laws import BUDGETS, Decisions, curvature, decisions, quartiles
-from trimtab.strength.tilt import Tilt
+from trimtab.strength.theory.tilt import Tilt
 from trimtab.tables import Printable, Table, number, percent
 
 if TYPE_CHECKING:

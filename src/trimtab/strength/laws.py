@@ -26,7 +26,7 @@ from trimtab.errors import TrimtabError
 from trimtab.measure.evaluate import Evaluator, Unsteered
 from trimtab.measure.readout import readout_tokens
 from trimtab.strength.slope import Slope, slopes
-from trimtab.strength.tilt import Tilt
+from trimtab.strength.theory.tilt import Tilt
 from trimtab.tables import Printable, Table, number, percent
 
 if TYPE_CHECKING:

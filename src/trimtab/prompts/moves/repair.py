@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.constraints import Bound
-from trimtab.prompts.descent import Meter, Slot, ranked, replaced, seeded
+from trimtab.prompts.moves.descent import Meter, Slot, ranked, replaced, seeded
 
 _WIDEST = 4096  # candidates a position, whatever the vocabulary
 _WEIGHED = 256  # equals whose text is tokenised to tell them apart

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.strength import token_sets
-from trimtab.strength.peaks import CELLS, row_peaks
+from trimtab.strength.theory import token_sets
+from trimtab.strength.theory.peaks import CELLS, row_peaks
 
 Alpha = float | Tensor
 Tokens = Sequence[int] | Tensor

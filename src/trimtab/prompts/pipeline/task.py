@@ -12,11 +12,11 @@ import torch
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
-from trimtab.prompts.attempt import Attempt
 from trimtab.prompts.constraints import Bound
 from trimtab.prompts.embeddings import soft_loss
 from trimtab.prompts.kernel import Kernel
 from trimtab.prompts.objective import CrossEntropy
+from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.project import PROJECTIONS, slot_losses
 from trimtab.prompts.rows import EARLY, EARLY_WEIGHT, Row, slot_text
 from trimtab.prompts.soft import Soft

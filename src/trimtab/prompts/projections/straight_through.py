@@ -6,7 +6,7 @@ import torch
 
 from trimtab.find.training import frozen
 from trimtab.prompts.embeddings import soft_loss
-from trimtab.prompts.projection import ProjectionTask, drawing, register
+from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
 from trimtab.prompts.soft import embedding_scale
 
 

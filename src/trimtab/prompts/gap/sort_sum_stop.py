@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.gap_steps import Found, GapStep
+from trimtab.prompts.gap.steps import Found, GapStep
 
 if TYPE_CHECKING:
     from trimtab.prompts.constraints import Bound
-    from trimtab.prompts.readings import Reader, Reading
+    from trimtab.prompts.gap.readings import Reader, Reading
 
 Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]

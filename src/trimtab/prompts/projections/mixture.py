@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.find.training import frozen
 from trimtab.prompts.embeddings import soft_loss
-from trimtab.prompts.projection import ProjectionTask, drawing, register
+from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trimtab.strength.tilt import Tilt
+    from trimtab.strength.theory.tilt import Tilt
 
 GRID = 64  # steps between 0 and the end, finer near 0
 STEPS = 100

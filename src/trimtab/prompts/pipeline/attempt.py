@@ -42,7 +42,7 @@ class Attempt:
         legal: whether the prompt keeps every constraint.
         validation: loss on the validation rows.
         test: loss on the test rows; read once, when everything has been chosen.
-        tokens: fed to the model for it, see `trimtab.prompts.cost`; of a stage, the stage alone.
+        tokens: fed to the model for it, see `trimtab.prompts.pipeline.cost`; of a stage, the stage alone.
         calls: of the model.
         details: steps, flips, the reason to stop.
         seconds: it took.

@@ -12,12 +12,12 @@ from torch.nn.functional import cosine_similarity
 from trimtab.errors import TrimtabError
 from trimtab.find.training import frozen
 from trimtab.prompts.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.gap_steps import Found, GapStep
-from trimtab.prompts.sort_sum_stop import need
+from trimtab.prompts.gap.sort_sum_stop import need
+from trimtab.prompts.gap.steps import Found, GapStep
 
 if TYPE_CHECKING:
     from trimtab.prompts.constraints import Bound
-    from trimtab.prompts.readings import Reader
+    from trimtab.prompts.gap.readings import Reader
 
 Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.strength.tilt import Tilt
+from trimtab.strength.theory.tilt import Tilt
 
 VALID = 1e-12  # how far from 1 the probabilities of a context may sum
 

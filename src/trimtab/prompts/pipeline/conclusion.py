@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from trimtab.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.attempt import Attempt
 from trimtab.prompts.objective import CrossEntropy, plain_loss
+from trimtab.prompts.pipeline.attempt import Attempt
+from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarise
+from trimtab.prompts.pipeline.restarts import Found
+from trimtab.prompts.pipeline.task import Task, soft_slot_loss
 from trimtab.prompts.project import slot_losses
 from trimtab.prompts.references import Reference
 from trimtab.prompts.requests import SPLITS, Requests
-from trimtab.prompts.restarts import Found
 from trimtab.prompts.rows import Row, slot_ids
 from trimtab.prompts.scores import Scorer, Scores, score
-from trimtab.prompts.search_report import SearchReport, TextCheck, best_of, summarise
-from trimtab.prompts.task import Task, soft_slot_loss
 from trimtab.prompts.teacher import Teacher
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
-from trimtab.prompts.projection import ProjectionTask, register
+from trimtab.prompts.projections.registry import ProjectionTask, register
 
 
 @register("lattice")

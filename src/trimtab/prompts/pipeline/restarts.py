@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from trimtab.prompts import baselines, stages
-from trimtab.prompts.attempt import Attempt
+from trimtab.prompts.pipeline import baselines, stages
+from trimtab.prompts.pipeline.attempt import Attempt
+from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.soft import Soft
-from trimtab.prompts.task import Task
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 PER_RESTART = 7  # attempts, GCG aside

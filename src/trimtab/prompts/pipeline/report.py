@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.attempt import ARMS, TITLES, Attempt
+from trimtab.prompts.pipeline.attempt import ARMS, TITLES, Attempt
 from trimtab.prompts.scores import Scores
 from trimtab.tables import Printable, Table, number
 

@@ -22,12 +22,12 @@ from trimtab.measure.judges import judge_for
 from trimtab.measure.readout import readout_tokens
 from trimtab.prompt_steering import PromptSteering
 from trimtab.prompts.constraints import Bound, Constraints
-from trimtab.prompts.gap_steps import Found
-from trimtab.prompts.gradient_search import gradient_search
+from trimtab.prompts.gap.gradient import gradient_search
+from trimtab.prompts.gap.readings import Reader
+from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
+from trimtab.prompts.gap.steps import Found
 from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.readings import Reader
 from trimtab.prompts.rows import SEPARATORS, lay_out, slot_text
-from trimtab.prompts.sort_sum_stop import sort_sum_stop
 from trimtab.tables import Printable, Table, number, percent, with_interval
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.strength.features_model import FeaturesModel
-from trimtab.strength.tilt import Tilt
+from trimtab.strength.theory.features_model import FeaturesModel
+from trimtab.strength.theory.tilt import Tilt
 from trimtab.tables import Printable, Table
 
 ALPHAS = tuple(i / 20 for i in range(-120, 121))

@@ -1,0 +1,1 @@
+"""The parts of a gap search: readings, the two searches, their trace."""

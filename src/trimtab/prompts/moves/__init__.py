@@ -1,0 +1,1 @@
+"""What the discrete searches share: a descent and its diary, a buffer, repair of a start."""

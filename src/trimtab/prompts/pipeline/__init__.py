@@ -1,0 +1,1 @@
+"""The parts of a prompt search: stages, baselines, restarts, what came out."""
