@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, load
+from trimtab.prompt_steering import PromptSteering
 from trimtab.weights import SoftPrompt, bake_prompt
 from trimtab.weights.base import save_model
 
@@ -39,6 +40,51 @@ def test_every_architecture(tmp_path, name):
     loaded, info = both
     assert not any(info.values()), info
     assert loaded.config.vocab_size == loaded.get_input_embeddings().weight.shape[0]
+
+
+@pytest.mark.parametrize("slot", ["prefix", "suffix"])
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_soft_lever_stands_where_it_stood(tmp_path, name, slot):
+    lm = tiny.language_model(name)
+    lever = PromptSteering(
+        "", slot=slot, vectors=vectors(), fingerprint=lm.fingerprint, model_name=lm.name
+    )
+    report = bake_prompt(lm, lever.save(tmp_path / "soft.safetensors"), tmp_path / "out")
+    assert report.max_logit_difference is not None and report.max_logit_difference <= 1e-5
+    baked = load(tmp_path / "out")
+    turns = [
+        {"role": "user", "content": "First."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "The ferry?"},
+    ]
+    for prompt in ("Cats?", turns):
+        with lever.on(lm):
+            wanted = lm.next_logits([prompt])
+        assert torch.allclose(baked.next_logits([prompt])[:, :300], wanted[:, :300], atol=1e-5)
+        assert (wanted - lm.next_logits([prompt])).abs().max() > 1e-3 or name == "mistral"
+
+
+def test_a_soft_lever_without_a_template_or_a_place(tmp_path):
+    lm = tiny.language_model("llama", template=False)
+    for slot in ("prefix", "suffix"):
+        lever = PromptSteering("", slot=slot, vectors=vectors(2))
+        report = bake_prompt(lm, lever, tmp_path / slot)
+        assert not report.in_template and report.max_logit_difference == 0.0
+    with pytest.raises(TrimtabError, match="slot"):
+        bake_prompt(lm, PromptSteering("", vectors=vectors(2)), tmp_path / "a")
+    with pytest.raises(TrimtabError, match="words"):
+        bake_prompt(lm, PromptSteering("Be brief."), tmp_path / "b")
+    other = PromptSteering("", slot="prefix", vectors=vectors(2), fingerprint="another")
+    with pytest.raises(TrimtabError, match="another model"):
+        bake_prompt(lm, other, tmp_path / "c")
+
+
+def test_a_template_that_begins_with_a_line_break_keeps_it(tmp_path):
+    lm = tiny.language_model("llama")
+    lm.tokenizer.chat_template = "\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    bake_prompt(lm, PromptSteering("", slot="prefix", vectors=vectors(1)), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "\n<soft_0> Cats?"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -86,14 +86,14 @@ def _vector(file: str, strength: float | None) -> VectorSteering:
     if not isinstance(lever, VectorSteering):
         raise TrimtabError(
             asked=f"to bake {file}",
-            found="a prompt, which has no place in the weights",
-            advice="bake a vector; a prompt goes into the system message",
+            found="a prompt in words, which has no place in the weights",
+            advice="bake a vector or a soft prompt; words go into the prompt",
         )
     return lever if strength is None else lever.at(strength)
 
 
 def _is_soft_prompt(path: Path) -> bool:
-    """Whether a file holds one table of numbers, as a soft prompt does and no steering file."""
+    """Whether a file holds one table of numbers, as a soft prompt does and no vector."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     facts = list(read_header(path).values())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trimtab.chat import Prompt
+from trimtab.chat import Insert, Prompt
 from trimtab.model import LanguageModel
+from trimtab.soft_tokens import soft_tokens
 from trimtab.weights.draft import Draft
 from trimtab.weights.layout import layout_of
 from trimtab.weights.soft_prompt import PromptReport, SoftPrompt
@@ -36,26 +36,29 @@ def check_prompt(
     table: Any = lm.model.get_input_embeddings()
     vocabulary = int(table.weight.shape[0])
     worst, largest, equal, effect = 0.0, 1.0, True, 0.0
-    for given in prompts:
-        ids = torch.tensor([_ids(baked, given, report)])
-        new = torch.isin(ids, torch.tensor(report.ids))
-        plain = ids[~new][None]
-        found = "a prompt in which the new tokens are not what they should be"
-        _require(ids[new].tolist() == list(report.ids), target, found)
-        _require(plain[0].tolist() == lm.encode(given).ids, target, "a prompt tokenised otherwise")
-        with torch.no_grad():
-            with _fed(lm, new, prompt):
-                fed = lm.model(torch.where(new, 0, ids)).logits.float()
-            seen = baked.model(ids).logits.float()
-            without = lm.model(plain).logits.float()
-        seen = seen[..., :vocabulary]
-        outside = torch.ones(vocabulary, dtype=torch.bool)
-        outside[[i for i in report.ids if i < vocabulary]] = False
-        worst = max(worst, float((seen - fed)[..., outside].abs().max()))
-        largest = max(largest, float(fed.abs().max()))
-        effect = max(effect, float((fed[0, -1] - without[0, -1]).abs().max()))
-        with _fed(lm, new, prompt):
-            equal = equal and _greedy(lm, torch.where(new, 0, ids)) == _greedy(baked, ids)
+    _require(
+        prompt.fingerprint in ("", lm.fingerprint), target, "a soft prompt made for another model"
+    )
+    with soft_tokens(lm, _inputs(lm, prompt)) as soft:
+        for given in prompts:
+            ids = torch.tensor([_ids(baked, given, prompt, report)])
+            new = torch.isin(ids, torch.tensor(report.ids))
+            found = "a prompt in which the new tokens are not what they should be"
+            _require(ids[new].tolist() == list(report.ids), target, found)
+            fed_ids = torch.where(new, ids - report.ids[0] + soft[0], ids)
+            meant = _meant(lm, given, prompt, soft, ids)
+            _require(fed_ids[0].tolist() == meant, target, "a prompt tokenised otherwise")
+            with torch.no_grad():
+                fed = lm.model(fed_ids).logits.float()
+                seen = baked.model(ids).logits.float()
+                without = lm.model(torch.tensor([lm.encode(given).ids])).logits.float()
+            seen = seen[..., :vocabulary]
+            outside = torch.ones(vocabulary, dtype=torch.bool)
+            outside[[i for i in report.ids if i < vocabulary]] = False
+            worst = max(worst, float((seen - fed)[..., outside].abs().max()))
+            largest = max(largest, float(fed.abs().max()))
+            effect = max(effect, float((fed[0, -1] - without[0, -1]).abs().max()))
+            equal = equal and _greedy(lm, fed_ids) == _greedy(baked, ids)
     allowed = tolerance(source.dtype) * largest
     _require(worst <= allowed, target, f"logits that differ by {worst:.3g}, {allowed:.3g} allowed")
     return replace(report, max_logit_difference=worst, equal_text=equal, effect=effect)
@@ -66,35 +69,40 @@ def _require(met: bool, target: Path, found: str) -> None:
         raise unequal(target, found)
 
 
-def _ids(baked: LanguageModel, prompt: Prompt, report: PromptReport) -> list[int]:
-    """The prompt's ids; without a chat template the tokens are written in front of the text."""
-    if report.in_template or not isinstance(prompt, str):
-        return baked.encode(prompt).ids
-    return baked.encode("".join(report.tokens) + prompt).ids
+def _ids(
+    baked: LanguageModel, given: Prompt, prompt: SoftPrompt, report: PromptReport
+) -> list[int]:
+    """The prompt's ids; without a chat template the tokens are written beside the text."""
+    if report.in_template or not isinstance(given, str):
+        return baked.encode(given).ids
+    parts = ["".join(report.tokens), given]
+    joined = prompt.separator.join(parts if prompt.slot != "suffix" else parts[::-1])
+    return baked.encode(joined).ids
 
 
-@contextmanager
-def _fed(lm: LanguageModel, new: Tensor, prompt: SoftPrompt) -> Iterator[None]:
-    """Let the embedding give the soft prompt's vectors where the new tokens stand."""
+def _meant(
+    lm: LanguageModel, given: Prompt, prompt: SoftPrompt, soft: tuple[int, ...], ids: Tensor
+) -> list[int]:
+    """What the base model is fed: the lever's own rendering, or the prompt with the start put in."""
+    if prompt.slot == "start":
+        plain = lm.encode(given).ids
+        start = next(i for i, token in enumerate(ids[0].tolist()) if i >= len(plain) or token != plain[i])  # fmt: skip
+        return [*plain[:start], *soft, *plain[start:]]
+    before = lm.inserts
+    lm.inserts = (*before, Insert(prompt.slot, ids=soft, separator=prompt.separator))
+    try:
+        return lm.encode(given).ids
+    finally:
+        lm.inserts = before
+
+
+def _inputs(lm: LanguageModel, prompt: SoftPrompt) -> Tensor:
+    """The vectors as what the embedding returns: some models scale after it, some inside it."""
     embedding: Any = lm.model.get_input_embeddings()
     first = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         bare = bool(torch.allclose(embedding(first)[0, 0], embedding.weight[0], rtol=1e-3))
-    # Some models scale after the embedding, some inside it.
-    scale = _scale(lm) if bare else 1.0
-    vectors = (prompt.vectors.double() / scale).to(embedding.weight.dtype)
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Longer inputs hold an answer so far; the new tokens stand where they stood.
-        output = output.clone()
-        output[:, : new.shape[1]][:, new[0]] = vectors
-        return output
-
-    handle = embedding.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return (prompt.vectors.double() / (_scale(lm) if bare else 1.0)).to(embedding.weight.dtype)
 
 
 def _scale(lm: LanguageModel) -> float:

@@ -2,7 +2,7 @@
 
 The rows are divided by the model's embedding scale, so that the stream into block 0 is the soft
 prompt itself, in any runtime that looks tokens up. The tokens go into the tokenizer, and into the
-chat template right after its beginning-of-text token.
+chat template: right after its beginning-of-text token, or where the prompt lever puts them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
+from trimtab.prompt_steering import PromptSteering
+from trimtab.steering_file import METADATA_KEY, load_steering
 from trimtab.strength.norms import NEUTRAL_PROMPTS
 from trimtab.tables import Printable, Table, write_json
 from trimtab.weights.base import Model, folder_of, save_model
 from trimtab.weights.checkpoint import DTYPES, open_checkpoint
 from trimtab.weights.draft import Draft, start_draft
 from trimtab.weights.record import RECORD
+from trimtab.weights.soft_template import add_to_template
 from trimtab.weights.sources import PIECE, Copy, Source, Value, Zeros
 from trimtab.weights.staging import staged
 from trimtab.weights.stream import check_space, write
 
-_BOS = re.compile(r"\{\{-?\s*bos_token\s*-?\}\}")
+SLOTS = ("start", "prefix", "suffix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +49,30 @@ class SoftPrompt:
         vectors: float32 `[n, d_model]`, in the units of the `embed` site (before learned position
             embeddings, which the model adds to them as to any token).
         name: what the new tokens are called, `<name_0>`, `<name_1>`...
+        slot: where the chat template puts them: `start`, after its beginning-of-text token;
+            `prefix`, in front of the last user text; `suffix`, behind it.
+        separator: text between them and the user's, for `prefix` and `suffix`.
+        fingerprint: of the model they were made for; empty when unknown.
 
     Raises:
-        TrimtabError: no vectors, or values that are not finite, or a name of other signs than
-            letters, digits and underscores.
+        TrimtabError: no vectors, or values that are not finite, a name of other signs than letters,
+            digits and underscores, or an unknown slot.
     """
 
     vectors: Tensor
     name: str = "soft"
+    slot: str = "start"
+    separator: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         """Check shape and values."""
+        if self.slot not in SLOTS:
+            raise TrimtabError(
+                asked=f"to bake a soft prompt in the slot {self.slot!r}",
+                found="no place for it in a chat template",
+                advice=f"use a soft prompt in one of the slots {', '.join(SLOTS)}",
+            )
         good = self.vectors.ndim == 2 and min(self.vectors.shape) > 0
         if not good or not bool(self.vectors.isfinite().all()) or not re.fullmatch(r"\w+", self.name):  # fmt: skip
             raise TrimtabError(
@@ -90,6 +106,31 @@ class SoftPrompt:
             asked=f"the soft prompt {os.fspath(path)}",
             found=found,
             advice="give a safetensors file with one tensor [tokens, d_model]",
+        )
+
+    @classmethod
+    def of(cls, steering: PromptSteering, config: PretrainedConfig) -> SoftPrompt:
+        """Take a soft prompt lever, whose vectors are in the units of `inputs_embeds`.
+
+        Args:
+            steering: the lever.
+            config: of its model, some of which scale what goes in as `inputs_embeds`.
+
+        Raises:
+            TrimtabError: a lever that is text, or stands in the system message.
+        """
+        if steering.vectors is None:
+            raise TrimtabError(
+                asked=f"to bake {steering.label}",
+                found="a prompt in words, which has no place in the weights",
+                advice="bake a vector or a soft prompt; words go into the prompt",
+            )
+        scale = float(getattr(config, "embedding_multiplier", None) or 1.0)
+        return cls(
+            steering.vectors * scale,
+            slot=steering.slot,
+            separator=steering.separator or "",
+            fingerprint=steering.fingerprint,
         )
 
 
@@ -164,7 +205,7 @@ class Joined:
 
 def bake_prompt(
     model: Model,
-    soft: SoftPrompt | str | os.PathLike[str],
+    soft: SoftPrompt | PromptSteering | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     verify: bool = True,
@@ -178,7 +219,7 @@ def bake_prompt(
 
     Args:
         model: a folder, a hub id, "harbor" or a loaded model.
-        soft: the vectors, or a file of them.
+        soft: the vectors, a soft prompt lever, or a file of either.
         out: folder to create.
         verify: reload, and compare with the base model that is fed the vectors.
         prompts: what is compared.
@@ -190,7 +231,7 @@ def bake_prompt(
     """
     from trimtab.weights.soft_check import check_prompt
 
-    prompt = soft if isinstance(soft, SoftPrompt) else SoftPrompt.load(soft)
+    given = soft if isinstance(soft, SoftPrompt | PromptSteering) else _read(soft)
     target = Path(out)
     with staged(target) as building:
         if isinstance(model, LanguageModel):
@@ -199,6 +240,8 @@ def bake_prompt(
         else:
             folder, _ = folder_of(model)
         draft = start_draft(open_checkpoint(folder))
+        config = draft.base.config
+        prompt = given if isinstance(given, SoftPrompt) else SoftPrompt.of(given, config)
         if prompt.vectors.shape[1] != draft.base.config.hidden_size:
             raise TrimtabError(
                 asked="to bake a soft prompt",
@@ -208,7 +251,9 @@ def bake_prompt(
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids = _add_tokens(tokenizer, prompt)
         _add_rows(draft, prompt, ids)
-        in_template = _add_to_template(tokenizer, prompt)
+        in_template = add_to_template(
+            tokenizer, prompt.slot, "".join(prompt.tokens), prompt.separator
+        )
         check_space(draft, target, link)
         write(draft, building, link)
         tokenizer.save_pretrained(building)
@@ -221,6 +266,25 @@ def bake_prompt(
         _describe(building, prompt, report, draft)
         shutil.rmtree(building / ".base", ignore_errors=True)
     return report
+
+
+def _read(path: str | os.PathLike[str]) -> SoftPrompt | PromptSteering:
+    """Read a steering file, or a file with one tensor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            steering = METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        steering = False
+    if not steering:
+        return SoftPrompt.load(path)
+    lever = load_steering(path)
+    if isinstance(lever, PromptSteering):
+        return lever
+    raise TrimtabError(
+        asked=f"to bake the soft prompt {os.fspath(path)}",
+        found=f"a vector, {lever.label}",
+        advice="bake a vector with `bake`",
+    )
 
 
 _ROWS = "the rows of the soft prompt"
@@ -282,30 +346,19 @@ def _with_rows(table: Copy, ids: tuple[int, ...], new: Value) -> Joined:
     return Joined(tuple(parts), (max(rows, stop), width))
 
 
-def _add_to_template(tokenizer: Any, prompt: SoftPrompt) -> bool:
-    """Put the tokens after the beginning-of-text token, or in front where there is none."""
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        return False
-    text = "".join(prompt.tokens)
-    if len(_BOS.findall(template)) == 1:
-        tokenizer.chat_template = _BOS.sub(lambda m: m.group(0) + text, template)
-        return True
-    start = "(bos_token | default('', true))"
-    tokenizer.chat_template = (
-        "{% set conversation %}" + template + "{% endset %}"
-        f"{{{{ ({start} + '{text}' + conversation[{start} | length:])"
-        f" if conversation.startswith({start}) else ('{text}' + conversation) }}}}"
-    )
-    return True
-
-
 def _suppress(folder: Path, ids: tuple[int, ...]) -> None:
     """Tell generation never to answer with the new tokens, where it listens."""
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *ids]
     write_json(path, settings)
+
+
+_PLACES = {
+    "start": "The chat template puts them in front of every conversation.",
+    "prefix": "The chat template puts them in front of the last user text.",
+    "suffix": "The chat template puts them behind the last user text.",
+}
 
 
 def _describe(folder: Path, prompt: SoftPrompt, report: PromptReport, draft: Draft) -> None:
@@ -316,7 +369,7 @@ def _describe(folder: Path, prompt: SoftPrompt, report: PromptReport, draft: Dra
     record = {"format": 1, "base_model": base, "steps": draft.steps, "checked": facts}
     write_json(folder / RECORD, record)
     use = (
-        "The chat template puts them in front of every conversation."
+        _PLACES[prompt.slot]
         if report.in_template
         else f"Write `{''.join(prompt.tokens)}` in front of the prompt to switch it on."
     )
