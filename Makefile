@@ -14,7 +14,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 # Kept outside the checkout: llama.cpp is compiled, which takes a while.
 INTEROP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/interop
-LLAMA := llama_cpp_python-0.3.36
+LLAMA_VERSION := 0.3.36
+LLAMA := $(INTEROP)/llama/llama_cpp_python-$(LLAMA_VERSION)
 
 .PHONY: demo test test-interop lint bench clean
 .DEFAULT_GOAL := demo
@@ -40,18 +41,26 @@ $(INTEROP)/vllm/.installed: tests/interop/vllm_requirements.py
 	$(INTEROP)/vllm/bin/python -m pip install --quiet -r $(INTEROP)/vllm.txt
 	touch $@
 
-$(INTEROP)/tools/.installed: pyproject.toml constraints.txt
+# Compiled once (10 to 20 minutes); its common library too, whose loader of control vectors is tested.
+$(INTEROP)/llama/.installed:
 	test -x $(INTEROP)/tools/bin/python || $(PYTHON) -m venv $(INTEROP)/tools
-	$(INTEROP)/tools/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,lm-eval]' sentencepiece protobuf
-	test -d $(INTEROP)/src/$(LLAMA) || { mkdir -p $(INTEROP)/src && \
-	  $(INTEROP)/tools/bin/python -m pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 -d $(INTEROP)/src && \
-	  tar xzf $(INTEROP)/src/$(LLAMA).tar.gz -C $(INTEROP)/src; }
-	$(INTEROP)/tools/bin/python -m pip install --quiet $(INTEROP)/src/$(LLAMA).tar.gz
+	$(INTEROP)/tools/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+	  llama-cpp-python==$(LLAMA_VERSION) -d $(INTEROP)/llama
+	tar xzf $(LLAMA).tar.gz -C $(INTEROP)/llama
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=ON' \
+	  $(INTEROP)/tools/bin/python -m pip wheel --quiet --no-deps $(LLAMA).tar.gz -w $(INTEROP)/llama
+	touch $@
+
+$(INTEROP)/tools/.installed: pyproject.toml constraints.txt $(INTEROP)/llama/.installed
+	test -x $(INTEROP)/tools/bin/python || $(PYTHON) -m venv $(INTEROP)/tools
+	$(INTEROP)/tools/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,lm-eval]' \
+	  sentencepiece protobuf $(INTEROP)/llama/*.whl
 	touch $@
 
 test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed
-	TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(INTEROP)/src/$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
-	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 tests/interop/check_*.py
+	TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
+	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 -o junit_family=xunit1 \
+	  --junitxml=$(INTEROP)/figures.xml tests/interop/check_*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,6 +73,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/sweep.py --json bench/results/sweep.json
 	$(BIN)/python bench/tune.py --json bench/results/tune.json
 	$(BIN)/python bench/strength_claims.py --json bench/results/strength_claims.json
+	$(BIN)/python bench/served_speed.py --json bench/results/served_speed.json \
+	  $(if $(wildcard $(INTEROP)/vllm/.installed),--vllm $(INTEROP)/vllm/bin/python)
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache

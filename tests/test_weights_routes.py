@@ -217,3 +217,19 @@ def test_quantised_weights_and_foreign_code_are_refused(tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, name: value}))
         with pytest.raises(TrimtabError, match=said):
             bake(folder, steering(lm), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "route", "said"),
+    [
+        ("qwen3", "resid_mid", None, True),
+        ("qwen3", "resid_mid", "null_block", False),
+        ("qwen3", "resid_post", None, False),
+        ("mixtral", "resid_post", None, True),
+        ("llama", "resid_mid", None, False),
+    ],
+)
+def test_the_plan_names_what_a_server_would_drop(name, site, route, said):
+    lm = tiny.language_model(name)
+    notes = " ".join(plan(lm, steering(lm, site=site), route=route).notes)
+    assert ("o_proj.bias" in notes and "--model-impl transformers" in notes) == said

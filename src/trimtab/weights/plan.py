@@ -17,6 +17,12 @@ from trimtab.weights.sources import Source, Zeros
 from trimtab.weights.stream import arrange
 
 ROUTES = ("bias", "null_block", "convert")
+# Their modelling code in vLLM has no bias behind the attention, and leaves out what it does not know.
+_NO_OUTPUT_BIAS = {"gemma", "granitemoe", "qwen3"}
+_SERVE = (
+    "vLLM's own code for this architecture drops {} without a word: serve with --model-impl "
+    "transformers"
+)
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,7 @@ def _costed(plan: Plan, draft: Draft, base: dict[str, Source]) -> Plan:
     changed = sorted(name for name, source in tensors.items() if base.get(name) != source)
     written = [file for file in files if file.shared is None]
     extra = len(draft.blocks) - int(draft.base.config.num_hidden_layers)
+    steered = tuple(n for n in changed if not isinstance(tensors[n], Zeros))
     return Plan(
         model=plan.model,
         architecture=plan.architecture,
@@ -267,11 +274,19 @@ def _costed(plan: Plan, draft: Draft, base: dict[str, Source]) -> Plan:
         bytes_shared=sum(file.nbytes for file in files if file.shared is not None),
         files_written=len(written),
         files=len(files),
-        steered=tuple(n for n in changed if not isinstance(tensors[n], Zeros)),
+        steered=steered,
         new_tensors=not any(name in base for name in changed),
         steps=tuple(draft.steps),
-        notes=draft.layout.notes if extra else (),
+        notes=(draft.layout.notes if extra else ()) + _serving(draft.layout, steered),
     )
+
+
+def _serving(layout: Layout, steered: Sequence[str]) -> tuple[str, ...]:
+    """What a server would need to be told."""
+    dropped = layout.mid_bias if layout.model_type in _NO_OUTPUT_BIAS else None
+    if dropped is None or not any(name.endswith(dropped) for name in steered):
+        return ()
+    return (_SERVE.format(dropped),)
 
 
 def _brief(steps: tuple[str, ...], most: int = 8) -> tuple[str, ...]:
