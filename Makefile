@@ -73,6 +73,9 @@ bench: $(STAMP)
 	$(BIN)/python bench/sweep.py --json bench/results/sweep.json
 	$(BIN)/python bench/tune.py --json bench/results/tune.json
 	$(BIN)/python bench/strength_claims.py --json bench/results/strength_claims.json
+	$(BIN)/python bench/prompt_kernel.py --json bench/results/prompt_kernel.json
+	$(BIN)/python bench/gap_search.py --json bench/results/gap_search.json
+	$(BIN)/python bench/prompt_levers.py --work build/prompt_levers --json bench/results/prompt_levers.json
 	$(BIN)/python bench/served_speed.py --json bench/results/served_speed.json \
 	  $(if $(wildcard $(INTEROP)/vllm/.installed),--vllm $(INTEROP)/vllm/bin/python)
 

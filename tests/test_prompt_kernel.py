@@ -10,22 +10,22 @@ import torch
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, load
-from trimtab.prompts import passes as passes_module
-from trimtab.prompts.draft import bfloat16_copy
 from trimtab.prompts.embeddings import onehot_gradient
 from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.keys import Keys
 from trimtab.prompts.objective import CrossEntropy, GapLoss, Objective, plain_loss
-from trimtab.prompts.passes import Slot, common_trunk
-from trimtab.prompts.race import rounds
-from trimtab.prompts.room import Room, out_of_memory
 from trimtab.prompts.rows import Row, lay_out
-from trimtab.prompts.tricks import Tricks
+from trimtab.prompts.scoring import passes as passes_module
+from trimtab.prompts.scoring.draft import bfloat16_copy
+from trimtab.prompts.scoring.keys import Keys
+from trimtab.prompts.scoring.passes import Slot, common_trunk
+from trimtab.prompts.scoring.race import rounds
+from trimtab.prompts.scoring.room import Room, out_of_memory
+from trimtab.prompts.scoring.tricks import Tricks
 from trimtab.replay import KeptCache
 from trimtab.steering import VectorSteering
 
-REQUESTS = ["How do I borrow the ledger?", "Cats.", "Where is the pier, and the ferry, at noon?"]
-TARGETS = [[20, 30, 40, 50, 60], [7, 8, 9], [11, 12, 13, 14, 15, 16, 17, 2]]
+REQUESTS = ["How do I borrow the ledger?", "Cats.", "Where is the pier, at noon?", "Sure, here?"]
+TARGETS = [[20, 30, 40, 50, 60], [7, 8, 9], [*range(11, 30), 2], [31, 32, 33, 34]]
 TRICKS = ("head_cache", "share_slot", "cut", "keep_logits", "dedupe", "memo", "race", "draft")
 TOLERANCE = 1e-5
 
@@ -223,7 +223,7 @@ def test_a_race_does_not_depend_on_what_is_known(llama: LanguageModel) -> None:
 
 
 def test_rounds_shrink_take_turns_and_have_to_pay(llama: LanguageModel) -> None:
-    long = lay_out(llama, REQUESTS * 3, targets=[list(range(20, 60))] * 9)[:8]
+    long = lay_out(llama, REQUESTS * 2, targets=[list(range(20, 60))] * 8)
 
     def plan(
         candidates: int, keep: int = 1, draft: bool = False, race: bool = True, turn: int = 0
@@ -231,18 +231,18 @@ def test_rounds_shrink_take_turns_and_have_to_pay(llama: LanguageModel) -> None:
         found = rounds(long, candidates, keep, draft, race, turn)
         return [(len(r.places), r.share, r.draft, r.survivors) for r in found]
 
-    assert plan(256) == [(2, 4, False, 32), (8, 2, False, 8)]
-    assert plan(256, draft=True) == [(2, 4, True, 32), (8, 1, True, 8)]
-    assert plan(256, draft=True, race=False) == [(8, 1, True, 16)]
-    assert plan(256, keep=40) == [(2, 4, False, 40)]
+    assert plan(256) == [(2, 2, False, 64), (8, 2, False, 16)]
+    assert plan(256, draft=True) == [(2, 2, True, 64), (8, 1, True, 8)]
+    assert plan(256, draft=True, race=False) == [(8, 1, True, 8)]
+    assert plan(256, keep=80) == [(2, 2, False, 80)]
     assert plan(3) == plan(256, race=False) == []
     first = [rounds(long, 256, 1, False, True, turn)[0].places for turn in (0, 1)]
     assert first[0] != first[1]
     few = rounds(long, 256, 1, False, True, 0)[0].rows(long)
-    assert [len(row.target) for row in few] == [10, 10]
-    assert [len(row.first(12).target) for row in few] == [10, 10]
-    # A row that is read whole anyway is no saving.
-    assert rounds([row.first(0) for row in long[:1]], 256, 1, False, True, 0) == ()
+    assert [len(row.target) for row in few] == [20, 20]
+    # What one row's first tokens say is no ranking, and a row that is read whole no saving.
+    assert rounds(long[:3], 256, 1, False, True, 0) == ()
+    assert [r.survivors for r in rounds(long[:3], 256, 1, True, True, 0)] == [8]
 
 
 class Full:

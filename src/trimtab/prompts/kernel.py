@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts import race
-from trimtab.prompts.draft import bfloat16_copy, check_vocabulary, worthwhile
 from trimtab.prompts.embeddings import onehot_gradient
 from trimtab.prompts.objective import CrossEntropy, Objective
-from trimtab.prompts.passes import Passes, Slot, common_trunk
-from trimtab.prompts.room import Room
 from trimtab.prompts.rows import Row
-from trimtab.prompts.tricks import Counts, Tally, Tricks
+from trimtab.prompts.scoring import race
+from trimtab.prompts.scoring.draft import bfloat16_copy, check_vocabulary, worthwhile
+from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
+from trimtab.prompts.scoring.room import Room
+from trimtab.prompts.scoring.tricks import Counts, Tally, Tricks
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel

@@ -20,7 +20,6 @@ from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.prompt_steering import PromptSteering
 from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.pipeline.conclusion import conclude
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.pipeline.restarts import Progress, Restarts
@@ -28,6 +27,7 @@ from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.references import Reference, reference_of
 from trimtab.prompts.requests import Requests, behavior_requests, load_requests
 from trimtab.prompts.rows import slot_ids
+from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.teacher import Teacher, teacher
 
 if TYPE_CHECKING:

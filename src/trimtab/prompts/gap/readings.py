@@ -59,16 +59,17 @@ class Reader:
         self.bare = self._reading(self._log_p[None])
 
     @torch.no_grad()
-    def read(self, slots: Sequence[Sequence[int]]) -> Reading:
-        """Return what each slot does on each row; an empty slot is the prompt as it is."""
+    def read(self, slots: Sequence[Sequence[int]], count: int | None = None) -> Reading:
+        """Return what each slot does on each row, or on the first `count` of them."""
+        rows = self.rows[:count]
         found: list[Reading] = []
         # A vocabulary's worth of numbers per prompt: not all at once.
-        size = max(1, 2**25 // (len(self.rows) * self._log_p.shape[-1]))
+        size = max(1, 2**25 // (len(rows) * self._log_p.shape[-1]))
         for start in range(0, len(slots), size):
             part = slots[start : start + size]
-            items = [row.encoded(slot) for slot in part for row in self.rows]
+            items = [row.encoded(slot) for slot in part for row in rows]
             log_p = self._log_probs(items)
-            found.append(self._reading(log_p.reshape(len(part), len(self.rows), -1)))
+            found.append(self._reading(log_p.reshape(len(part), len(rows), -1)))
         parts = [[getattr(r, name) for r in found] for name in ("gaps", "shifts", "masses")]
         return Reading(*(torch.cat(part) for part in parts))
 
@@ -94,7 +95,7 @@ class Reader:
         wanted = self.objective.toward if self.objective.sign > 0 else self.objective.away
         return Reading(
             gaps=self.objective.gaps(log_p).double(),
-            shifts=token_kl(self._log_p, log_p),
+            shifts=token_kl(self._log_p[: log_p.shape[1]], log_p),
             masses=log_p[..., wanted].logsumexp(-1).double(),
         )
 

@@ -29,6 +29,8 @@ def sort_sum_stop(
     margin: float = 0.0,
     least_probability: float = 1e-4,
     most_candidates: int = 256,
+    screen_rows: int = 2,
+    kept_candidates: int = 12,
     shift_weight: float = 0.1,
     mass_weight: float = 0.1,
     progress: Progress | None = None,
@@ -41,7 +43,8 @@ def sort_sum_stop(
         F(t) = change of gap - shift_weight * KL(next token without || with the slot)
                + mass_weight * change of the wanted side's log-mass,
 
-    all means over the train prompts. Tokens are sorted by F and appended while their predicted gains
+    all means over the train prompts; first on `screen_rows` of them, then the best
+    `kept_candidates` on all. Tokens are sorted by F and appended while their predicted gains
     are summed, until the sum passes what is still open at the `goal` quantile, plus the margin. Then
     the slot is measured after each token; what lies behind the point that leaves least open, in the
     mean over prompts, is taken away, and the next round goes on from there.
@@ -57,6 +60,8 @@ def sort_sum_stop(
         margin: Gap wanted beyond zero.
         least_probability: Of a candidate token; lowered by tens where nothing is left.
         most_candidates: The likeliest ones of a round.
+        screen_rows: Prompts that every candidate is scored on.
+        kept_candidates: The best of those are scored on all prompts.
         shift_weight: lambda, per nat of shift.
         mass_weight: mu, per nat of log-mass.
         progress: Called with tokens in the slot and `max_tokens`.
@@ -85,7 +90,7 @@ def sort_sum_stop(
         else:
             order = _scored(
                 reader, bound, slot, now, least_probability, most_candidates,
-                shift_weight, mass_weight,
+                screen_rows, kept_candidates, (shift_weight, mass_weight),
             )  # fmt: skip
             chosen = _summed(bound, slot, order, open_, max_tokens - len(slot))
             made, slot, now = _measured(reader, slot, now, chosen, margin)
@@ -138,24 +143,40 @@ def _scored(
     now: Reading,
     least_probability: float,
     most: int,
-    shift_weight: float,
-    mass_weight: float,
+    screen_rows: int,
+    kept: int,
+    weights: tuple[float, float],
 ) -> list[GapStep]:
-    """Each candidate alone behind the slot, the best F first; tokens without gain are left out."""
+    """Candidates alone behind the slot, the best F first; tokens without gain are left out."""
     tokens = _candidates(reader, bound, slot, least_probability, most)
+    if len(tokens) > kept and screen_rows < len(reader.rows):
+        scores = _scores(reader, slot, tokens, now, weights, screen_rows)[0]
+        tokens = [tokens[i] for i in scores.argsort(descending=True, stable=True)[:kept].tolist()]
     if not tokens:
         return []
-    found = reader.read([(*slot, token) for token in tokens])
-    gains = reader.objective.sign * (found.gaps - now.gaps).mean(-1)
-    shifts = (found.shifts - now.shifts).mean(-1)
-    masses = (found.masses - now.masses).mean(-1)
-    scores = gains - shift_weight * shifts + mass_weight * masses
+    scores, gains, shifts = _scores(reader, slot, tokens, now, weights, len(reader.rows))
     order = scores.argsort(descending=True, stable=True).tolist()
     return [
         GapStep(tokens[i], bound.text([tokens[i]]), float(gains[i]), 0.0, float(shifts[i]))
         for i in order
         if float(gains[i]) > 0
     ]
+
+
+def _scores(
+    reader: Reader,
+    slot: Slot,
+    tokens: list[int],
+    now: Reading,
+    weights: tuple[float, float],
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F, gain and shift of each token behind the slot, means over the first `count` prompts."""
+    found = reader.read([(*slot, token) for token in tokens], count)
+    gains = reader.objective.sign * (found.gaps - now.gaps[:, :count]).mean(-1)
+    shifts = (found.shifts - now.shifts[:, :count]).mean(-1)
+    masses = (found.masses - now.masses[:, :count]).mean(-1)
+    return gains - weights[0] * shifts + weights[1] * masses, gains, shifts
 
 
 def _summed(

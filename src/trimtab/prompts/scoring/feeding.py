@@ -16,8 +16,8 @@ from torch import Tensor
 from trimtab.batch import Batch
 from trimtab.chat import Encoded
 from trimtab.generation import pad_id
-from trimtab.prompts.keys import Keys
-from trimtab.prompts.room import out_of_memory
+from trimtab.prompts.scoring.keys import Keys
+from trimtab.prompts.scoring.room import out_of_memory
 from trimtab.replay import KeptCache
 from trimtab.sharing import call
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from trimtab.fan import CALL_TOKENS, CALL_TOKENS_ELSEWHERE
 from trimtab.probe import text_config
-from trimtab.prompts.feeding import Feeder, beginning
-from trimtab.prompts.keys import Keys
 from trimtab.prompts.objective import Objective
-from trimtab.prompts.room import Room
 from trimtab.prompts.rows import Row
-from trimtab.prompts.tricks import Tricks
+from trimtab.prompts.scoring.feeding import Feeder, beginning
+from trimtab.prompts.scoring.keys import Keys
+from trimtab.prompts.scoring.room import Room
+from trimtab.prompts.scoring.tricks import Tricks
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -129,15 +130,12 @@ class Passes:
     ) -> Tensor:
         """Weighted sums over rows; `sequence(slot, row)` says whose keys a pair goes on from."""
         totals = torch.zeros(len(slots), dtype=torch.float64)
-        tails = [len(row.encoded(()).ids) - len(row.before) for row in rows]
-        order = sorted(range(len(rows)), key=lambda r: -tails[r])
-        keep = [self.objective.keep(row) for row in rows]
-        pairs = [(c, r) for r in order for c in members]
-        first = members[0]
-        columns = max(
-            len(row.encoded(slots[first]).ids) - (keys.lengths[sequence(first, r)] if keys else 0)
+        first = slots[members[0]]
+        fed = [
+            len(row.encoded(first).ids) - (keys.lengths[sequence(members[0], r)] if keys else 0)
             for r, row in enumerate(rows)
-        )
+        ]
+        keep = [self.objective.keep(row) for row in rows]
 
         def work(part: Sequence[tuple[int, int]]) -> Tensor:
             items = [rows[r].encoded(slots[c]) for c, r in part]
@@ -146,13 +144,25 @@ class Passes:
             assert logits is not None  # asked for
             return self.objective.values(logits, [rows[r] for _, r in part]).double().cpu()
 
-        done = 0
-        wanted = max(keep) if self.tricks.keep_logits else columns
-        for values in self.room.over(pairs, work, columns, wanted * self._logits):
-            for (c, r), value in zip(pairs[done : done + len(values)], values, strict=True):
+        for group in self._rows_of_one_size(fed, len(members)):
+            columns = fed[group[0]]
+            wanted = max(keep[r] for r in group) if self.tricks.keep_logits else columns
+            pairs = [(c, r) for r in group for c in members]
+            found = self.room.over(pairs, work, columns, wanted * self._logits)
+            for (c, r), value in zip(pairs, chain.from_iterable(found), strict=True):
                 totals[c] += self.objective.weight(rows[r]) * value
-            done += len(values)
         return totals
+
+    def _rows_of_one_size(self, fed: Sequence[int], candidates: int) -> list[list[int]]:
+        """Rows that share calls, the longest first: shorter ones waste less than a call costs."""
+        groups: list[list[int]] = []
+        for r in sorted(range(len(fed)), key=lambda r: -fed[r]):
+            longest = fed[groups[-1][0]] if groups else 0
+            if groups and (longest - fed[r]) * candidates <= self._call_tokens:
+                groups[-1].append(r)
+            else:
+                groups.append([r])
+        return groups
 
     def _parts(
         self, slots: list[Slot], trunk: Slot, times: int, sources: int

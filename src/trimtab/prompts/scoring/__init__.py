@@ -1,0 +1,1 @@
+"""How the kernel scores cheaply: what is shared, fed, raced, drafted and remembered."""
