@@ -132,6 +132,9 @@ def test_the_layer_is_the_middle_one_with_the_smallest_radius(llama: LanguageMod
 
 def test_an_audit_reads_the_test_split_and_changes_nothing(llama: LanguageModel) -> None:
     before = llama.fingerprint
+    ids = torch.tensor([llama.encode("Cats?").ids])
+    llama.model(ids, output_hidden_states=True)  # the library leaves hooks of its own
+    hooks = [len(m._forward_hooks) for m in llama.model.modules()]
     report = audit(llama, BEHAVIOR, aggregator="max")
     held_out = BEHAVIOR.split(0).test
     for side in ("toward", "away"):
@@ -143,8 +146,8 @@ def test_an_audit_reads_the_test_split_and_changes_nothing(llama: LanguageModel)
     again = audit(llama, BEHAVIOR, aggregator="max")
     assert replace(again, audited=report.audited).to_dict() == report.to_dict()
     assert llama.fingerprint == before
-    for module in llama.model.modules():
-        assert not module._forward_hooks and "forward" not in module.__dict__
+    assert [len(m._forward_hooks) for m in llama.model.modules()] == hooks
+    assert not any("forward" in m.__dict__ for m in llama.model.modules())
 
 
 def test_a_model_against_itself_differs_by_nothing(llama: LanguageModel) -> None:
