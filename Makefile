@@ -57,8 +57,9 @@ $(INTEROP)/tools/.installed: pyproject.toml constraints.txt $(INTEROP)/llama/.in
 	  sentencepiece protobuf $(INTEROP)/llama/*.whl
 	touch $@
 
+# The cached environment serves every checkout: the sources tested are those of this one.
 test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed
-	TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
+	PYTHONPATH=$(CURDIR)/src TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
 	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 -o junit_family=xunit1 \
 	  --junitxml=$(INTEROP)/figures.xml tests/interop/check_*.py
 

@@ -109,7 +109,7 @@ def test_the_command_searches(
     out, data, page = tmp_path / "p.safetensors", tmp_path / "p.json", tmp_path / "page"
     done = run(
         *files, "--restarts", 1, "--length", 2, "--steps", 2, "--reference", "Say Q.", "-o", out,
-        "--json", data, "--report", page, "--journal", tmp_path / "j.jsonl",
+        "--json", data, "--report", page, "--journal", tmp_path / "j.jsonl", "--states",
     )  # fmt: skip
     assert done.code == 0, done.err
     written = json.loads(data.read_text())
@@ -117,7 +117,8 @@ def test_the_command_searches(
     lever: Any = load_steering(out)
     assert (lever.text, lever.slot) == (written["chosen_text"], "prefix")
     assert written["chosen_text"].strip() in (page / "index.html").read_text().replace("&#39;", "'")
-    assert "pure HotFlip" in done.out
+    assert "pure HotFlip" in done.out and "layer" in done.out
+    assert "States, layer by layer" in (page / "index.html").read_text()
 
 
 def test_help_has_an_example(run: Any) -> None:

@@ -13,12 +13,17 @@ from trimtab.behavior import load_behavior
 from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.model import LanguageModel
+from trimtab.prompt_steering import prompt as prompt_of
 from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.pipeline.task import Settings
-from trimtab.prompts.references import reference_of
-from trimtab.prompts.requests import behavior_requests, load_requests
+from trimtab.prompts.references import Reference, reference_of
+from trimtab.prompts.requests import Requests, behavior_requests, load_requests
+from trimtab.prompts.rows import slot_ids
 from trimtab.prompts.search import search
+from trimtab.prompts.states import StateSweep, match_every_layer
+from trimtab.prompts.teacher import teacher_rows
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import Section, write_laws_page
 from trimtab.report.search_page import search_sections
@@ -61,6 +66,10 @@ def search_command(
     journal: Annotated[
         Path | None, typer.Option(help="File of finished steps; a killed search goes on from it.")
     ] = None,
+    states: Annotated[
+        bool,
+        typer.Option("--states", help="Also match the reference's states at every layer."),
+    ] = False,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
@@ -115,7 +124,27 @@ def search_command(
         )
     show(found)
     show(found.scores["chosen"])
-    _write(found, search_sections(found), lm.name, out, report, json_file)
+    sweep = _sweep(lm, wanted, split, slot or "prefix", seed) if states else None
+    if sweep is not None:
+        show(sweep)
+    _write(found, search_sections(found, sweep), lm.name, out, report, json_file)
+
+
+def _sweep(
+    lm: LanguageModel, reference: Reference, requests: Requests, slot: str, seed: int
+) -> StateSweep:
+    """Match the reference's states at every layer, on a few training requests."""
+    lever = prompt_of(reference.text, slot)
+    rows = teacher_rows(lm, lever, requests.train[: Settings.train_requests])
+    generator = torch.Generator().manual_seed(seed)
+    with progress_bar("matching states") as progress:
+        return match_every_layer(
+            lm,
+            rows,
+            slot_ids(lm, lever.text, rows[0]),
+            generator=generator,
+            progress=progress,
+        )
 
 
 def _write(

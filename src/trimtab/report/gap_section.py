@@ -50,7 +50,7 @@ def _told(search: GapSearch) -> str:
     """One search in a sentence."""
     held = search.held_out
     words = (
-        f"{search.found.method} search, sign {search.sign:+d}: {len(search.found.slot)} tokens, "
+        f"{search.found.method} search, sign {search.sign:+d}: {_count(len(search.found.slot))}, "
         f"{search.found.sequences} prompts fed."
     )
     if held is not None:
@@ -62,6 +62,10 @@ def _told(search: GapSearch) -> str:
     if search.found.additivity is not None:
         words += f" Of the gain foretold, {percent(search.found.additivity)} came true."
     return words
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token" + "s" * (tokens != 1)
 
 
 def _warned(search: GapSearch) -> list[str]:
