@@ -5,7 +5,8 @@ from trimtab.weights.inspect import CheckpointFacts, inspect_checkpoint
 from trimtab.weights.low_rank import at_every_writer
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
-from trimtab.weights.soft_prompt import SoftPrompt, bake_prompt
+from trimtab.weights.soft_prompt import bake_prompt
+from trimtab.weights.soft_value import SoftPrompt
 
 __all__ = [
     "BakeReport",

@@ -15,7 +15,7 @@ from trimtab.model import LanguageModel
 from trimtab.soft_tokens import soft_tokens
 from trimtab.weights.draft import Draft
 from trimtab.weights.layout import layout_of
-from trimtab.weights.soft_prompt import PromptReport, SoftPrompt
+from trimtab.weights.soft_value import PromptReport, SoftPrompt
 from trimtab.weights.verify import Base, load_folder, tolerance, unequal
 
 _ANSWER = 12
