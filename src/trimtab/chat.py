@@ -110,13 +110,7 @@ def render(
         else:
             messages = _insert(messages, insert, text)
     templated = bool(getattr(tokenizer, "chat_template", None))
-    if templated:
-        messages = _place_system(tokenizer, messages, system)
-        text = _apply(tokenizer, messages)
-        user_end = _user_end(tokenizer, messages, text)
-    else:
-        text = _plain(messages, system)
-        user_end = len(text)
+    text, user_end = _whole(tokenizer, messages, system)
     prompt_end = len(text)
     if completion is not None:
         text += completion + end_of_turn(tokenizer)
@@ -171,13 +165,7 @@ def surroundings(
     else:
         messages = _insert(messages, insert, marker)
     templated = bool(getattr(tokenizer, "chat_template", None))
-    if templated:
-        messages = _place_system(tokenizer, messages, system)
-        text = _apply(tokenizer, messages)
-        user_end = _user_end(tokenizer, messages, text)
-    else:
-        text = _plain(messages, system)
-        user_end = len(text)
+    text, user_end = _whole(tokenizer, messages, system)
     start = text.index(marker)
     end = start + len(marker)
     ids, count = tokenise(tokenizer, text, add_special_tokens=not templated)
@@ -191,6 +179,18 @@ def surroundings(
     follows = len(ids) - count(user_end, True) if templated else 0
     head = min(follows, len(ids) - last)
     return Surroundings(tuple(ids[:first]), tuple(ids[last:]), head, (text[:start], text[end:]))
+
+
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], system: str | None
+) -> tuple[str, int]:
+    """The text of a conversation, and where the last user text ends in it."""
+    if not getattr(tokenizer, "chat_template", None):
+        text = _plain(messages, system)
+        return text, len(text)
+    messages = _place_system(tokenizer, messages, system)
+    text = _apply(tokenizer, messages)
+    return text, _user_end(tokenizer, messages, text)
 
 
 def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

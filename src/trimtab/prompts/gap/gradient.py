@@ -13,7 +13,7 @@ from trimtab.errors import TrimtabError
 from trimtab.find.training import frozen
 from trimtab.prompts.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.gap.sort_sum_stop import need
-from trimtab.prompts.gap.steps import Found, GapStep
+from trimtab.prompts.gap.steps import Found, GapStep, concluded
 
 if TYPE_CHECKING:
     from trimtab.prompts.constraints import Bound
@@ -111,17 +111,7 @@ def gradient_search(
     rebuilt = None
     if first is not None and slot:
         rebuilt = float(cosine_similarity(table[list(slot)].sum(0), first, dim=0))
-    return Found(
-        method="gradient",
-        slot=slot,
-        steps=tuple(steps),
-        gap_before=float(sign * reader.bare.gaps.mean()),
-        gap_after=float(sign * now.gaps.mean()),
-        closed=float((sign * now.gaps > 0).double().mean()),
-        stopped=stopped,
-        sequences=reader.sequences - fed,
-        reconstruction=rebuilt,
-    )
+    return concluded(reader, "gradient", slot, steps, now, stopped, fed, rebuilt)
 
 
 def _gradient(reader: Reader, vectors: Tensor) -> tuple[float, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.gap.steps import Found, GapStep
+from trimtab.prompts.gap.steps import Found, GapStep, concluded
 
 if TYPE_CHECKING:
     from trimtab.prompts.constraints import Bound
@@ -99,16 +99,7 @@ def sort_sum_stop(
                 stopped = "no token that helps when measured"
         if progress is not None:
             progress(len(slot), max_tokens)
-    return Found(
-        method="sort",
-        slot=slot,
-        steps=tuple(steps),
-        gap_before=float(sign * reader.bare.gaps.mean()),
-        gap_after=float(sign * now.gaps.mean()),
-        closed=float((sign * now.gaps > 0).double().mean()),
-        stopped=stopped,
-        sequences=reader.sequences - fed,
-    )
+    return concluded(reader, "sort", slot, steps, now, stopped, fed)
 
 
 def need(gaps: Tensor, goal: float) -> float:

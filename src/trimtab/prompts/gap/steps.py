@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from trimtab.measure.correlation import spearman
 from trimtab.tables import Printable, Table, number
+
+if TYPE_CHECKING:
+    from trimtab.prompts.gap.readings import Reader, Reading
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,39 @@ class Found(Printable):
         )
         columns = ("token", "predicted gain", "true gain", "shift (nats)", "cosine")
         return Table("tokens of a gap search", columns, rows, notes)
+
+
+def concluded(
+    reader: Reader,
+    method: str,
+    slot: tuple[int, ...],
+    steps: Sequence[GapStep],
+    now: Reading,
+    stopped: str,
+    fed: int,
+    reconstruction: float | None = None,
+) -> Found:
+    """Return the result of a search whose last reading is `now`.
+
+    Args:
+        reader: what it read with.
+        method: `sort` or `gradient`.
+        slot: the tokens kept.
+        steps: all that were tried.
+        now: the reading of the slot.
+        stopped: why.
+        fed: prompts that the reader had fed before.
+        reconstruction: see `Found`.
+    """
+    sign = reader.objective.sign
+    return Found(
+        method=method,
+        slot=slot,
+        steps=tuple(steps),
+        gap_before=float(sign * reader.bare.gaps.mean()),
+        gap_after=float(sign * now.gaps.mean()),
+        closed=float((sign * now.gaps > 0).double().mean()),
+        stopped=stopped,
+        sequences=reader.sequences - fed,
+        reconstruction=reconstruction,
+    )
