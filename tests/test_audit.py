@@ -13,9 +13,10 @@ import torch
 import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
-from trimtab.explain import audit, close, learn_sets
-from trimtab.explain.close import close_side, pusher, shared_direction, steepest_layer
-from trimtab.explain.radius import gap_gradients
+from trimtab.explain import audit, learn_sets
+from trimtab.explain.margin import close
+from trimtab.explain.margin.close import close_side, pusher, shared_direction, steepest_layer
+from trimtab.explain.margin.radius import gap_gradients
 from trimtab.measure.divergence import token_kl
 from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
 from trimtab.model import LanguageModel, load

@@ -11,10 +11,10 @@ import torch
 import planted
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.explain.census import count_first_tokens
 from trimtab.explain.gap import read, report_gaps
-from trimtab.explain.quantiles import median_interval, quantiles
-from trimtab.explain.radius import gap_gradients, report_radius
+from trimtab.explain.margin.census import count_first_tokens
+from trimtab.explain.margin.quantiles import median_interval, quantiles
+from trimtab.explain.margin.radius import gap_gradients, report_radius
 from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, gap, gap_of, readout_tokens
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering

@@ -15,8 +15,8 @@ import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
 from trimtab.explain import learn_sets
-from trimtab.explain.learned import log_odds
-from trimtab.explain.sets import COLLISION, DUPLICATE, NOTHING, USED, Resolved, resolve
+from trimtab.explain.margin.learned import log_odds
+from trimtab.explain.margin.sets import COLLISION, DUPLICATE, NOTHING, USED, Resolved, resolve
 from trimtab.measure.readout import readout_tokens, spellings
 from trimtab.model import LanguageModel, load
 

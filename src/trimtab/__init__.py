@@ -12,7 +12,7 @@ from trimtab import harbor as harbor  # makes the built-in judge known
 from trimtab.behavior import Behavior, Example, JudgeSpec, Readout
 from trimtab.behavior import load_behavior as behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain import audit
+from trimtab.explain.margin import audit
 from trimtab.find import find
 from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
 from trimtab.model import LanguageModel, load

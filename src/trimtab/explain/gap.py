@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
-from trimtab.explain.quantiles import Quantiles, quantiles
+from trimtab.explain.margin.quantiles import Quantiles, quantiles
 from trimtab.measure.intervals import clopper_pearson
 from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, gap_of
 from trimtab.probe import first_tensor, text_config

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from trimtab.explain.audit import AuditReport
-from trimtab.explain.census import Census, Share
-from trimtab.explain.close import KlToClose
 from trimtab.explain.gap import GapReport
-from trimtab.explain.radius import Radius
+from trimtab.explain.margin.audit import AuditReport
+from trimtab.explain.margin.census import Census, Share
+from trimtab.explain.margin.close import KlToClose
+from trimtab.explain.margin.radius import Radius
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Band, Bars, Series, bar_figure, described, line_figure
 from trimtab.report.laws_page import Section, write_laws_page

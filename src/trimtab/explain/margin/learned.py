@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.census import Census, count_first_tokens
+from trimtab.explain.margin.census import Census, count_first_tokens
 from trimtab.measure.readout import ReadoutTokens, token_text
 from trimtab.tables import Printable, Table, number
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.explain.census import Census, Share
-from trimtab.explain.close import SIGNS, KlToClose
 from trimtab.explain.gap import GapReport
-from trimtab.explain.quantiles import Quantiles, quantiles
-from trimtab.explain.radius import Radius
-from trimtab.explain.sets import Resolution
+from trimtab.explain.margin.census import Census, Share
+from trimtab.explain.margin.close import SIGNS, KlToClose
+from trimtab.explain.margin.quantiles import Quantiles, quantiles
+from trimtab.explain.margin.radius import Radius
+from trimtab.explain.margin.sets import Resolution
 from trimtab.tables import ABSENT, Printable, Table, number, with_interval
 
 

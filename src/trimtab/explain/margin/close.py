@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trimtab.batch import Batch
-from trimtab.explain.census import Share
-from trimtab.explain.quantiles import Quantiles, quantiles
-from trimtab.explain.radius import TINY, TOKENS_PER_BATCH, Gradients
+from trimtab.explain.margin.census import Share
+from trimtab.explain.margin.quantiles import Quantiles, quantiles
+from trimtab.explain.margin.radius import TINY, TOKENS_PER_BATCH, Gradients
 from trimtab.measure.divergence import token_kl
 from trimtab.measure.intervals import two_way_bootstrap
 from trimtab.measure.nulls import null_seeds

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
-from trimtab.explain.census import Census, count_first_tokens
-from trimtab.explain.close import (
+from trimtab.explain.gap import GapReport, read, report_gaps
+from trimtab.explain.margin.census import Census, count_first_tokens
+from trimtab.explain.margin.close import (
     SIGNS,
     CloseRow,
     KlToClose,
@@ -23,11 +24,10 @@ from trimtab.explain.close import (
     shared_direction,
     steepest_layer,
 )
-from trimtab.explain.compared import Compared, Parts, compare
-from trimtab.explain.gap import GapReport, read, report_gaps
-from trimtab.explain.learned import LearnedSets
-from trimtab.explain.radius import Radius, gap_gradients, report_radius
-from trimtab.explain.sets import Resolution, of_tokens, resolve
+from trimtab.explain.margin.compared import Compared, Parts, compare
+from trimtab.explain.margin.learned import LearnedSets
+from trimtab.explain.margin.radius import Radius, gap_gradients, report_radius
+from trimtab.explain.margin.sets import Resolution, of_tokens, resolve
 from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, token_text
 from trimtab.strength.layers import default_layers
 from trimtab.tables import Printable, Table, number, with_interval

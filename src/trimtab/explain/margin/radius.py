@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.explain.gap import check_finite
-from trimtab.explain.quantiles import Quantiles, quantiles
+from trimtab.explain.margin.quantiles import Quantiles, quantiles
 from trimtab.find.training import frozen
 from trimtab.measure.readout import ReadoutTokens, gap_of
 from trimtab.probe import first_tensor
