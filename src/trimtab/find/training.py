@@ -1,10 +1,11 @@
-"""Trains one vector with the model frozen: batches, losses, and the one gradient."""
+"""Trains one vector with the model frozen: batches, an objective, and the one gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
 from trimtab.find.registry import Task
 from trimtab.hooks import Edit, steered
+from trimtab.model import LanguageModel
 from trimtab.sites import Site
 
 REFERENCE_TOKENS = 64  # kept per position of the unsteered distribution; the rest is one lump
@@ -33,13 +35,58 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class Objective(Protocol):
+    """What training lowers, as a function of how likely whole answers are."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers count together, so that no answer's gradient is known without the others."""
+        ...
+
+    def __call__(self, log_p: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Return the loss of one sign's step.
+
+        Args:
+            log_p: summed log-probability of each answer, `[answers]`: the wanted ones that were
+                chosen, then the unwanted ones of the same requests where there are any.
+            tokens: how many tokens each has, `[answers]`.
+            chosen: the places of the wanted answers in `Rows.wanted`.
+        """
+        ...
+
+
+class Likelihood:
+    """The next-token objective: mean -log p over all tokens of the wanted answers."""
+
+    compares = False
+
+    def __call__(self, log_p: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Return the mean loss per token."""
+        return -log_p.sum() / tokens.sum()
+
+
 @dataclass(frozen=True)
 class Rows:
-    """One sign's training rows: answers it should bring about, answers it should leave alone."""
+    """One sign's training rows: answers it should bring about, answers it should leave alone.
+
+    Attributes:
+        sign: +1 or -1, the sign that v is added with.
+        wanted: answers that should become likely.
+        kept: answers along which nothing should change.
+        objective: what makes the wanted answers likely.
+        unwanted: for an objective that reads them, an answer to the request of each wanted one.
+    """
 
     sign: int
     wanted: tuple[Encoded, ...]
     kept: tuple[Encoded, ...]
+    objective: Objective = Likelihood()
+    unwanted: tuple[Encoded, ...] = ()
+
+    def answers(self, chosen: Sequence[int]) -> list[Encoded]:
+        """Return what the objective reads: wanted answers, then their unwanted partners."""
+        partners = [self.unwanted[i] for i in chosen] if self.unwanted else []
+        return [*(self.wanted[i] for i in chosen), *partners]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,40 +150,57 @@ class Trainer:
 
     @torch.no_grad()
     def loss(self, w: Tensor) -> float:
-        """Return the mean loss per token of all wanted answers under w, at a = 1."""
-        total, count = 0.0, 0
+        """Return the objective of all answers under w at a = 1, its mean over the signs."""
+        total = 0.0
         for rows in self.sides:
-            factors = torch.full((len(rows.wanted),), float(rows.sign))
-            for batch in self.task.lm.batches(rows.wanted, max_tokens=2048):
-                with self._steered(w, factors):
-                    logits, targets, _ = self._answers(batch, rows.wanted)
-                loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-                total, count = total + float(loss), count + len(targets)
-        return total / count
+            chosen = range(len(rows.wanted))
+            answers = rows.answers(chosen)
+            with self._steered(w, torch.full((len(answers),), float(rows.sign))):
+                log_p = log_likelihoods(self.task.lm, answers)
+            total += float(rows.objective(log_p, answer_tokens(answers, w), chosen))
+        return total / len(self.sides)
 
     def _gradient(
         self, w: Tensor, rows: Rows, chosen: Sequence[int], left: Sequence[int], factors: Tensor
     ) -> Tensor:
-        """Return d loss / d w on some rows; large batches are taken in pieces."""
-        encoded = [*(rows.wanted[i] for i in chosen), *(rows.kept[i] for i in left)]
-        lengths = [len(item.ids) - item.prompt_length for item in encoded]
-        n_wanted, n_kept = sum(lengths[: len(chosen)]), max(1, sum(lengths[len(chosen) :]))
+        """Return d loss / d w on some rows; large batches are taken in pieces.
+
+        Args:
+            w: `[d_model]`.
+            rows: one sign's.
+            chosen: wanted answers of this step.
+            left: kept answers of this step.
+            factors: a of each of them, `[chosen + left]`; an unwanted answer takes its partner's.
+        """
+        answers = rows.answers(chosen)
+        encoded = [*answers, *(rows.kept[i] for i in left)]
+        n, tokens = len(answers), answer_tokens(encoded, w)
+        partners = factors[: n - len(chosen)]
+        signed = torch.cat([factors[: len(chosen)], partners, factors[len(chosen) :]]) * rows.sign
+        kept_tokens = max(1, int(tokens[n:].sum()))
+        pieces = list(self.task.lm.batches(encoded))
+        known = torch.zeros(n, device=w.device)
+        if rows.objective.compares and len(pieces) > 1:
+            with torch.no_grad(), self._steered(w, signed):
+                known = log_likelihoods(self.task.lm, encoded)[:n]
         gradient = torch.zeros_like(w)
-        for batch in self.task.lm.batches(encoded):
-            with self._steered(w, factors * rows.sign):
-                logits, targets, row = self._answers(batch, encoded)
-            is_wanted = row < len(chosen)
-            nll = nn.functional.cross_entropy(
-                logits[is_wanted], targets[is_wanted], reduction="sum"
-            )
-            loss = nll / n_wanted
-            known = [
-                self.references[rows.sign][left[i - len(chosen)]]
-                for i in batch.rows.tolist()
-                if i >= len(chosen)
+        for batch in pieces:
+            with self._steered(w, signed):
+                logits, targets, row = answer_logits(self.task.lm, batch, encoded)
+            loss = torch.zeros((), device=w.device)
+            own = row < n
+            if bool(own.any()):
+                # The other pieces' answers stand as numbers beside those that carry a gradient.
+                mine = _summed(logits[own], targets[own], row[own], n)
+                here = torch.zeros_like(known, dtype=torch.bool)
+                here[row[own]] = True
+                log_p = torch.where(here, mine, known)
+                loss = loss + rows.objective(log_p, tokens[:n], chosen)
+            references = [
+                self.references[rows.sign][left[i - n]] for i in batch.rows.tolist() if i >= n
             ]
-            if known:
-                loss = loss + self.keep * _divergence(logits[~is_wanted], known) / n_kept
+            if references:
+                loss = loss + self.keep * _divergence(logits[~own], references) / kept_tokens
             gradient += torch.autograd.grad(loss, w)[0]
         return gradient / len(self.sides)
 
@@ -145,30 +209,55 @@ class Trainer:
         edit = Edit(self.site, "add", w * self.scale, 1.0, scope=self.task.scope)
         return steered(self.task.lm, [edit], row_factors=factors)
 
-    def _answers(self, batch: Batch, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return float32 logits `[tokens, vocab]` before each answer token, the tokens and rows."""
-        order = batch.rows.tolist()
-        lengths = torch.tensor([len(encoded[i].ids) - encoded[i].prompt_length for i in order])
-        longest = int(lengths.max())
-        logits = self.task.lm.forward(batch, logits_to_keep=longest + 1)[:, :-1]
-        # Rows are padded on the left, so every answer ends in the last column.
-        inside = torch.arange(longest) >= (longest - lengths)[:, None]
-        inside = inside.to(logits.device)
-        targets = batch.input_ids[:, -longest:].to(logits.device)
-        row = batch.rows.to(logits.device)[:, None].expand_as(targets)
-        return logits[inside].float(), targets[inside], row[inside]
-
     @torch.no_grad()
     def _read_references(self, kept: Sequence[Encoded]) -> list[_Reference]:
         references: dict[int, _Reference] = {}
         for batch in self.task.lm.batches(kept, max_tokens=2048):
-            logits, _, row = self._answers(batch, kept)
+            logits, _, row = answer_logits(self.task.lm, batch, kept)
             log_p = logits.log_softmax(-1)
             top = log_p.topk(min(REFERENCE_TOKENS, log_p.shape[-1]), dim=-1)
             for i in batch.rows.tolist():
                 mine = row == i
                 references[i] = _Reference(top.values[mine], top.indices[mine])
         return [references[i] for i in range(len(kept))]
+
+
+def answer_logits(
+    lm: LanguageModel, batch: Batch, encoded: Sequence[Encoded]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 logits `[tokens, vocab]` before each answer token, the tokens and their rows."""
+    order = batch.rows.tolist()
+    lengths = torch.tensor([len(encoded[i].ids) - encoded[i].prompt_length for i in order])
+    longest = int(lengths.max())
+    logits = lm.forward(batch, logits_to_keep=longest + 1)[:, :-1]
+    # Rows are padded on the left, so every answer ends in the last column.
+    inside = torch.arange(longest) >= (longest - lengths)[:, None]
+    inside = inside.to(logits.device)
+    targets = batch.input_ids[:, -longest:].to(logits.device)
+    row = batch.rows.to(logits.device)[:, None].expand_as(targets)
+    return logits[inside].float(), targets[inside], row[inside]
+
+
+@torch.no_grad()
+def log_likelihoods(lm: LanguageModel, encoded: Sequence[Encoded]) -> Tensor:
+    """Return log p(answer | prompt) of each text, float32 `[n]`, under whatever steers just now."""
+    total = torch.zeros(len(encoded), device=lm.device)
+    for batch in lm.batches(encoded, max_tokens=2048):
+        logits, targets, row = answer_logits(lm, batch, encoded)
+        total += _summed(logits, targets, row, len(encoded)).to(total.device)
+    return total
+
+
+def answer_tokens(encoded: Sequence[Encoded], like: Tensor) -> Tensor:
+    """Return how many tokens each answer has, `[n]`, on the device of `like`."""
+    counts = [float(len(item.ids) - item.prompt_length) for item in encoded]
+    return torch.tensor(counts, device=like.device)
+
+
+def _summed(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
+    """Return the summed log-probability of each of n answers, zero for those that are not here."""
+    log_p = -nn.functional.cross_entropy(logits, targets, reduction="none")
+    return torch.zeros(n, device=log_p.device).index_add(0, row, log_p)
 
 
 def _divergence(logits: Tensor, known: Sequence[_Reference]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.norm_form import read_norm
 from trimtab.probe import text_config
 from trimtab.strength.slope import final_stream
 
@@ -123,36 +124,18 @@ def read_head(lm: LanguageModel) -> Head:
     if norm is None:
         raise _unknown(lm, "no final norm")
     reference = next(norm.parameters(), next(unembedding.parameters()))
-    generator = torch.Generator().manual_seed(0)
-
-    def run(values: Tensor) -> Tensor:
-        return norm(values.to(reference.device, reference.dtype)).cpu().double()
-
-    x = torch.randn(3, lm.d_model, generator=generator, dtype=torch.float64) * 4
-    x = x.to(reference.dtype).double()  # what the norm will see, also in half precision
-    shift = run(torch.zeros(lm.d_model))
-    centred = bool((run(torch.full((lm.d_model,), 3.0)) - shift).abs().max() < 1e-2)
-    eps = float(
-        next((getattr(norm, k) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), 0)
-    )
-    inner = x - x.mean(-1, keepdim=True) if centred else x
-    scaled = inner / (inner.square().mean(-1, keepdim=True) + eps).sqrt()
-    # Least squares over the rows: exact when the norm is a gain.
-    gain = ((run(x) - shift) * scaled).sum(0) / scaled.square().sum(0)
-    constant = unembedding(shift.to(reference.device, reference.dtype)).cpu().double()
+    form = read_norm(norm, lm.d_model, f"the final norm of {lm.name}", reference)
+    constant = unembedding(form.shift.to(reference.device, reference.dtype)).cpu().double()
     head = Head(
-        gain=gain,
-        centred=centred,
-        eps=eps,
+        gain=form.gain,
+        centred=form.centred,
+        eps=form.eps,
         weight=next(unembedding.parameters()).detach(),
         constant=constant,
         scale=_scale(config),
         cap=getattr(config, "final_logit_softcapping", None),
     )
     tolerance = 1e-4 if reference.dtype == torch.float32 else 3e-2
-    wrong = float((run(x) - shift - gain * scaled).abs().max() / run(x).abs().max())
-    if wrong > tolerance:
-        raise _unknown(lm, f"a final norm that is neither RMS nor LayerNorm (off by {wrong:.1e})")
     with final_stream(lm) as streams:
         batch = next(iter(lm.batches([lm.encode("Hello")])))
         logits = lm.forward(batch, logits_to_keep=1)[0, -1].cpu().double()
