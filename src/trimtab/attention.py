@@ -120,8 +120,8 @@ def _attend(
             "use a model whose attention is a plain softmax of scores, in eval mode",
         )
     layer, handler = _HANDLERS[module]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(layer, query, key, value, attention_mask, scaling, softcap)
+    scale = float(query.shape[-1] ** -0.5) if scaling is None else scaling
+    call = AttentionCall(layer, query, key, value, attention_mask, scale, softcap)
     mixed = handler(call)
     return (call.mix(call.probabilities()) if mixed is None else mixed), None
 

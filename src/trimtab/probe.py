@@ -46,6 +46,27 @@ def input_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     return first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
 
 
+def stream_input(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states of a call that is known to be given some."""
+    hidden = input_tensor(args, kwargs)
+    assert hidden is not None
+    return hidden
+
+
+def stream_output(output: object) -> Tensor:
+    """The hidden states of an output that is known to hold some."""
+    hidden = first_tensor(output)
+    assert hidden is not None
+    return hidden
+
+
+def with_stream(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    """The arguments of a call with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """The roles inside one block.
