@@ -1,7 +1,9 @@
 # make demo   the whole tour on the built-in model; ends in report/index.html
 # make test   every test, offline
 # make lint   style and types
-# make test-interop   stock vLLM, llama.cpp and lm-eval on what Trimtab writes; cached environments
+# make test-interop   stock vLLM, llama.cpp and lm-eval on what Trimtab writes, the browser app in
+#             Chromium (must be on the PATH); cached environments
+# make docs   the documentation site in build/site; a warning fails
 # make bench  benchmarks; each prints a ratio against a named baseline as JSON
 # make clean  removes what the targets above made
 
@@ -17,7 +19,7 @@ INTEROP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/interop
 LLAMA_VERSION := 0.3.36
 LLAMA := $(INTEROP)/llama/llama_cpp_python-$(LLAMA_VERSION)
 
-.PHONY: demo test test-interop lint bench clean
+.PHONY: demo test test-interop lint docs bench clean
 .DEFAULT_GOAL := demo
 
 # The stamp is as young as the last install, so that editing the requirements installs again.
@@ -54,7 +56,7 @@ $(INTEROP)/llama/.installed:
 $(INTEROP)/tools/.installed: pyproject.toml constraints.txt $(INTEROP)/llama/.installed
 	test -x $(INTEROP)/tools/bin/python || $(PYTHON) -m venv $(INTEROP)/tools
 	$(INTEROP)/tools/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,lm-eval]' \
-	  sentencepiece protobuf $(INTEROP)/llama/*.whl
+	  sentencepiece protobuf playwright $(INTEROP)/llama/*.whl
 	touch $@
 
 # The cached environment serves every checkout: the sources tested are those of this one.
@@ -67,6 +69,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	mkdir -p bench/results
 	$(BIN)/python bench/extraction.py --json bench/results/extraction.json
@@ -77,6 +83,9 @@ bench: $(STAMP)
 	$(BIN)/python bench/prompt_kernel.py --json bench/results/prompt_kernel.json
 	$(BIN)/python bench/gap_search.py --json bench/results/gap_search.json
 	$(BIN)/python bench/prompt_levers.py --work build/prompt_levers --json bench/results/prompt_levers.json
+	$(BIN)/python bench/circuits.py --json bench/results/circuits.json
+	$(BIN)/python bench/geometry.py --json bench/results/geometry.json
+	$(BIN)/python bench/freeze.py --json bench/results/freeze.json
 	$(BIN)/python bench/served_speed.py --json bench/results/served_speed.json \
 	  $(if $(wildcard $(INTEROP)/vllm/.installed),--vllm $(INTEROP)/vllm/bin/python)
 

@@ -516,7 +516,7 @@ def test_an_answer_that_was_cut_off_is_not_taught_to_end(llama: LanguageModel) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"method": "magic"}, "mean_difference, next_token, pca, probe"),
+        ({"method": "magic"}, "mean_difference, next_token, pca, preference, probe"),
         ({"method": "pca", "strength": 3}, "the option 'strength'"),
         ({"layers": [4]}, "0 to 3"),
         ({"layers": []}, "at least one layer"),

@@ -12,7 +12,7 @@ from trimtab import harbor as harbor  # makes the built-in judge known
 from trimtab.behavior import Behavior, Example, JudgeSpec, Readout
 from trimtab.behavior import load_behavior as behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.margin import audit
+from trimtab.explain import audit, explain
 from trimtab.find import find
 from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
 from trimtab.model import LanguageModel, load
@@ -21,7 +21,7 @@ from trimtab.prompts.search import search
 from trimtab.scope import Scope
 from trimtab.steering import Steering, VectorSteering
 from trimtab.steering_file import load_steering
-from trimtab.strength import calibrate, convert
+from trimtab.strength import calibrate
 from trimtab.strength.laws import laws
 from trimtab.strength.sweep import sweep
 from trimtab.strength.tune import tune
@@ -46,7 +46,7 @@ __all__ = [
     "bake",
     "behavior",
     "calibrate",
-    "convert",
+    "explain",
     "find",
     "harbor",
     "laws",

@@ -9,6 +9,7 @@ import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -18,6 +19,7 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.explain.sparsify import sparsify
 from trimtab.find import METHODS, find
 from trimtab.measure import judge_for
 from trimtab.steering_file import describe
@@ -51,11 +53,13 @@ def find_command(
     strength: Annotated[
         float | None, typer.Option(help="Strength m to store; the method's own by default.")
     ] = None,
+    keep: Sparsify = None,
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Find a steering vector for a behaviour and write it as one file."""
     check_writable(out, json_file)
+    check_share(keep)
     chosen = None if layers is None else parse_layers(layers)
 
     contrast = load_behavior(behavior)
@@ -76,6 +80,9 @@ def find_command(
         )
     if strength is not None:
         vector = vector.at(strength)
+    if keep is not None:
+        with progress_bar("weighing dimensions") as progress:
+            vector = sparsify(lm, contrast, vector, keep, seed=seed, progress=progress)
     vector.save(out)
     show(convert(vector), f"{vector.label}, written to {out}")
     write_result(json_file, {"file": str(out), **describe(out)})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -18,10 +19,14 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.explain.sparsify import sparsify
 from trimtab.report.laws_page import write_laws_page
 from trimtab.report.strength_sections import tune_section
+from trimtab.steering import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses
-from trimtab.strength.tune import tune
+from trimtab.strength.tune import Tuned, tune
+
+Layers: TypeAlias = "list[list[int]] | None"
 
 
 @app.command("tune", epilog="Example: trimtab tune harbor refusal v.safetensors --budget 0.5")
@@ -51,6 +56,7 @@ def tune_command(
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="Also measure a strength for each prompt.")
     ] = False,
+    keep: Sparsify = None,
     max_prompts: Annotated[
         int, typer.Option(min=1, help="At most so many prompts a side and split.")
     ] = 32,
@@ -63,37 +69,51 @@ def tune_command(
 ) -> None:
     """Choose layers, scope and strength on validation prompts; report them on test prompts.
 
-    Refuses, with the curve, when no strength keeps the budget and moves the behaviour.
+    Refuses, with the curve, when no strength keeps the budget and moves the behaviour. With
+    --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
+    check_share(keep)
     page = None if report is None else report / "index.html"
     check_writable(out, json_file, page)
     sets = None if layers is None else [parse_layers(text) for text in layers]
 
     contrast, vector = load_behavior(behavior), read_vector(file)
     lm = load_model(model)
-    with progress_bar(f"tuning {contrast.name}") as progress:
-        try:
-            tuned = tune(
+
+    def choose(lever: VectorSteering, sets: Layers, scopes: list[str] | None, title: str) -> Tuned:
+        with progress_bar(title) as progress:
+            return tune(
                 lm,
                 contrast,
-                vector,
+                lever,
                 budget,
                 sign=-1 if away else 1,
                 spill_budget=spill_budget,
                 coherence_floor=coherence,
                 target=target,
                 layers=sets,
-                scopes=scope,
+                scopes=scopes,
                 adaptive=adaptive,
                 max_new_tokens=max_new_tokens,
                 max_prompts=max_prompts,
                 seed=seed,
                 progress=progress,
             )
-        except NoStrengthPasses as refusal:
-            show(refusal.table())
-            write_result(json_file, {"refused": refusal.found, "tried": refusal.tried})
-            raise
+
+    try:
+        tuned = choose(vector, sets, scope, f"tuning {contrast.name}")
+        if keep is not None:
+            with progress_bar("weighing dimensions") as progress:
+                signs = (-1 if away else 1,)
+                sparse = sparsify(
+                    lm, contrast, tuned, keep, signs=signs, seed=seed, progress=progress
+                )
+            chosen = [list(sparse.layers)]
+            tuned = choose(sparse, chosen, [str(sparse.scope)], f"tuning {keep:.0%} of it")
+    except NoStrengthPasses as refusal:
+        show(refusal.table())
+        write_result(json_file, {"refused": refusal.found, "tried": refusal.tried})
+        raise
     show(tuned.table())
     if out is not None:
         tuned.save(out)

@@ -111,9 +111,26 @@ class Attribution:
             samples=self.samples,
             steps=self.steps,
             into=self.into(),
-            nodes=tuple((str(node), score) for node, score in nodes),
+            nodes=tuple(NodeScore(n.kind, n.layer, n.head, score) for n, score in nodes),
             top=tuple(self.ranked(count)),
         )
+
+
+@dataclass(frozen=True)
+class NodeScore:
+    """A source and its score.
+
+    Attributes:
+        kind: `steer`, `head` or `mlp`.
+        layer: 0-based.
+        head: within its layer; None for what is no head.
+        score: in logits, mean over samples.
+    """
+
+    kind: str
+    layer: int
+    head: int | None
+    score: float
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ class AttributionSummary(Printable):
         samples: prompts read.
         steps: of the integral.
         into: kind of target to its share of all edges' magnitude.
-        nodes: (source, score), largest magnitude first.
+        nodes: every source, largest magnitude first.
         top: (source, target, score) of the largest edges.
     """
 
@@ -137,7 +154,7 @@ class AttributionSummary(Printable):
     samples: int
     steps: int
     into: dict[str, float]
-    nodes: tuple[tuple[str, float], ...]
+    nodes: tuple[NodeScore, ...]
     top: tuple[tuple[str, str, float], ...]
 
     def table(self) -> Table:

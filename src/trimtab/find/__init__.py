@@ -9,7 +9,14 @@ Add one with a function that returns a vector per layer:
 ...     return contrast.found(pairs)
 """
 
-from trimtab.find import mean_difference, next_token, pca, probe
+from trimtab.find import (
+    mean_difference,
+    next_token,
+    pca,
+    preference,
+    probe,
+    selected_difference,
+)
 from trimtab.find.contrast import Contrast, read_contrast
 from trimtab.find.registry import METHODS, Found, Method, Task, find, register
 
@@ -23,7 +30,9 @@ __all__ = [
     "mean_difference",
     "next_token",
     "pca",
+    "preference",
     "probe",
     "read_contrast",
     "register",
+    "selected_difference",
 ]

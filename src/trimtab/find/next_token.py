@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from trimtab.chat import Encoded
-from trimtab.checks import choice
-from trimtab.errors import TrimtabError
-from trimtab.find.contrast import read_contrast
 from trimtab.find.registry import Found, Task, register
-from trimtab.find.training import Rows, Trainer, frozen
-from trimtab.find.wanted import SOURCES, Judge, own_answers, wanted_answers
-
-SIDES = {"toward": (1,), "away": (-1,), "both": (1, -1)}
-INITS = ("mean_difference", "random")
+from trimtab.find.trained import Recipe, train_vector
+from trimtab.find.training import Rows
+from trimtab.find.wanted import Judge, wanted_answers
 
 
 @register("next_token", read_at="last", added_at="all")
@@ -66,26 +57,12 @@ def next_token(
     Raises:
         TrimtabError: no wanted answers, an unusable option, or a loss that is not finite.
     """
-    at = _layer(task, layer)
-    _check(side, steps, batch_size, learning_rate, strengths, max_completion_tokens, keep)
-    choice("init", init, INITS)
-    choice("source of wanted answers", wanted, SOURCES)
-    contrast = read_contrast(task, [at])
-    generator = torch.Generator().manual_seed(task.seed)
-    scale = task.norms.scales[at]  # v = w * scale, so that |w| is the strength m
-    start = contrast.difference(at).float()
-    if init == "random":
-        start = torch.randn(task.lm.d_model, generator=generator)
-    elif not contrast.telling:
-        raise TrimtabError(
-            f"a start from the mean difference at layer {at}",
-            f"sides that cannot be told apart there (read at {contrast.read_at})",
-            "use init='random', a deeper layer, or another position",
-        )
-    first = (start / start.norm() * init_strength).to(task.lm.device)
-    sides: list[Rows] = []
-    sources: dict[str, Any] = {}
-    for sign in SIDES[side]:
+    recipe = Recipe(
+        layer, side, steps, batch_size, learning_rate, strengths, max_completion_tokens, keep, init,
+        init_strength, wanted,
+    )  # fmt: skip
+
+    def rows(sign: int) -> tuple[Rows, dict[str, int]]:
         target = wanted_answers(
             task,
             sign,
@@ -94,78 +71,6 @@ def next_token(
             source=wanted,
             judge=judge,
         )
-        sources["toward" if sign > 0 else "away"] = dict(target.sources)
-        kept: tuple[Encoded, ...] = ()
-        if keep > 0:
-            shown = task.behavior.toward if sign > 0 else task.behavior.away
-            kept = own_answers(task, shown, max_completion_tokens).encoded
-        sides.append(Rows(sign, target.encoded, kept))
-    trainer = Trainer(task, at, scale, sides, keep)
-    with frozen(task.lm.model):
-        before = trainer.loss(torch.zeros_like(first))
-        w = trainer.train(first, steps, batch_size, learning_rate, strengths, generator)
-        after = trainer.loss(w)
-    m = float(w.norm())
-    found = contrast.found({at: w.double().cpu()})
-    return Found(
-        vectors=found.vectors,
-        read_at=f"trained; start {init} at {found.read_at}",
-        class_gaps=found.class_gaps,
-        spreads=found.spreads,
-        strength=-m if side == "away" else m,
-        details={
-            "layer": at,
-            "wanted": sources,
-            "window": [m * strengths[0], m * strengths[1]],
-            "loss_unsteered": before,
-            "loss_trained": after,
-        },
-    )
+        return Rows(sign, target.encoded, ()), dict(target.sources)
 
-
-def _layer(task: Task, layer: int | None) -> int:
-    """Return the layer that is trained: the option, the one active layer, or 25 % of the depth."""
-    active = task.active or ()
-    if len(active) > 1 or (layer is not None and active and active != (layer,)):
-        raise TrimtabError(
-            f"a trained vector for the layers {list(active)}" + (f", layer={layer}" * bool(layer)),
-            "a method that trains one vector at one layer",
-            "name one layer, by layers= or layer=",
-        )
-    if layer is None:
-        layer = active[0] if active else max(0, math.ceil(task.lm.n_layers / 4) - 1)
-        return 0 if task.site == "embed" else layer
-    if isinstance(layer, bool) or layer not in task.layers:
-        raise TrimtabError(
-            f"a vector trained at layer {layer!r}",
-            f"a model with {task.site} at the layers {task.layers[0]} to {task.layers[-1]}",
-            "name one of these",
-        )
-    return layer
-
-
-def _check(
-    side: str,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    strengths: Sequence[float],
-    tokens: int,
-    keep: float,
-) -> None:
-    choice("side", side, tuple(SIDES))
-    problem = ""
-    if min(steps, batch_size, tokens) < 1:
-        problem = f"steps={steps}, batch_size={batch_size}, max_completion_tokens={tokens}"
-    elif not (math.isfinite(learning_rate) and learning_rate > 0):
-        problem = f"learning_rate={learning_rate}"
-    elif not (math.isfinite(keep) and keep >= 0):
-        problem = f"keep={keep}"
-    elif len(strengths) != 2 or not 0 < strengths[0] <= strengths[1] < math.inf:
-        problem = f"strengths={tuple(strengths)}"
-    if problem:
-        raise TrimtabError(
-            "a trained vector",
-            problem,
-            "use counts from 1, positive rates, keep from 0, and strengths=(low, high) above 0",
-        )
+    return train_vector(task, recipe, rows)

@@ -143,7 +143,7 @@ def find(
         lm: the unsteered model.
         behavior: what is to change.
         method: one of `METHODS`; docs/methods has a page on each.
-        layers: layers to steer; 40 % to 90 % of the depth when absent (next_token: one).
+        layers: layers to steer; when absent 40 % to 90 % of the depth, or the method's one layer.
         scope: which tokens are steered; where it was read when absent.
         site: kind of site that is read and written.
         position: where prompts are read: `last` prompt token; `post_instruction`, the mean over the

@@ -157,7 +157,7 @@ class Trainer:
             answers = rows.answers(chosen)
             with self._steered(w, torch.full((len(answers),), float(rows.sign))):
                 log_p = log_likelihoods(self.task.lm, answers)
-            total += float(rows.objective(log_p, answer_tokens(answers, w), chosen))
+            total += float(rows.objective(log_p, answer_tokens(answers).to(log_p.device), chosen))
         return total / len(self.sides)
 
     def _gradient(
@@ -174,12 +174,12 @@ class Trainer:
         """
         answers = rows.answers(chosen)
         encoded = [*answers, *(rows.kept[i] for i in left)]
-        n, tokens = len(answers), answer_tokens(encoded, w)
+        n, tokens = len(answers), answer_tokens(encoded)
         partners = factors[: n - len(chosen)]
         signed = torch.cat([factors[: len(chosen)], partners, factors[len(chosen) :]]) * rows.sign
         kept_tokens = max(1, int(tokens[n:].sum()))
         pieces = list(self.task.lm.batches(encoded))
-        known = torch.zeros(n, device=w.device)
+        known = torch.zeros(n)
         if rows.objective.compares and len(pieces) > 1:
             with torch.no_grad(), self._steered(w, signed):
                 known = log_likelihoods(self.task.lm, encoded)[:n]
@@ -187,15 +187,16 @@ class Trainer:
         for batch in pieces:
             with self._steered(w, signed):
                 logits, targets, row = answer_logits(self.task.lm, batch, encoded)
-            loss = torch.zeros((), device=w.device)
+            place = logits.device
+            loss = torch.zeros((), device=place)
             own = row < n
             if bool(own.any()):
                 # The other pieces' answers stand as numbers beside those that carry a gradient.
                 mine = _summed(logits[own], targets[own], row[own], n)
-                here = torch.zeros_like(known, dtype=torch.bool)
+                here = torch.zeros(n, dtype=torch.bool, device=place)
                 here[row[own]] = True
-                log_p = torch.where(here, mine, known)
-                loss = loss + rows.objective(log_p, tokens[:n], chosen)
+                log_p = torch.where(here, mine, known.to(place))
+                loss = loss + rows.objective(log_p, tokens[:n].to(place), chosen)
             references = [
                 self.references[rows.sign][left[i - n]] for i in batch.rows.tolist() if i >= n
             ]
@@ -248,10 +249,9 @@ def log_likelihoods(lm: LanguageModel, encoded: Sequence[Encoded]) -> Tensor:
     return total
 
 
-def answer_tokens(encoded: Sequence[Encoded], like: Tensor) -> Tensor:
-    """Return how many tokens each answer has, `[n]`, on the device of `like`."""
-    counts = [float(len(item.ids) - item.prompt_length) for item in encoded]
-    return torch.tensor(counts, device=like.device)
+def answer_tokens(encoded: Sequence[Encoded]) -> Tensor:
+    """Return how many tokens each answer has, float32 `[n]`."""
+    return torch.tensor([float(len(item.ids) - item.prompt_length) for item in encoded])
 
 
 def _summed(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:

@@ -32,10 +32,17 @@ Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[_Verdict
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts with answers, cut to the trained length, and how many came from where."""
+    """Prompts with answers, cut to the trained length, and how many came from where.
+
+    Attributes:
+        encoded: the answered prompts.
+        sources: where answers came from -> how many.
+        examples: what was asked, in the order of `encoded`.
+    """
 
     encoded: tuple[Encoded, ...]
     sources: Mapping[str, int]
+    examples: tuple[Example, ...] = ()
 
 
 def wanted_answers(
@@ -101,11 +108,11 @@ def wanted_answers(
     if paired and (source == "paired" or (source == "auto" and judge is not None)):
         fill("paired prompt", lambda at: answer([partners[i].prompt for i in at]), True)
     encoded = [
-        _cut(task.lm.encode(example.prompt, text), tokens)
+        (_cut(task.lm.encode(example.prompt, text), tokens), example)
         for example, text in zip(asked, answers, strict=True)
         if text is not None
     ]
-    encoded = [item for item in encoded if len(item.ids) > item.prompt_length]
+    encoded = [pair for pair in encoded if len(pair[0].ids) > pair[0].prompt_length]
     if not encoded:
         tried = f"{rejected} own answers, none of them {side}" if rejected else "no answers"
         raise TrimtabError(
@@ -115,18 +122,16 @@ def wanted_answers(
             f"with completions, or completions=[{{prompt, completion}}]; or find with "
             "wanted='paired' where pairs ask the same",
         )
-    return Answered(tuple(encoded), {name: n for name, n in sources.items() if n})
+    texts, examples = zip(*encoded, strict=True)
+    return Answered(texts, {name: n for name, n in sources.items() if n}, examples)
 
 
 def own_answers(task: Task, examples: Sequence[Example], tokens: int) -> Answered:
     """Return prompts with the model's own unsteered greedy answers: what should stay as it is."""
     texts = task.lm.generate([e.prompt for e in examples], max_new_tokens=tokens + SLACK)
-    encoded = [
-        _cut(task.lm.encode(example.prompt, text), tokens)
-        for example, text in zip(examples, texts, strict=True)
-        if text.strip()
-    ]
-    return Answered(tuple(encoded), {"own": len(encoded)})
+    said = [(e, text) for e, text in zip(examples, texts, strict=True) if text.strip()]
+    encoded = tuple(_cut(task.lm.encode(e.prompt, text), tokens) for e, text in said)
+    return Answered(encoded, {"own": len(encoded)}, tuple(e for e, _ in said))
 
 
 def _given(completions: Sequence[Any]) -> dict[str, str]:
@@ -134,7 +139,7 @@ def _given(completions: Sequence[Any]) -> dict[str, str]:
     missing = [e for e in examples if e.completion is None]
     if missing:
         raise TrimtabError(
-            "completions for next_token",
+            "the completions of wanted answers",
             f"{len(missing)} of {len(examples)} without a completion",
             'give [{"prompt": ..., "completion": ...}, ...]',
         )

@@ -89,8 +89,8 @@ def measure(
             results.append(evaluator.run(random_null(lever, null_seed), side))
             tell()
         scores = [mean(result.scores) for result in results]
-        averaged = _averaged(results, seed)
-        null = _row(f"null of {name}", "null", lever, averaged, baseline, seed, scores)
+        pooled = averaged(results, seed)
+        null = _row(f"null of {name}", "null", lever, pooled, baseline, seed, scores)
         rows += [replace(row, null_score=null.score), null]
     return Measurement(
         behavior=behavior.name,
@@ -167,7 +167,7 @@ def _row(
     )
 
 
-def _averaged(results: Sequence[Evaluation], seed: int) -> Summary:
+def averaged(results: Sequence[Evaluation], seed: int) -> Summary:
     """Average nulls: each prompt's figures over the directions, tokens pooled over them."""
     spills = [result.spill_tokens for result in results if result.spill_tokens is not None]
     pooled = Evaluation(

@@ -33,7 +33,7 @@ from trimtab.rollout import rollout
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
     from trimtab.chat import Prompt
-    from trimtab.steering import Steering, VectorSteering
+    from trimtab.steering import Switch, VectorSteering
 
 Progress = Callable[[int, int], None]  # done, in all
 
@@ -171,7 +171,7 @@ class Evaluator:
         """Return the unsteered greedy answers of a side, generated once."""
         return self._unsteered.answers(self.prompts(side))
 
-    def run(self, lever: Steering | LanguageModel | None, sign: int) -> Evaluation:
+    def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
         scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
         prompts, before = self.prompts(scored), self.unsteered(scored)
@@ -251,7 +251,7 @@ class Evaluator:
             self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
         return self._references[side]
 
-    def _kl(self, lever: Steering | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+    def _kl(self, lever: Switch | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
         reference = self._reference(side)
         if lever is None:  # the unsteered model does not differ from itself
             return tuple(reference.zeros())

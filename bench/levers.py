@@ -1,0 +1,170 @@
+"""Every lever for three behaviours of the built-in model under two budgets, and what conversions lose.
+
+Levers are found once per behaviour (train split), placed per budget (validation), scored on test.
+Baseline of every row: the behaviour's plain instruction prompt, `score_over_plain` and `calls`; the
+null row is a random direction of the vector's size. A journal holds finished cells; the same command
+with the same `--journal` goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import emit
+from trimtab.behavior import Behavior, load_behavior
+from trimtab.cli.support import quiet_libraries
+from trimtab.journal import Journal
+from trimtab.levers import (
+    LeversTable,
+    ablation_to_weights,
+    levers_table,
+    low_rank_to_vector,
+    prompt_to_vector,
+    vector_to_prompt,
+    vector_to_rank_one,
+    vector_to_soft,
+    vector_to_weights,
+)
+from trimtab.levers.found import FoundLevers, find_levers
+from trimtab.levers.settle import Bench, settle_vector
+from trimtab.measure.evaluate import Evaluator
+from trimtab.model import LanguageModel, load
+from trimtab.prompt_steering import PromptSteering
+
+BEHAVIORS = ("refusal", "topic", "mood")
+BUDGETS = (0.1, 0.5)
+PROMPTS, TOKENS, SEED = 24, 32, 0
+CONVERTED = 0.5  # the budget at which the vector is converted
+
+
+def compared(table: LeversTable) -> dict[str, object]:
+    """One cell: rows without samples and token lists, with their ratio to the plain prompt."""
+    plain = next((row.score for row in table.rows if row.name == "plain prompt"), None)
+    cell = table.to_dict()
+    rows = cell["rows"]
+    assert isinstance(rows, list)
+    for row in rows:
+        row.pop("samples")
+        row.pop("scores")
+        row["validation"].pop("scores")
+        row["score_over_plain"] = row["score"] / plain if plain else None
+    return {"kind": "table", **cell}
+
+
+def converted(lm: LanguageModel, behavior: Behavior, found: FoundLevers) -> dict[str, object]:
+    """The residual of every conversion, with gap and behaviour recovered."""
+    validation = Evaluator(
+        lm, behavior.split(SEED).validation, max_new_tokens=TOKENS, max_prompts=PROMPTS
+    )
+    bench = Bench(lm, validation, CONVERTED, 1, SEED)
+    vector, _ = settle_vector(bench, found.vectors["all"], "all")
+    options: dict[str, Any] = {"max_prompts": PROMPTS, "max_new_tokens": TOKENS, "seed": SEED}
+    work: dict[str, Callable[[], object]] = {
+        "vector to soft prompt": lambda: vector_to_soft(lm, behavior, vector, **options),
+        "vector to hard prompt": lambda: vector_to_prompt(lm, behavior, vector, **options),
+        "vector to weights": lambda: vector_to_weights(lm, vector),
+        "vector to rank-1": lambda: vector_to_rank_one(lm, behavior, vector, **options),
+        "ablation to weights": lambda: ablation_to_weights(lm, vector),
+    }
+    if found.plain is not None:
+        plain = found.plain
+        work["prompt to vector"] = lambda: prompt_to_vector(lm, behavior, plain, **options)
+    if found.soft is not None:
+        soft = found.soft
+        work["soft prompt to vector"] = lambda: prompt_to_vector(lm, behavior, soft, **options)
+    if found.lora is not None:
+        lora = found.lora
+        work["LoRA to vector"] = lambda: low_rank_to_vector(lm, behavior, lora, **options)
+    results: dict[str, object] = {}
+    for name, do in work.items():
+        began = time.process_time()
+        result = do()
+        residual, figures = getattr(result, "residual"), getattr(result, "to_dict")()  # noqa: B009
+        seconds = round(time.process_time() - began, 1)
+        results[name] = {"residual": residual, "cpu_seconds": seconds, **figures}
+    return {
+        "kind": "conversions",
+        "behavior": behavior.name,
+        "vector": f"{vector.label}, layers {list(vector.layers)}",
+        "conversions": results,
+    }
+
+
+def at_the_end(lm: LanguageModel, behavior: Behavior) -> dict[str, object]:
+    """The plain prompt as a vector of the last prompt token and the answer's tokens."""
+    assert behavior.prompt_toward is not None
+    found = prompt_to_vector(
+        lm,
+        behavior,
+        PromptSteering(behavior.prompt_toward),
+        scope="last",
+        max_prompts=PROMPTS,
+        max_new_tokens=TOKENS,
+        seed=SEED,
+    )
+    figures = {"residual": found.residual, **found.to_dict()}
+    return {
+        "kind": "conversions",
+        "behavior": behavior.name,
+        "conversions": {"prompt to vector (last)": figures},
+    }
+
+
+def main() -> None:
+    """Fill the cells that the journal does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=None, help="also write the result here")
+    parser.add_argument("--journal", type=Path, default=None, help="finished cells; resumes")
+    options = parser.parse_args()
+    quiet_libraries()
+    lm = load("harbor", dtype=torch.float32)
+    header = {
+        "work": "levers",
+        "fingerprint": lm.fingerprint,
+        "settings": [BUDGETS, PROMPTS, TOKENS, SEED],
+    }
+    book = None if options.journal is None else Journal(options.journal, header)
+    done = {entry["cell"]: entry["result"] for entry in (book.entries if book else [])}
+    results: list[dict[str, object]] = []
+    for name in BEHAVIORS:
+        behavior = load_behavior(name)
+        found: list[FoundLevers] = []
+
+        def levers() -> FoundLevers:
+            if not found:  # noqa: B023
+                found.append(find_levers(lm, behavior, seed=SEED, progress=tell("finding")))  # noqa: B023
+            return found[0]  # noqa: B023
+
+        def tell(what: str) -> Callable[[int, int], None]:
+            return lambda n, of: print(f"{name}: {what} {n}/{of}", file=sys.stderr)  # noqa: B023
+
+        cells: dict[str, Callable[[], dict[str, object]]] = {
+            f"{name} {budget}": lambda b=budget: compared(
+                levers_table(
+                    lm, behavior, budget=b, found=levers(), max_prompts=PROMPTS,  # noqa: B023
+                    max_new_tokens=TOKENS, seed=SEED, progress=tell(f"{b:g} nats"),
+                )  # noqa: B023
+            )
+            for budget in BUDGETS
+        }  # fmt: skip
+        cells[f"{name} conversions"] = lambda: converted(lm, behavior, levers())  # noqa: B023
+        cells[f"{name} last"] = lambda: at_the_end(lm, behavior)  # noqa: B023
+        for cell, work in cells.items():
+            if cell not in done:
+                began = time.process_time()
+                done[cell] = {**work(), "cpu_seconds": round(time.process_time() - began, 1)}
+                if book is not None:
+                    book.add({"cell": cell, "result": done[cell]})
+            results.append(done[cell])
+    emit("levers", results, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""`trimtab explain`: why a steering works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.text import Text
+
+from trimtab.behavior import load_behavior
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.support import (
+    check_writable,
+    load_model,
+    progress_bar,
+    read_vector,
+    show,
+    stdout_console,
+    write_result,
+)
+from trimtab.explain.explained import explain
+from trimtab.report.explain_page import write_explain_page
+
+
+@app.command("explain", epilog="Example: trimtab explain harbor refusal v.safetensors --report why")
+def explain_command(
+    model: Model,
+    behavior: BehaviorName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
+    strength: Annotated[
+        float | None, typer.Option(help="Strength m; that of the file by default.")
+    ] = None,
+    both: Annotated[
+        bool, typer.Option("--both", help="Also steer the other way, at the same strength.")
+    ] = False,
+    max_prompts: Annotated[
+        int, typer.Option(min=2, help="At most so many prompts a direction.")
+    ] = 12,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Measure which edges, heads and MLPs carry a vector, what it says, how sparse and linear it is."""
+    check_writable(json_file, None if report is None else report / "index.html")
+    contrast, vector = load_behavior(behavior), read_vector(file)
+    # Half precision would round the scores of small edges away.
+    lm = load_model(model, dtype=torch.float32)
+    with progress_bar(f"explaining {contrast.name}") as progress:
+        found = explain(
+            lm,
+            contrast,
+            vector if strength is None else vector.at(strength),
+            both=both,
+            max_prompts=max_prompts,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    # Files first: a reader that closes the pipe early should not cost them.
+    write_result(json_file, found.to_dict())
+    page = None if report is None else write_explain_page(report, found)
+    for table in found.tables():
+        show(table)
+    if page is not None:
+        stdout_console().print(Text(str(page)))

@@ -1,0 +1,93 @@
+"""`trimtab levers`: every lever for a behaviour on one axis, under one budget of damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.text import Text
+
+from trimtab.behavior import load_behavior
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.support import (
+    check_writable,
+    load_model,
+    progress_bar,
+    read_lever,
+    read_vector,
+    show,
+    stdout_console,
+    write_result,
+)
+from trimtab.errors import TrimtabError
+from trimtab.levers import levers_table
+from trimtab.prompt_steering import PromptSteering
+from trimtab.report.laws_page import write_laws_page
+from trimtab.report.levers_section import levers_section
+
+
+@app.command("levers", epilog="Example: trimtab levers harbor refusal --budget 0.5 --report levers")
+def levers_command(
+    model: Model,
+    behavior: BehaviorName,
+    budget: Annotated[
+        float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
+    ] = 0.5,
+    away: Annotated[bool, typer.Option("--away", help="Steer away from the behaviour.")] = False,
+    vector: Annotated[
+        Path | None, typer.Option(help="A steering file; its directions, instead of found ones.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="prompt:TEXT, prefix:TEXT, suffix:TEXT, instead of a searched one."),
+    ] = None,
+    nulls: Annotated[int, typer.Option(min=1, help="Random directions.")] = 2,
+    max_prompts: Annotated[
+        int, typer.Option(min=1, help="At most so many prompts a side and split.")
+    ] = 32,
+    max_new_tokens: Tokens = 40,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Compare prompt, soft prompt, vector, bias, rank-1, LoRA and ablation at equal damage.
+
+    Found on train prompts, placed on validation prompts, scored on test prompts; ends in one sentence
+    that says which to choose.
+    """
+    page = None if report is None else report / "index.html"
+    check_writable(json_file, page)
+    contrast = load_behavior(behavior)
+    given = None if vector is None else read_vector(vector)
+    words = None if prompt is None else read_lever(prompt)
+    if words is not None and not isinstance(words, PromptSteering):
+        raise TrimtabError(
+            asked=f"the prompt {prompt!r}",
+            found="a vector",
+            advice="give prompt:TEXT, prefix:TEXT or suffix:TEXT, and the vector with --vector",
+        )
+    # Damage is placed to a few thousandths of a nat, which half precision would drown.
+    lm = load_model(model, dtype=torch.float32)
+    with progress_bar(f"comparing levers for {contrast.name}") as progress:
+        found = levers_table(
+            lm,
+            contrast,
+            budget=budget,
+            sign=-1 if away else 1,
+            vector=given,
+            prompt=words,
+            nulls=nulls,
+            max_prompts=max_prompts,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    show(found)
+    stdout_console().print(Text(found.advice.sentence))
+    if report is not None:
+        write_laws_page(report, [levers_section(found)], title="Which lever", lead=found.model)
+    write_result(json_file, found.to_dict())

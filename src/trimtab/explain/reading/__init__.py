@@ -1,0 +1,1 @@
+"""What a push becomes in each head, and what it says through the vocabulary."""

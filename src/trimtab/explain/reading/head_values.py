@@ -1,0 +1,140 @@
+"""What a push of the stream makes each head write: the steering value vectors.
+
+A head's values are W_V norm(h). With s a summand of the stream h, the share of norm(h) due to s is
+g c(s) / rms(c(h)), so attending to one such position writes
+
+    k . u,   u = r . p((g c(s)) W_V W_O),   k = 1 / rms(c(h)) > 0
+
+with g the norm's gain (Gemma's 1 + w), c centring for a LayerNorm, W_V the key-value head that the
+head reads, W_O its columns of the output projection, r the residual multiplier. Where a norm stands
+behind the attention (Gemma 2 and 3, OLMo 2), p is its gain and its size joins k. Biases are no
+effect of s. Only k depends on the input: what u says does not. Source: arXiv 2604.08524.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import generation
+from trimtab.coverage import Coverage
+from trimtab.explain.held.holding import push_before
+from trimtab.heads import heads_of
+from trimtab.norm_form import NormForm, read_norm
+from trimtab.probe import input_tensor
+from trimtab.scope import Scope
+
+if TYPE_CHECKING:
+    from trimtab.chat import Prompt
+    from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
+
+
+@torch.no_grad()
+def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
+    """Return what every head of a layer writes for a push of the stream it reads, at k = 1.
+
+    Args:
+        lm: the model.
+        layer: 0-based.
+        push: `[..., d_model]`.
+
+    Returns:
+        u, float32 `[..., heads, d_model]`, on the CPU.
+
+    Errors:
+        TrimtabError: a model whose heads or norms cannot be found.
+    """
+    found = heads_of(lm).layers[layer]
+    read = _passed(_form(lm, found.norm, layer, "before"), push.float().cpu())
+    values = torch.einsum("...d,kwd->...kw", read, found.value.weights().float().cpu())
+    values = values.repeat_interleave(found.n_heads // found.n_kv_heads, dim=-2)
+    written = torch.einsum("...hw,hdw->...hd", values, found.out_weights().float().cpu())
+    post = _form(lm, found.attention_post, layer, "behind")
+    return _passed(post, written) * lm.sites.residual_multiplier
+
+
+@torch.no_grad()
+def head_scales(
+    lm: LanguageModel, vector: VectorSteering, prompts: Sequence[Prompt], max_new_tokens: int = 16
+) -> dict[int, float]:
+    """Return each reading layer's mean k on prompts and their steered answers.
+
+    The norm's size is averaged over the steered positions, that of a norm behind the attention over
+    the positions that predict the answer.
+
+    Args:
+        lm: the unsteered model.
+        vector: an additive steering at its strength.
+        prompts: strings or conversations.
+        max_new_tokens: length of the answers.
+
+    Returns:
+        Layer to k, for the layers that read a stream with a push.
+    """
+    readers = reading_layers(lm, vector)
+    sums: dict[tuple[int, str], tuple[float, float]] = {}
+    coverage = Coverage(lm, None)
+
+    def size(key: tuple[int, str], form: NormForm, scope: Scope):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            stream = input_tensor(args, kwargs)
+            assert stream is not None  # a norm is called with hidden states
+            values = form.centre(stream.float())
+            inverse = (values.square().mean(-1, keepdim=True) + form.eps).rsqrt()
+            weight = coverage.weight(scope, (torch.float32, stream.device)).expand_as(inverse)
+            total, count = sums.get(key, (0.0, 0.0))
+            sums[key] = total + float((inverse * weight).sum()), count + float(weight.sum())
+
+        return hook
+
+    asked = [lm.encode(prompt) for prompt in prompts]
+    with vector.on(lm):
+        answers = generation.answer_ids(lm, asked, max_new_tokens)
+    encoded = [replace(e, ids=[*e.ids, *ids]) for e, ids in zip(asked, answers, strict=True)]
+    with ExitStack() as stack:
+        trunk = lm.sites.trunk
+        stack.callback(trunk.register_forward_pre_hook(coverage.prepare, with_kwargs=True).remove)
+        for layer in readers:
+            found = heads_of(lm).layers[layer]
+            places = (("before", found.norm, vector.scope), ("behind", found.attention_post, _LAST))
+            for where, norm, scope in places:
+                form = _form(lm, norm, layer, where)
+                if norm is not None and form is not None:
+                    hook = size((layer, where), form, scope)
+                    stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(vector.on(lm))
+        for batch in lm.batches(encoded):
+            lm.forward(batch, logits_to_keep=1)
+    scales = dict.fromkeys(readers, 1.0)
+    for (layer, _), (total, count) in sums.items():
+        scales[layer] *= total / max(count, 1.0)
+    return scales
+
+
+_LAST = Scope("last")
+
+
+def reading_layers(lm: LanguageModel, vector: VectorSteering) -> list[int]:
+    """Return the layers whose attention reads a stream with a push of the steering in it."""
+    return [
+        layer
+        for layer in range(lm.n_layers)
+        if bool(push_before(lm, vector, layer, "attention").any())
+    ]
+
+
+def _form(lm: LanguageModel, norm: nn.Module | None, layer: int, where: str) -> NormForm | None:
+    if norm is None:
+        return None
+    return read_norm(norm, lm.d_model, f"the norm {where} the attention of layer {layer}")
+
+
+def _passed(form: NormForm | None, values: Tensor) -> Tensor:
+    """What a norm makes of a summand, at its own size 1."""
+    return values if form is None else form.centre(values) * form.gain.float()

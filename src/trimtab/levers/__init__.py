@@ -1,0 +1,33 @@
+"""One lever turned into another with what the conversion loses, and all levers on one axis."""
+
+from trimtab.levers.ablation import ablation_to_weights
+from trimtab.levers.found import Effort, FoundLevers, find_levers
+from trimtab.levers.lora import train_lora
+from trimtab.levers.low_rank import LowRankUpdate
+from trimtab.levers.low_rank_to_vector import low_rank_to_vector
+from trimtab.levers.prompt_to_vector import prompt_to_vector
+from trimtab.levers.rank_one import vector_to_rank_one
+from trimtab.levers.recovered import Recovered, recovered
+from trimtab.levers.table import LeversTable, levers_table
+from trimtab.levers.vector_to_prompt import vector_to_prompt
+from trimtab.levers.vector_to_soft import vector_to_soft
+from trimtab.levers.vector_to_weights import vector_to_weights
+
+__all__ = [
+    "Effort",
+    "FoundLevers",
+    "LeversTable",
+    "LowRankUpdate",
+    "Recovered",
+    "ablation_to_weights",
+    "find_levers",
+    "levers_table",
+    "low_rank_to_vector",
+    "prompt_to_vector",
+    "recovered",
+    "train_lora",
+    "vector_to_prompt",
+    "vector_to_rank_one",
+    "vector_to_soft",
+    "vector_to_weights",
+]

@@ -1,0 +1,274 @@
+"""A LoRA trained through the library peft on the answers that trained vectors are trained on.
+
+A reference lever: how well does a low-rank update do that was free to be anything? The adapter is
+trained on a copy of the model and handed back as factors, which hooks add to the model itself.
+
+    minimise  -log p(wanted answers) + keep * KL(unsteered || adapted) along the model's own answers
+
+Source: Hu et al. 2021 (arXiv 2106.09685) for the adapter; the objective is that of `next_token`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.errors import TrimtabError
+from trimtab.export.files import extra
+from trimtab.levers.conversion import Conversion
+from trimtab.levers.low_rank import KINDS, LowRankUpdate, Writer, writer_of
+from trimtab.levers.wanted_rows import Wanted, wanted_texts
+from trimtab.model import LanguageModel
+from trimtab.strength.calls import counting
+from trimtab.tables import Table, number
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.chat import Encoded
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Lora(Conversion):
+    """A trained adapter as a lever.
+
+    Attributes:
+        lever: the update; m = 1 is the adapter as it was trained.
+        rank: of each factor.
+        loss_start: cross-entropy of the wanted answers, nats per token, untrained.
+        loss: trained; both on all training answers.
+        steps: taken.
+        calls: rows put through the model, forward passes alone.
+        difference: largest logit difference on a training text between the adapter that peft runs
+            and the lever.
+    """
+
+    lever: LowRankUpdate
+    rank: int
+    loss_start: float
+    loss: float
+    steps: int
+    calls: int
+    difference: float
+
+    def table(self) -> Table:
+        """Return one line per fact."""
+        rows = (
+            ("rank", str(self.rank)),
+            ("matrices", str(len(self.lever.left))),
+            ("cross-entropy of the wanted answers", f"{number(self.loss_start, 3)} to {number(self.loss, 3)}"),
+            ("steps", str(self.steps)),
+            ("model calls", str(self.calls)),
+            ("logit difference to peft", number(self.difference, 6)),
+        )  # fmt: skip
+        return Table("LoRA", ("", ""), rows)
+
+
+def train_lora(
+    lm: LanguageModel,
+    behavior: Behavior,
+    *,
+    sign: int = 1,
+    rank: int = 4,
+    writers: Sequence[Writer] | None = None,
+    steps: int = 40,
+    batch_size: int = 8,
+    learning_rate: float = 3e-3,
+    keep: float = 0.1,
+    tokens: int = 32,
+    wanted: Wanted | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Lora:
+    """Train a LoRA on the output projections of the train split's wanted answers.
+
+    Args:
+        lm: the model; left as it is, a copy in float32 is trained.
+        behavior: split here.
+        sign: +1 toward, -1 away.
+        rank: of every factor.
+        writers: `("attention" or "mlp", layer)`; by default every output projection there is.
+        steps: of AdamW, the rate falling to 0 linearly.
+        batch_size: wanted answers a step; half as many kept ones are added.
+        learning_rate: of the factors.
+        keep: weight of the KL along the model's own answers to prompts that show the behaviour.
+        tokens: only so many first tokens of an answer count.
+        wanted: the training texts; collected from the train split when absent.
+        seed: of the split, the factors and the order.
+        progress: called with steps done and steps in all.
+
+    Raises:
+        TrimtabError: the package peft is missing; no writers; an unusable number; a loss that is not
+            finite.
+    """
+    if min(rank, steps, batch_size, tokens) < 1 or learning_rate <= 0 or keep < 0:
+        raise TrimtabError(
+            asked=f"a LoRA of rank {rank}, {steps} steps of {batch_size} answers",
+            found=f"learning_rate={learning_rate}, keep={keep}",
+            advice="use counts from 1, a positive rate and keep from 0",
+        )
+    peft = extra("peft", "peft")
+    chosen = tuple(writers) if writers is not None else all_writers(lm)
+    with counting(lm) as before:
+        texts = wanted or wanted_texts(lm, behavior.split(seed).train, sign, tokens, keep > 0)
+    clone = LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
+    adapted = _inject(peft, clone, chosen, rank, seed)
+    trained = [p for p in clone.model.parameters() if p.requires_grad]
+    with counting(clone) as calls:
+        start = _loss(clone, texts.answers)
+        _train(
+            clone, adapted, trained, texts, steps, batch_size, learning_rate, keep, seed, progress
+        )
+        end = _loss(clone, texts.answers)
+    left, right = {}, {}
+    for writer, module in adapted.items():
+        scale = module.scaling["default"]
+        left[writer] = module.lora_B["default"].weight.detach().cpu().float() * scale
+        right[writer] = module.lora_A["default"].weight.detach().cpu().float()
+    note = {"method": "LoRA", "rank": rank, "steps": steps, "behavior": behavior.name, "sign": sign}
+    lever = LowRankUpdate(left, right, 1.0, "LoRA", note, lm.fingerprint)
+    return Lora(
+        lever, rank, start, end, steps, before.rows + calls.rows, _compare(lm, clone, lever, texts)
+    )
+
+
+def all_writers(lm: LanguageModel) -> tuple[Writer, ...]:
+    """Return every sublayer that has a single linear output projection.
+
+    Raises:
+        TrimtabError: there is none.
+    """
+    found: list[Writer] = []
+    for kind in KINDS:
+        for layer in range(lm.n_layers):
+            try:
+                writer_of(lm, (kind, layer))
+            except TrimtabError:  # such as the experts of a mixture
+                continue
+            found.append((kind, layer))
+    if not found:
+        raise TrimtabError(
+            asked=f"a LoRA of {type(lm.model).__name__}",
+            found="no output projection that is a linear layer",
+            advice="use a vector",
+        )
+    return tuple(found)
+
+
+def _inject(
+    peft: Any, lm: LanguageModel, writers: Sequence[Writer], rank: int, seed: int
+) -> dict[Writer, Any]:
+    """Put peft's layers into the copy, only their factors trainable, and find them again."""
+    modules = {writer: writer_of(lm, writer) for writer in writers}
+    names = {id(module): name for name, module in lm.model.named_modules()}
+    targets = {writer: names[id(module)] for writer, module in modules.items()}
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(targets.values()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, lm.model)
+    return {writer: lm.model.get_submodule(name) for writer, name in targets.items()}
+
+
+def _train(
+    lm: LanguageModel,
+    adapted: Mapping[Writer, Any],
+    trained: Sequence[nn.Parameter],
+    texts: Wanted,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    keep: float,
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    """Run AdamW over shuffled answers."""
+    adam = torch.optim.AdamW(list(trained), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        loss = _nll(lm, _drawn(texts.answers, batch_size, generator))
+        if keep and texts.kept:
+            kept = _drawn(texts.kept, max(1, batch_size // 2), generator)
+            loss = loss + keep * _divergence(lm, adapted, kept)
+        if not bool(loss.isfinite()):
+            raise TrimtabError(
+                "a LoRA", f"a loss that is not finite at step {step}", "lower the learning_rate"
+            )
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, steps)
+
+
+def _drawn(texts: Sequence[Encoded], count: int, generator: torch.Generator) -> list[Encoded]:
+    order = torch.randperm(len(texts), generator=generator)[:count].tolist()
+    return [texts[i] for i in order]
+
+
+def _answers(lm: LanguageModel, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Float32 logits `[tokens, vocab]` before each answer token, and the tokens; one batch."""
+    (batch,) = lm.batches(texts, sum(len(t.ids) for t in texts) * len(texts), len(texts))
+    lengths = torch.tensor(
+        [len(texts[i].ids) - texts[i].prompt_length for i in batch.rows.tolist()]
+    )
+    longest = int(lengths.max())
+    logits = lm.forward(batch, logits_to_keep=longest + 1)[:, :-1]
+    # Rows are padded on the left, so every answer ends in the last column.
+    inside = (torch.arange(longest) >= (longest - lengths)[:, None]).to(logits.device)
+    return logits[inside].float(), batch.input_ids[:, -longest:].to(logits.device)[inside]
+
+
+def _nll(lm: LanguageModel, texts: Sequence[Encoded]) -> Tensor:
+    logits, tokens = _answers(lm, texts)
+    return nn.functional.cross_entropy(logits, tokens)
+
+
+def _divergence(
+    lm: LanguageModel, adapted: Mapping[Writer, Any], texts: Sequence[Encoded]
+) -> Tensor:
+    """Mean KL(unsteered || adapted) per token."""
+    with torch.no_grad():
+        _enable(adapted, False)
+        before = _answers(lm, texts)[0].log_softmax(-1)
+        _enable(adapted, True)
+    after = _answers(lm, texts)[0].log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).mean()
+
+
+def _enable(adapted: Mapping[Writer, Any], enabled: bool) -> None:
+    for module in adapted.values():
+        module.enable_adapters(enabled)
+
+
+@torch.no_grad()
+def _loss(lm: LanguageModel, texts: Sequence[Encoded]) -> float:
+    total, count = 0.0, 0
+    for start in range(0, len(texts), 16):
+        logits, tokens = _answers(lm, texts[start : start + 16])
+        total += float(nn.functional.cross_entropy(logits, tokens, reduction="sum"))
+        count += len(tokens)
+    return total / count
+
+
+@torch.no_grad()
+def _compare(lm: LanguageModel, clone: LanguageModel, lever: LowRankUpdate, texts: Wanted) -> float:
+    """What the hooks change of what peft computes, on one text."""
+    with lever.on(lm):
+        hooked, _ = _answers(lm, texts.answers[:1])
+    return float((hooked - _answers(clone, texts.answers[:1])[0]).abs().max())

@@ -1,0 +1,59 @@
+"""Perplexity under a lever, of text that nobody asked to change.
+
+    exp( - sum_t log q(y_t | x, y_<t) / number of tokens )
+
+with q the steered model, x the neutral prompts (without any, those that already show the behaviour)
+and y the unsteered model's own answers, sampled at temperature 1 with a fixed seed. For the unsteered
+model itself that is the exponential of its entropy along them. A prompt lever changes x, never y.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trimtab.model import LanguageModel
+from trimtab.prompts.rows import Row, lay_out
+from trimtab.prompts.teacher import answers_as_ids, target_log_probs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trimtab.chat import Prompt
+    from trimtab.steering import Switch
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts with the tokens whose perplexity is read.
+
+    Attributes:
+        rows: prompts with their answers.
+        tokens: of all answers.
+    """
+
+    rows: tuple[Row, ...] = field(repr=False)
+    tokens: int
+
+    @classmethod
+    def sampled(
+        cls, lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int = 40, seed: int = 0
+    ) -> Text:
+        """Sample the unsteered model's answers to prompts at temperature 1."""
+        answers = answers_as_ids(lm, None, prompts, max_new_tokens, 1.0, seed)
+        rows = [row for row in lay_out(lm, prompts, targets=answers) if row.target]
+        return cls(tuple(rows), sum(len(row.target) for row in rows))
+
+    def perplexity(self, lm: LanguageModel, lever: Switch | LanguageModel | None) -> float:
+        """Return the perplexity under a lever, another model, or (None) the unsteered model.
+
+        Infinite where a token has no probability left.
+        """
+        if isinstance(lever, LanguageModel):
+            lm, lever = lever, None
+        total = 0.0
+        for row, log_p in zip(self.rows, target_log_probs(lm, lever, self.rows), strict=True):
+            total -= sum(float(log_p[t, token]) for t, token in enumerate(row.target))
+        mean = total / max(1, self.tokens)
+        return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,176 @@
+"""Where and how hard each lever is used under one budget: layer and strength, on validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trimtab.errors import TrimtabError
+from trimtab.levers.ablation import ablating
+from trimtab.levers.low_rank import LowRankUpdate
+from trimtab.levers.place import PUSHES, Placed, longest, place_lever, place_vector
+from trimtab.levers.together import Together
+from trimtab.measure.divergence import Reference
+from trimtab.measure.evaluate import Evaluator, Unsteered
+from trimtab.measure.summary import mean
+from trimtab.prompts.teacher import switched
+from trimtab.strength.screen import Odds, candidates, screen
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+    from trimtab.steering import Switch, VectorSteering
+
+SCREENED, GLANCED, ROUGH = 4, 8, 16  # prompts of the first look, of the glance, of the rough damage
+PLACES = 4  # whose answers are read
+FLOOR = 0.9  # coherence
+AMPLIFIED = 16.0  # most shares of a direction that are put on top of what is there
+
+
+@dataclass(eq=False)
+class Bench:
+    """The validation split of one behaviour under one budget.
+
+    Attributes:
+        lm: the unsteered model.
+        validation: its prompts and unsteered answers.
+        budget: nats per token, 95th percentile.
+        sign: +1 toward, -1 away.
+        seed: of the intervals.
+        known: unsteered answers to share; of this model at the evaluator's length.
+    """
+
+    lm: LanguageModel
+    validation: Evaluator
+    budget: float
+    sign: int
+    seed: int = 0
+    known: Unsteered | None = None
+    _references: dict[int, Reference] = field(default_factory=dict)
+    _odds: Odds | None = None
+
+    @property
+    def shown(self) -> str:
+        """The side that already shows the behaviour, along whose answers damage is read."""
+        return "toward" if self.sign > 0 else "away"
+
+    @property
+    def odds(self) -> Odds:
+        """Reads the behaviour off logits."""
+        if self._odds is None:
+            self._odds = Odds(self.lm, self.validation.behavior, self.sign)
+        return self._odds
+
+    def reference(self, prompts: int | None = None) -> Reference:
+        """Return the damage prompts with their unsteered answers, the first few or all."""
+        listed = self.validation.prompts(self.shown)[:prompts]
+        if len(listed) not in self._references:
+            answers = self.validation.unsteered(self.shown)[: len(listed)]
+            self._references[len(listed)] = Reference(self.lm, listed, answers)
+        return self._references[len(listed)]
+
+    def moved(self, lever: Switch) -> float:
+        """Return the mean log-odds of the wanted words under a lever, nats."""
+        prompts = self.validation.prompts(self.validation.scored(self.sign))
+        with switched(self.lm, lever):
+            return float(self.odds(self.lm.next_logits(prompts)).mean())
+
+
+def settle_vector(
+    bench: Bench, vectors: Sequence[VectorSteering], scope: str
+) -> tuple[VectorSteering, Placed]:
+    """Choose the vector and the layers of one scope, and the strength that keeps the budget.
+
+    Every place is screened by its readout (strength/screen.py); at the best few, prompts are
+    answered at the strength that keeps the budget, and the place whose sound answers show the
+    behaviour most often is taken.
+
+    Raises:
+        TrimtabError: no place can be steered.
+    """
+    lm, validation = bench.lm, bench.validation
+    scored = validation.prompts(validation.scored(bench.sign))
+    seen: list[tuple[float, VectorSteering]] = []
+    refused = "no vector"
+    for vector in vectors:
+        looked = screen(
+            lm,
+            candidates(lm, vector, None, [scope]),
+            odds=bench.odds,
+            scored=scored[:SCREENED],
+            damaged=validation.prompts(bench.shown)[:SCREENED],
+            answers=validation.unsteered(bench.shown)[:SCREENED],
+            budget=bench.budget,
+            sign=bench.sign,
+        )
+        for c in looked:
+            refused = c.refused or refused
+            if not c.refused:
+                at = vector.select(layers=c.layers, scope=scope, strength=max(c.limit, 1e-3))
+                seen.append((c.gain, at))
+    if not seen:
+        raise TrimtabError(f"a vector with scope {scope}", refused, "use another scope")
+    seen.sort(key=lambda pair: -pair[0])
+    glance = Evaluator(
+        lm,
+        validation.behavior,
+        max_new_tokens=validation.max_new_tokens,
+        max_prompts=min(GLANCED, validation.max_prompts or GLANCED),
+        unsteered=bench.known,
+    )
+    best: tuple[float, float, VectorSteering] | None = None
+    for gain, vector in seen[:PLACES]:
+        rough = place_vector(bench.reference(ROUGH), vector, bench.budget, bench.sign, bench.seed)
+        (result,) = glance.run_many(vector, [rough.strength], bench.sign)
+        score = mean(result.scores) * (mean(result.coherences) >= FLOOR)
+        if best is None or (score, gain) > best[:2]:
+            best = (score, gain, vector.at(abs(rough.strength) or vector.strength))
+    assert best is not None  # something was seen
+    placed = place_vector(bench.reference(), best[2], bench.budget, bench.sign, bench.seed)
+    return best[2].at(placed.strength), placed
+
+
+def settle_update(
+    bench: Bench, update: LowRankUpdate, largest: float
+) -> tuple[LowRankUpdate, Placed]:
+    """Put a low-rank update at the largest strength that keeps the budget."""
+    side = -1 if update.strength < 0 else 1
+    placed = place_lever(
+        bench.reference(),
+        update.at,
+        bench.budget,
+        first=min(abs(update.strength) or 1.0, largest),
+        largest=largest,
+        sign=side,
+        seed=bench.seed,
+    )
+    return update.at(placed.strength), placed
+
+
+def settle_ablation(bench: Bench, vector: VectorSteering) -> tuple[Together, Placed]:
+    """Take a direction out (m up to 1) or put more of it in (m below 0), whichever moves more.
+
+    Which of the two is chosen by the mean log-odds of the wanted words on validation prompts.
+    """
+    layer = vector.layers[-1]
+    lever = ablating(vector, layer)
+    found: list[tuple[float, Together, Placed]] = []
+    for side, largest in ((1, 1.0), (-1, AMPLIFIED)):
+        placed = place_lever(
+            bench.reference(),
+            lever.at,
+            bench.budget,
+            first=0.25,
+            largest=largest,
+            sign=side,
+            seed=bench.seed,
+        )
+        at = lever.at(placed.strength)
+        found.append((bench.moved(at), at, placed))
+    _, chosen, placed = max(found, key=lambda item: item[0])
+    return chosen, placed
+
+
+def reach(vector: VectorSteering) -> float:
+    """Return the largest strength of what is made from a vector in its own units."""
+    return max(longest(vector), PUSHES * abs(vector.strength))

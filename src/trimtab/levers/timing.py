@@ -1,0 +1,76 @@
+"""Time per token with a lever, against the same model without: medians of interleaved runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.model import LanguageModel
+from trimtab.prompts.teacher import switched
+
+if TYPE_CHECKING:
+    from trimtab.chat import Prompt
+    from trimtab.steering import Switch
+
+TOKENS = 16
+ROUNDS = 7
+
+
+def extra_time(
+    lm: LanguageModel,
+    levers: Mapping[str, Switch | LanguageModel | None],
+    prompt: Prompt,
+    *,
+    tokens: int = TOKENS,
+    rounds: int = ROUNDS,
+) -> dict[str, float]:
+    """Return by how many milliseconds per answer token each lever slows one answer down.
+
+    An answer is the prompt read once and so many tokens decoded one by one with a cache, so longer
+    prompts count too. Each round times the unsteered model and every lever in turning order; the
+    median of the rounds' differences is taken. Rendering and switching on are not timed. On a CPU it
+    is the processor's time, which other work on the machine disturbs less; elsewhere the clock's.
+
+    Args:
+        lm: the unsteered model.
+        levers: what is timed; another model is timed as it is, None is the unsteered model.
+        prompt: what is answered.
+        tokens: of the answer; it does not stop at an end token.
+        rounds: timed, after one that does not count.
+    """
+    found: dict[str, list[float]] = {name: [] for name in levers}
+    names: list[str | None] = [None, *levers]
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        seconds: dict[str | None, float] = {}
+        for name in names[turn:] + names[:turn]:
+            lever = None if name is None else levers[name]
+            model, switch = (lever, None) if isinstance(lever, LanguageModel) else (lm, lever)
+            seconds[name] = _seconds(model, switch, prompt, tokens)
+        for name in levers if number else ():
+            found[name].append(1000 * (seconds[name] - seconds[None]) / tokens)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def _seconds(lm: LanguageModel, lever: Switch | None, prompt: Prompt, tokens: int) -> float:
+    with switched(lm, lever):
+        (batch,) = lm.batches([lm.encode(prompt)])
+        ids, mask, cache = batch.input_ids, batch.attention_mask, None
+        arguments: dict[str, Any] = {"use_cache": True}
+        clock = time.process_time if lm.device.type == "cpu" else time.perf_counter
+        began = clock()
+        with lm.calling(batch):
+            for _ in range(tokens):
+                output = lm.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
+                )
+                cache = output.past_key_values
+                ids = output.logits[:, -1:].argmax(-1)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        ids.cpu()  # waits for a device that works on its own
+        return clock() - began

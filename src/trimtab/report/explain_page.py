@@ -1,0 +1,260 @@
+"""The page of an explanation: what carries a steering, for a reader who has not read the papers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from trimtab.explain.attribution import AttributionSummary
+from trimtab.explain.circuits.faithful import Circuit
+from trimtab.explain.conclusions import PARTS, SIDES
+from trimtab.explain.explained import Explanation
+from trimtab.explain.freeze import FreezeRow, FreezeTable
+from trimtab.explain.geometry import GeometryReport
+from trimtab.explain.sparsity_curve import SparsityCurve
+from trimtab.explain.value_vector import ValueVectors
+from trimtab.report.figures import Figure
+from trimtab.report.law_figures import Bars, Series, bar_figure, heat_figure, line_figure
+from trimtab.report.laws_page import Section, write_laws_page
+from trimtab.tables import number
+
+ORDER_COLORS = {"attribution": "--vector", "magnitude": "--prompt", "random": "--null"}
+
+
+def write_explain_page(folder: str | os.PathLike[str], found: Explanation) -> Path:
+    """Write an explanation as a page that opens offline and return its path.
+
+    Errors:
+        TrimtabError: when the folder cannot be written.
+    """
+    one = found.explained
+    lead = (
+        f"{one.vector} on {one.model}: added at {one.site} of layer"
+        f"{'s' * (len(one.layers) > 1)} {', '.join(map(str, one.layers))}, scope {one.scope}"
+    )
+    return write_laws_page(
+        folder, explain_sections(found), title=f"Why {one.behavior} moves", lead=lead
+    )
+
+
+def explain_sections(found: Explanation) -> list[Section]:
+    """Return the sections in the order they are read."""
+    return [
+        Section(
+            title="In short",
+            paragraphs=(
+                "Each line is one measurement on prompts that nothing was chosen on, and what it "
+                "means for somebody who wants to use the vector.",
+            ),
+            tables=(found.table(),),
+        ),
+        _where(found.attribution, found),
+        _circuit(found.circuit, found),
+        _frozen(found.frozen),
+        _values(found.values),
+        _sparse(found.sparsity),
+        _geometry(found.geometry),
+    ]
+
+
+def _where(edges: AttributionSummary, found: Explanation) -> Section:
+    return Section(
+        title="Where it acts",
+        paragraphs=(
+            "A transformer is a stream that attention heads and MLPs read and write. The steering adds "
+            "to the stream once; every head and MLP above then writes something else than before. A "
+            "score says how much of the change in the answer passes through what one of them writes: "
+            "how much more it wrote, times how strongly the answer depends on that, averaged while the "
+            "steering is turned up from nothing to full strength.",
+            f"The answer's change is measured in logits: at each place where the steered and the "
+            f"unsteered model would say different tokens, the lead of the first over the second. All of "
+            f"it together is {number(edges.effect)} logits a response; the scores account for "
+            f"{number(edges.completeness)} of it. A random vector of the same length moves its own "
+            f"responses by {number(found.random_edges.effect)}.",
+        ),
+        figures=(_node_grid(edges),),
+        tables=(edges.table(),),
+    )
+
+
+def _node_grid(edges: AttributionSummary) -> Figure:
+    """Scores by layer: one column per head, then the MLP."""
+    layers = sorted({node.layer for node in edges.nodes if node.kind != "steer"})
+    heads = sorted({node.head for node in edges.nodes if node.head is not None})
+    known = {(node.layer, node.head): node.score for node in edges.nodes if node.kind == "head"}
+    mlps = {node.layer: node.score for node in edges.nodes if node.kind == "mlp"}
+    grid = [[*(known.get((layer, head)) for head in heads), mlps.get(layer)] for layer in layers]
+    most = max(
+        (n for n in edges.nodes if n.kind != "steer"), key=lambda n: abs(n.score), default=None
+    )
+    named = "nothing above the steering"
+    if most is not None:
+        named = f"the {'MLP' if most.head is None else f'head {most.head}'} of layer {most.layer}"
+    return heat_figure(
+        [*(f"head {head}" for head in heads), "MLP"],
+        [f"layer {layer}" for layer in layers],
+        grid,
+        x_label="",
+        y_label="",
+        value_label="score, logits",
+        description=f"Scores of heads and MLPs by layer; the largest is {named}.",
+        caption="How much of the change passes each head and MLP",
+        diverging=True,
+    )
+
+
+def _circuit(circuit: Circuit, found: Explanation) -> Section:
+    sizes = [100 * size / circuit.n_edges for size, _ in circuit.curve]
+    return Section(
+        title="How few connections it takes",
+        paragraphs=(
+            "An edge is one connection: from what a head or MLP (or the steering) writes to what a later "
+            "one reads. To test a set of edges, every other edge is made to carry what it carries without "
+            "steering. Faithfulness is the share of the change that is left: 1 is all of it.",
+            f"The highest {circuit.size} edges by score, {100 * circuit.share:.1f} % of them, keep "
+            f"{circuit.held_out.cell} on prompts they were not chosen on. {_of_random(found)}",
+        ),
+        figures=(
+            line_figure(
+                "edges kept, %",
+                "faithfulness",
+                [Series("highest by score", sizes, [value for _, value in circuit.curve])],
+                description=f"Faithfulness rises to {number(circuit.curve[-1][1])} with the edges kept.",
+                caption="Where the size was chosen",
+                height=280,
+            ),
+        ),
+        tables=(circuit.table(),),
+    )
+
+
+def _of_random(found: Explanation) -> str:
+    other = found.random_edges
+    if other.carried is None:
+        return "A random vector of the same length moves no token."
+    return (
+        f"A random vector has {100 * other.overlap:.0f} % of its highest tenth of edges in common with "
+        f"this one, where chance gives {100 * other.chance:.0f} %, and as many of its highest edges keep "
+        f"{other.carried.cell} of this vector's effect: so much of a circuit belongs to the network, not to "
+        "the behaviour."
+    )
+
+
+def _frozen(frozen: FreezeTable) -> Section:
+    return Section(
+        title="Through what it acts",
+        paragraphs=(
+            "The steered model answers again while one part of it is held at what the unsteered model "
+            "does on the same tokens. What the behaviour loses is what that part carries. Attention has "
+            "two: where it looks (its patterns, QK) and what it moves (its values, OV). Beside each part "
+            "stands a null: a change of the same size in another direction.",
+            "A part that can be frozen at no loss can be ignored, cached or pruned. Losses do not add up: "
+            "what one part loses another may make up for.",
+        ),
+        figures=tuple(_freeze_bars(frozen, sign) for sign in frozen.prompts),
+        tables=(frozen.table(),),
+    )
+
+
+def _freeze_bars(frozen: FreezeTable, sign: int) -> Figure:
+    rows: list[FreezeRow] = [r for r in frozen.rows if r.sign == sign and r.lost is not None]
+    lost = [row.lost for row in rows if row.lost is not None]
+    nulls = [row.null for row in rows]
+    said = ", ".join(
+        f"{PARTS.get(row.name, row.name)} {number(one.value, 0)}"
+        for row, one in zip(rows, lost, strict=True)
+    )
+    return bar_figure(
+        [PARTS.get(row.name, row.name) for row in rows],
+        "points of the score lost",
+        [
+            Bars(
+                "frozen",
+                [one.value for one in lost],
+                "--vector",
+                [one.low for one in lost],
+                [one.high for one in lost],
+            ),
+            Bars(
+                "null",
+                [None if one is None else one.value for one in nulls],
+                "--null",
+                [None if one is None else one.low for one in nulls],
+                [None if one is None else one.high for one in nulls],
+            ),
+        ],
+        description=f"Points lost, {SIDES[sign]}: {said}.",
+        caption=f"{SIDES[sign].capitalize()}, m = {frozen.strengths[sign]:+.3g}",
+    )
+
+
+def _values(values: ValueVectors) -> Section:
+    return Section(
+        title="What it says",
+        paragraphs=(
+            "A head that reads the steered stream moves a part of the steering into its output: its "
+            "steering value vector. Read through the vocabulary it names tokens that become likelier "
+            "(promoted) or less likely (suppressed). The line of a random vector shows what tokens look "
+            "like that mean nothing; p is how often a random vector scores as well.",
+        ),
+        tables=(values.table(),),
+    )
+
+
+def _sparse(curve: SparsityCurve) -> Section:
+    figures = []
+    for sign in curve.strengths:
+        series = []
+        for order in dict.fromkeys(point.order for point in curve.points):
+            color = ORDER_COLORS.get(order, "--baseline")
+            for restored, dash in ((True, "solid"), (False, "dot")):
+                mine = [
+                    p
+                    for p in curve.points
+                    if (p.order, p.sign, p.restored) == (order, sign, restored)
+                ]
+                mine.sort(key=lambda p: p.share)
+                name = f"{order}{'' if restored else ', norm not restored'}"
+                series.append(
+                    Series(
+                        name, [100 * p.share for p in mine], [p.score for p in mine], color, dash
+                    )
+                )
+        dense = next(p.score for p in curve.dense if p.sign == sign)
+        figures.append(
+            line_figure(
+                "dimensions kept, %",
+                "score",
+                series,
+                description=f"Score against dimensions kept, {SIDES[sign]}; the whole vector scores "
+                f"{number(dense)}, a random direction {number(curve.null[sign])}.",
+                caption=f"{SIDES[sign].capitalize()}; whole vector {number(dense)}, random direction "
+                f"{number(curve.null[sign])}",
+                log_x=True,
+                height=300,
+            )
+        )
+    return Section(
+        title="How sparse it can be",
+        paragraphs=(
+            f"The vector has {curve.dimensions} numbers. Each is scored by how much of the effect it "
+            "carries; the lowest are set to zero, and the rest may be stretched to the old length. The "
+            "null keeps as many numbers, drawn at random.",
+        ),
+        figures=tuple(figures),
+        tables=(curve.table(),),
+    )
+
+
+def _geometry(shape: GeometryReport) -> Section:
+    return Section(
+        title="How linear it is",
+        paragraphs=(
+            "If the network handed a push on unchanged, a vector could be moved between layers, and a "
+            "prompt, a vector and a weight edit would be one thing. J is what the network makes of a small "
+            "push; J = I would be 'unchanged'. The gap is the lead of the behaviour's first tokens over "
+            "their opposites.",
+            *shape.findings,
+        ),
+        tables=shape.tables()[1:],
+    )

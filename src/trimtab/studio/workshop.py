@@ -1,0 +1,338 @@
+"""What the users of one app share: the model, a lock around it, and the unsteered answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.behavior import Behavior
+from trimtab.chat import Prompt
+from trimtab.errors import TrimtabError
+from trimtab.explain import explain
+from trimtab.find import METHODS, find
+from trimtab.measure import Measurement, judge_for, measure
+from trimtab.measure.evaluate import Evaluator, Progress, Unsteered
+from trimtab.model import LanguageModel
+from trimtab.prompt_steering import prompt as prompt_lever
+from trimtab.report.explain_page import write_explain_page
+from trimtab.steering import VectorSteering
+from trimtab.strength.choose import NoStrengthPasses
+from trimtab.strength.tune import tune
+from trimtab.studio.colouring import Scale, projections, scale_of
+from trimtab.studio.lever import Bounds, Lever, Reading, measure_lever, span
+from trimtab.studio.streaming import stream
+from trimtab.weights import bake
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Answers to what users typed; those to a behaviour's prompts are kept with its evaluator.
+KEPT_ANSWERS = 256
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is run: small figures keep a move of the slider short.
+
+    Attributes:
+        answer_tokens: most tokens of an answer.
+        gauge_prompts: held-out prompts behind the gauges.
+        tune_prompts: prompts a side and split that a strength is chosen on.
+        lever_prompts: prompts a side for levers side by side.
+        explain_prompts: prompts that an explanation reads.
+    """
+
+    answer_tokens: int = 24
+    gauge_prompts: int = 6
+    tune_prompts: int = 8
+    lever_prompts: int = 8
+    explain_prompts: int = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Everything that one user has on the table; a new behaviour makes a new one.
+
+    Attributes:
+        behavior: all of it; the gauges read its test split.
+        lever: the vector and what was measured.
+        scale: of the colours.
+        note: how the vector was come by, or why it could not be tuned.
+    """
+
+    behavior: Behavior
+    lever: Lever
+    scale: Scale
+    note: str
+
+    def prompts(self) -> list[str]:
+        """Return the held-out prompts in words, to choose one from."""
+        sides = [*self.lever.evaluator.prompts(self.lever.evaluator.scored(self.lever.side))]
+        return [p for p in sides if isinstance(p, str)] or [_words(p) for p in sides]
+
+
+class Workshop:
+    """One model for several users: steering hooks are global to it, so each use holds the lock."""
+
+    def __init__(self, lm: LanguageModel, limits: Limits | None = None) -> None:
+        """Start without answers.
+
+        Args:
+            lm: the unsteered model.
+            limits: how much is run.
+        """
+        self.lm, self.limits = lm, limits or Limits()
+        self.lock: AbstractContextManager[object] = threading.Lock()
+        self._answers: OrderedDict[str, str] = OrderedDict()
+
+    def find(
+        self,
+        behavior: Behavior,
+        method: str,
+        side: int,
+        bounds: Bounds,
+        report: Callable[[str], Progress],
+    ) -> Bench:
+        """Find a vector, tune it, and measure it over the slider's range.
+
+        A vector that no strength passes for is kept as it was found, and the note says so.
+
+        Args:
+            behavior: what is to change.
+            method: of `trimtab.find`.
+            side: +1 toward, -1 away.
+            bounds: of the window.
+            report: makes the progress callback of a stage from its name.
+
+        Raises:
+            TrimtabError: an unusable behaviour, or one that this method cannot find.
+        """
+        judge = judge_for(behavior)
+        options: dict[str, Any] = {}
+        if "judge" in METHODS[method].options and behavior.judge is not None:
+            options["judge"] = judge
+        with self.lock:
+            found = find(
+                self.lm, behavior, method, seed=SEED, progress=report("finding"), **options
+            )
+            try:
+                tuned = tune(
+                    self.lm,
+                    behavior,
+                    found,
+                    bounds.budget,
+                    sign=side,
+                    coherence_floor=bounds.coherence,
+                    target=bounds.target,
+                    max_new_tokens=self.limits.answer_tokens,
+                    max_prompts=self.limits.tune_prompts,
+                    seed=SEED,
+                    progress=report("tuning"),
+                )
+                window = tuned.report.window
+                note = f"found by {method}, tuned to m = {tuned.strength:+.3g}" + (
+                    f" (window while tuning {span(window)})" if window else ""
+                )
+            except NoStrengthPasses as refusal:
+                tuned = found.at(side * abs(found.strength))
+                note = f"found by {method}, but not tuned: {refusal.found}"
+        return self.take(behavior, tuned, bounds, report("measuring the slider's range"), note)
+
+    def take(
+        self,
+        behavior: Behavior,
+        vector: VectorSteering,
+        bounds: Bounds,
+        progress: Progress | None = None,
+        note: str = "from a file",
+    ) -> Bench:
+        """Put a vector on the table: measure its curve, its windows and the scale of the colours.
+
+        Raises:
+            TrimtabError: a vector of another model, or an unusable behaviour.
+        """
+        vector.check(self.lm)
+        # Spill is not among the gauges: without neutral prompts a move costs a third less.
+        data = behavior.split(SEED).test
+        kept = {name: range(len(getattr(data, name))) for name in ("toward", "away", "requests")}
+        evaluator = Evaluator(
+            self.lm,
+            data.select(kept),
+            max_new_tokens=self.limits.answer_tokens,
+            max_prompts=self.limits.gauge_prompts,
+            unsteered=Unsteered(self.lm, self.limits.answer_tokens),
+        )
+        lever = measure_lever(evaluator, vector, bounds, self.lock, progress)
+        with self.lock:
+            pairs = [
+                pair
+                for side in ("toward", "away")
+                for pair in zip(evaluator.prompts(side), evaluator.unsteered(side), strict=True)
+            ]
+            scale = scale_of(self.lm, vector, pairs)
+        return Bench(behavior, lever, scale, note)
+
+    def answers(self, bench: Bench, prompt: str, strength: float) -> Iterator[tuple[str, str]]:
+        """Answer a prompt unsteered and steered, as pairs that grow; the first may be complete.
+
+        The unsteered answer is made once. A strength of 0 is the unsteered model itself.
+
+        Raises:
+            TrimtabError: an empty prompt, or one that is too long.
+        """
+        if not prompt.strip():
+            raise TrimtabError("an answer", "an empty prompt", "type something to answer")
+        before, vector = self._answers.get(prompt), bench.lever.vector
+        if before is not None and strength == 0:
+            yield before, before
+            return
+        asked = ([] if before is not None else [0.0]) + ([strength] if strength else [])
+        count = self.limits.answer_tokens
+        pair = (before or "", "")
+        for found in stream(self.lm, vector, prompt, asked, count, self.lock):
+            pair = (before if before is not None else found[0], found[-1])
+            yield pair
+        self._answers[prompt] = pair[0]
+        while len(self._answers) > KEPT_ANSWERS:
+            self._answers.popitem(last=False)
+
+    def read(self, bench: Bench, strength: float) -> Reading:
+        """Return the gauges at a strength."""
+        return bench.lever.read(strength)
+
+    def tokens(self, bench: Bench, prompt: str, answer: str) -> list[tuple[str, float]]:
+        """Return an answer's tokens with their shade, from -1 (away) to 1 (toward)."""
+        with self.lock:
+            found = projections(self.lm, bench.lever.vector, prompt, answer)
+        return [(text, bench.scale.shade(value)) for text, value in found]
+
+    def compare(
+        self, bench: Bench, strength: float, words: str, progress: Progress | None = None
+    ) -> Measurement:
+        """Measure the vector beside a prompt lever, the plain prompt and a random direction.
+
+        Raises:
+            TrimtabError: as `measure` does.
+        """
+        vector = bench.lever.vector.at(strength or bench.lever.vector.strength)
+        levers = [vector, *([prompt_lever(words)] if words.strip() else [])]
+        with self.lock:
+            return measure(
+                self.lm,
+                bench.behavior,
+                levers,
+                nulls=1,
+                max_new_tokens=self.limits.answer_tokens,
+                max_prompts=self.limits.lever_prompts,
+                seed=SEED,
+                progress=progress,
+            )
+
+    def explain(
+        self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
+    ) -> Path:
+        """Write the page that says why the vector works, and return its path.
+
+        Raises:
+            TrimtabError: a vector that does not add, or as `explain` does.
+        """
+        with self.lock:
+            found = explain(
+                self.lm,
+                bench.behavior,
+                bench.lever.vector.at(strength or bench.lever.vector.strength),
+                max_prompts=self.limits.explain_prompts,
+                max_new_tokens=self.limits.answer_tokens,
+                seed=SEED,
+                progress=progress,
+            )
+        return write_explain_page(folder, found)
+
+    def save(self, bench: Bench, strength: float, folder: Path) -> Path:
+        """Write the steering file at this strength."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return bench.lever.vector.at(strength).save(folder / "steering.safetensors")
+
+    def bake(
+        self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
+    ) -> Path:
+        """Bake the vector at this strength into a checkpoint, verified, and zip it.
+
+        Raises:
+            TrimtabError: a strength of 0, or no exact route: the message says which scope has one.
+        """
+        if strength == 0:
+            raise TrimtabError(
+                "to bake at strength 0", "the unsteered model", "move the slider off 0 first"
+            )
+        checkpoint = folder / "checkpoint"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.lock:
+                bake(self.lm, bench.lever.vector.at(strength), checkpoint, progress=progress)
+            return zipped(checkpoint, folder / "checkpoint.zip")
+        finally:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def zipped(folder: Path, target: Path) -> Path:
+    """Pack a folder; weights do not compress, so nothing is compressed."""
+    temporary = target.with_suffix(".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.write(path, path.relative_to(folder))
+    os.replace(temporary, target)
+    return target
+
+
+def written_behavior(
+    name: str, toward: str, away: str, shows: str, opposite: str, neutral: str = ""
+) -> Behavior:
+    """Make a behaviour from a form: one prompt a line, phrases that answers are judged by.
+
+    Args:
+        name: short name.
+        toward: prompts whose answers show it.
+        away: prompts whose answers do not.
+        shows: phrases of answers that show it.
+        opposite: phrases of answers that show the opposite.
+        neutral: prompts that have nothing to do with it.
+
+    Raises:
+        TrimtabError: an empty side, or no phrases.
+    """
+    judge = {"toward": _lines(shows), "away": _lines(opposite)}
+    if not any(judge.values()):
+        raise TrimtabError(
+            f"the behaviour {name!r}",
+            "no phrases to judge answers by",
+            "write some phrases that occur in answers that show it, one a line",
+        )
+    return Behavior(
+        name=name.strip() or "mine",
+        toward=_lines(toward),
+        away=_lines(away),
+        neutral=_lines(neutral),
+        judge={"kind": "phrases", **{key: words for key, words in judge.items() if words}},
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _words(prompt: Prompt) -> str:
+    """The last message of a conversation, or its JSON where it has no text."""
+    last: Sequence[Any] | dict[str, str] = prompt[-1]
+    return last["content"] if isinstance(last, dict) else json.dumps(prompt)
