@@ -164,6 +164,19 @@ def curves(
     return [{**row, "least": least, **curve.to_dict()}]
 
 
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """Write a curve's points as share -> score, low, high, coherence, one table per kind."""
+    if row["kind"] != "curve":
+        return row
+    points: dict[str, dict[str, list[float]]] = {}
+    for point in row["points"]:
+        side = "toward" if point["sign"] > 0 else "away"
+        name = f"{point['order']}, {side}, {'restored' if point['restored'] else 'raw'}"
+        figures = [round(point[key], 3) for key in ("score", "low", "high", "coherence")]
+        points.setdefault(name, {})[f"{point['share']:g}"] = figures
+    return {**row, "points": points}
+
+
 def effects_at(
     lm: LanguageModel, behavior: Behavior, vector: VectorSteering, strengths: dict[int, float]
 ) -> dict[int, torch.Tensor]:
@@ -246,7 +259,8 @@ def main() -> None:
             rows += kept(folder, f"{name}-{method}-curve", curves, lm, behavior, vector, at)
         if len(working) > 1:
             rows += overlaps(lm, behavior, working, strengths)
-    emit("sparsity and shared dimensions, built-in model", rows, given.json)
+    title = "sparsity and shared dimensions, built-in model"
+    emit(title, [compact(row) for row in rows], given.json)
 
 
 if __name__ == "__main__":

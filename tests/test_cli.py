@@ -33,6 +33,11 @@ COMMANDS = (
     "bake",
     "export",
     "inspect",
+    "levers",
+    "explain",
+    "serve",
+    "studio",
+    "doctor",
     "demo",
 )
 

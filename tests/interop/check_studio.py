@@ -38,11 +38,11 @@ MOVE = """m => {
 
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Steering files of two behaviours, and one whose own name is hostile."""
+    """Steering files of two behaviours, trained briefly."""
     folder, lm = tmp_path_factory.mktemp("vectors"), load("harbor")
     made = {}
     for name in ("refusal", "mood"):
-        vector = find(lm, behavior(name), "next_token", scope="all")
+        vector = find(lm, behavior(name), "next_token", scope="all", steps=24)
         made[name] = vector.save(folder / f"{name}.safetensors")
     return made
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.text import Text
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
@@ -18,7 +17,6 @@ from trimtab.cli.support import (
     read_lever,
     read_vector,
     show,
-    stdout_console,
     write_result,
 )
 from trimtab.errors import TrimtabError
@@ -87,7 +85,6 @@ def levers_command(
             progress=progress,
         )
     show(found)
-    stdout_console().print(Text(found.advice.sentence))
     if report is not None:
         write_laws_page(report, [levers_section(found)], title="Which lever", lead=found.model)
     write_result(json_file, found.to_dict())

@@ -332,7 +332,7 @@ class Actions:
         return views.link_view(desk.url(made), made.name, made.stat().st_size)
 
     def _bench(self, desk: Desk | None) -> Bench:
-        return self.arrive(desk).ready
+        return (desk or Desk(self.root)).ready
 
 
 def _behavior(source: str, file: str | None, *fields: str) -> Behavior:
