@@ -262,7 +262,8 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object
     with pytest.raises(SystemExit) as left:
         cli.main([str(a) for a in arguments])
     sys.excepthook = hook
-    return (left.value.code, *capsys.readouterr())
+    said = capsys.readouterr()
+    return left.value.code, said.out, said.err
 
 
 def test_the_commands_write_the_sparse_vector(
