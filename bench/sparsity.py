@@ -21,9 +21,9 @@ import torch
 from common import emit
 from trimtab.behavior import Behavior, load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.dimensions import ORDERS, dimension_effects, dimension_scores
 from trimtab.explain.overlap import dimension_overlap, vector_cosines
-from trimtab.explain.sparsity_curve import sparsity_curve
+from trimtab.explain.sparse.curve import sparsity_curve
+from trimtab.explain.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
 from trimtab.explain.teacher_forced import four_sets
 from trimtab.find import find
 from trimtab.measure import judge_for

@@ -14,7 +14,8 @@ import planted
 from trimtab import cli
 from trimtab.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.dimensions import (
+from trimtab.explain.sparse.curve import sparsity_curve
+from trimtab.explain.sparse.dimensions import (
     changes,
     dimension_effects,
     dimension_scores,
@@ -22,7 +23,6 @@ from trimtab.explain.dimensions import (
     whole_effect,
 )
 from trimtab.explain.sparsify import masked, sparsify
-from trimtab.explain.sparsity_curve import sparsity_curve
 from trimtab.explain.teacher_forced import TokenRuns, token_runs
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering

@@ -6,8 +6,8 @@ from trimtab.explain.freeze import freeze_table
 from trimtab.explain.geometry import geometry
 from trimtab.explain.margin.audit import AuditReport, audit
 from trimtab.explain.margin.learned import LearnedSets, learn_sets
+from trimtab.explain.sparse.curve import sparsity_curve
 from trimtab.explain.sparsify import sparsify
-from trimtab.explain.sparsity_curve import sparsity_curve
 from trimtab.explain.teacher_forced import four_sets, token_runs
 from trimtab.explain.value_vector import value_vectors
 

@@ -12,7 +12,7 @@ from trimtab.explain.attribution import AttributionSummary
 from trimtab.explain.circuits.faithful import Circuit, Faithfulness
 from trimtab.explain.freeze import FreezeRow, FreezeTable
 from trimtab.explain.geometry import GeometryReport
-from trimtab.explain.sparsity_curve import SparsityCurve
+from trimtab.explain.sparse.curve import SparsityCurve
 from trimtab.explain.value_vector import ValueVectors
 from trimtab.tables import number
 

@@ -23,7 +23,7 @@ from trimtab.explain.circuits.faithful import (
 from trimtab.explain.conclusions import Finding, conclusions
 from trimtab.explain.freeze import FreezeTable, freeze_table
 from trimtab.explain.geometry import GeometryReport, geometry
-from trimtab.explain.sparsity_curve import SparsityCurve, sparsity_curve
+from trimtab.explain.sparse.curve import SparsityCurve, sparsity_curve
 from trimtab.explain.teacher_forced import TokenRuns, four_sets
 from trimtab.explain.value_vector import ValueVectors, value_vectors
 from trimtab.measure.nulls import null_seeds, random_null

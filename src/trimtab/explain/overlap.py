@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.dimensions import Effects, kept_dimensions
+from trimtab.explain.sparse.dimensions import Effects, kept_dimensions
 from trimtab.measure.intervals import beta_quantile
 from trimtab.steering import VectorSteering
 from trimtab.tables import Printable, Table, number

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.dimensions import (
+from trimtab.explain.sparse.dimensions import (
     STEPS,
     Effects,
     changes,

@@ -11,7 +11,7 @@ from trimtab.explain.conclusions import PARTS, SIDES
 from trimtab.explain.explained import Explanation
 from trimtab.explain.freeze import FreezeRow, FreezeTable
 from trimtab.explain.geometry import GeometryReport
-from trimtab.explain.sparsity_curve import SparsityCurve
+from trimtab.explain.sparse.curve import SparsityCurve
 from trimtab.explain.value_vector import ValueVectors
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, heat_figure, line_figure

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 from trimtab.errors import TrimtabError
 from trimtab.scope import Scope
 from trimtab.serve.registry import Registry
-from trimtab.serve.tokens import SCOPES
+from trimtab.serve.tokens import SCOPES, Term
 
 __all__ = ["KEY", "RESOLVED", "SCOPES", "Term", "asked_for", "pack", "terms", "unpack"]
 
@@ -24,23 +24,6 @@ KEY = "steer"
 RESOLVED = "trimtab.terms"
 _FORM = re.compile(r"(?P<name>[^:@]+)(?::(?P<strength>[^:@]*))?(?:@(?P<scope>.*))?", re.DOTALL)
 _SHOWN = 60
-
-
-@dataclass(frozen=True)
-class Term:
-    """One vector of a request.
-
-    Attributes:
-        column: Of the vector, see `registry.Entry`.
-        strength: The multiplier m.
-        scope: One of `SCOPES`.
-        digest: Of the vector.
-    """
-
-    column: int
-    strength: float
-    scope: str
-    digest: str
 
 
 def asked_for(extra: Mapping[str, object] | None) -> object:

@@ -8,13 +8,10 @@ and positions that are absolute: a prompt in chunks, or taken up again, is steer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from trimtab.serve.request import Term
 
 # scope -> whether it covers (a token before the prompt's last, the prompt's last, a generated one).
 SCOPES: dict[str, tuple[bool, bool, bool]] = {
@@ -27,6 +24,23 @@ PHASES = 3
 
 Floats = npt.NDArray[np.float32]
 Whole = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One vector of a request.
+
+    Attributes:
+        column: Of the vector, see `registry.Entry`.
+        strength: The multiplier m.
+        scope: One of `SCOPES`.
+        digest: Of the vector.
+    """
+
+    column: int
+    strength: float
+    scope: str
+    digest: str
 
 
 def weights(terms: Sequence[Term], vectors: int) -> Floats:

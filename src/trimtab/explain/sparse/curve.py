@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.dimensions import (
+from trimtab.explain.sparse.dimensions import (
     ORDERS,
     STEPS,
     changes,
