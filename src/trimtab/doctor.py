@@ -15,6 +15,7 @@ from trimtab.versions import versions
 
 # Extra -> (module, what it adds).
 EXTRAS = {
+    "studio": ("gradio", "the browser app"),
     "peft": ("peft", "adapters: export to PEFT, LoRA as a lever of comparison"),
     "gguf": ("gguf", "control vectors for llama.cpp"),
     "vllm": ("vllm", "serving with a vector chosen per request"),

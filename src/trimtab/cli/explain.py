@@ -37,7 +37,7 @@ def explain_command(
     ] = False,
     max_prompts: Annotated[
         int, typer.Option(min=2, help="At most so many prompts a direction.")
-    ] = 12,
+    ] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
     seed: Seed = 0,
     report: Annotated[

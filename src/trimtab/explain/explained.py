@@ -144,7 +144,7 @@ def explain(
     vector: VectorSteering,
     *,
     both: bool = False,
-    max_prompts: int = 12,
+    max_prompts: int = 16,
     max_new_tokens: int = 24,
     nulls: int = 1,
     seed: int = 0,
