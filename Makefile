@@ -32,8 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/trimtab demo --out report
 
+# Two processes of one thread each; a file's tests stay together, for they share their fixtures.
+JOBS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 $(INTEROP)/vllm/.installed: tests/interop/vllm_requirements.py
 	test -x $(INTEROP)/vllm/bin/python || $(PYTHON) -m venv $(INTEROP)/vllm
