@@ -33,6 +33,10 @@ class Batch:
         """The same batch on another device."""
         return Batch(*(getattr(self, item.name).to(device) for item in fields(self)))
 
+    def take(self, rows: Tensor) -> Batch:
+        """Return some of the rows, by index or mask."""
+        return Batch(*(getattr(self, item.name)[rows] for item in fields(self)))
+
     @property
     def position_ids(self) -> Tensor:
         """Absolute positions `[batch, seq]`; the first token is 0, and so is padding."""

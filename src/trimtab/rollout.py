@@ -7,7 +7,6 @@ that have ended leave it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,14 +95,10 @@ def _continue(
             break
         if share >= ENDED_SHARE:
             rows = (~ended).nonzero()[:, 0]
-            batch, mask, tokens, ended = _rows(batch, rows), mask[rows], tokens[rows], ended[rows]
+            batch, mask, tokens, ended = batch.take(rows), mask[rows], tokens[rows], ended[rows]
             cache.batch_select_indices(rows)
         logits, mask = step(lm, batch, tokens, mask, cache)
     return found
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    return Batch(*(getattr(batch, part.name)[rows] for part in fields(Batch)))
 
 
 def _packed(states: Iterator[State], max_new_tokens: int) -> Iterator[State]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.batch import Batch
 from trimtab.errors import TrimtabError
-from trimtab.explain.circuits.anatomy import ROLES, anatomy_of, pulled_back
+from trimtab.explain.anatomy import ROLES, anatomy_of, pulled_back
 from trimtab.explain.circuits.graph import Graph, Node, build_graph
 from trimtab.explain.circuits.record import Record, record
 from trimtab.explain.teacher_forced import Targets, TokenRuns

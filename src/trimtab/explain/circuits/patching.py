@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.batch import Batch
-from trimtab.explain.circuits.anatomy import LayerAnatomy, anatomy_of
+from trimtab.explain.anatomy import LayerAnatomy, anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.circuits.record import Record, record
 from trimtab.explain.teacher_forced import Targets, TokenRuns

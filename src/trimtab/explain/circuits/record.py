@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.batch import Batch
-from trimtab.explain.circuits.anatomy import anatomy_of
+from trimtab.explain.anatomy import anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.teacher_forced import Targets
 from trimtab.probe import stream_input, stream_output

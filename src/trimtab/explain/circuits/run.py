@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.batch import Batch
-from trimtab.explain.circuits.anatomy import ROLES, LayerAnatomy, anatomy_of
+from trimtab.explain.anatomy import ROLES, LayerAnatomy, anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.circuits.record import Record
 from trimtab.probe import stream_input, stream_output, with_stream

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from trimtab.attention import AttentionCall, attending
 from trimtab.coverage import Coverage
 from trimtab.errors import TrimtabError
+from trimtab.explain.anatomy import anatomy_of
 from trimtab.heads import HeadLayer, heads_of
 from trimtab.hooks import steered
-from trimtab.norm_form import NormForm, read_norm
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.probe import first_tensor, stream_input
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -218,14 +218,12 @@ class _Held:
     ) -> Callable[[], Tensor]:
         """Return a function that gives x_s of the current call's steered lane `[n, seq, d_model]`."""
         push = push_before(self.lm, self.vector, layer, part)
-        form: NormForm | None = None
+        forms = anatomy_of(self.lm)[layer]
+        form = forms.norm if part == "attention" else forms.mlp_norm
         if norm is not None:
-            form = read_norm(norm, self.lm.d_model, f"the norm before the {part} of layer {layer}")
 
             def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                stream = input_tensor(args, kwargs)
-                assert stream is not None  # a norm is called with hidden states
-                self._streams[part, layer] = stream
+                self._streams[part, layer] = stream_input(args, kwargs)
 
             handle = norm.register_forward_pre_hook(remember, with_kwargs=True)
             stack.callback(handle.remove)

@@ -8,7 +8,7 @@ the steered lane held at the base lane's (holding.py) this is a frozen run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,7 +131,7 @@ def _cached(
             break
         if not bool(going.all()):
             pairs = going.repeat(2).nonzero()[:, 0]
-            batch, mask, tokens = _rows(batch, pairs), mask[pairs], tokens[going]
+            batch, mask, tokens = batch.take(pairs), mask[pairs], tokens[going]
             cache.batch_select_indices(pairs)
         logits, mask = step(lm, batch, tokens.repeat(2), mask, cache)
     return found
@@ -157,7 +157,3 @@ def _whole(
             attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1),
         )
     return found
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    return Batch(*(getattr(batch, part.name)[rows] for part in fields(Batch)))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from trimtab import generation
 from trimtab.coverage import Coverage
+from trimtab.explain.anatomy import anatomy_of
 from trimtab.explain.held.holding import push_before
 from trimtab.heads import heads_of
-from trimtab.norm_form import NormForm, read_norm
+from trimtab.norm_form import NormForm
 from trimtab.probe import input_tensor
 from trimtab.scope import Scope
 
@@ -51,12 +52,12 @@ def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
         TrimtabError: a model whose heads or norms cannot be found.
     """
     found = heads_of(lm).layers[layer]
-    read = _passed(_form(lm, found.norm, layer, "before"), push.float().cpu())
+    forms = anatomy_of(lm)[layer]
+    read = _passed(forms.norm, push.float().cpu())
     values = torch.einsum("...d,kwd->...kw", read, found.value.weights().float().cpu())
     values = values.repeat_interleave(found.n_heads // found.n_kv_heads, dim=-2)
     written = torch.einsum("...hw,hdw->...hd", values, found.out_weights().float().cpu())
-    post = _form(lm, found.attention_post, layer, "behind")
-    return _passed(post, written) * lm.sites.residual_multiplier
+    return _passed(forms.attention_post, written) * lm.sites.residual_multiplier
 
 
 @torch.no_grad()
@@ -101,10 +102,12 @@ def head_scales(
         trunk = lm.sites.trunk
         stack.callback(trunk.register_forward_pre_hook(coverage.prepare, with_kwargs=True).remove)
         for layer in readers:
-            found = heads_of(lm).layers[layer]
-            places = (("before", found.norm, vector.scope), ("behind", found.attention_post, _LAST))
-            for where, norm, scope in places:
-                form = _form(lm, norm, layer, where)
+            forms = anatomy_of(lm)[layer]
+            places = (
+                ("before", forms.heads.norm, forms.norm, vector.scope),
+                ("behind", forms.heads.attention_post, forms.attention_post, _LAST),
+            )
+            for where, norm, form, scope in places:
                 if norm is not None and form is not None:
                     hook = size((layer, where), form, scope)
                     stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -127,12 +130,6 @@ def reading_layers(lm: LanguageModel, vector: VectorSteering) -> list[int]:
         for layer in range(lm.n_layers)
         if bool(push_before(lm, vector, layer, "attention").any())
     ]
-
-
-def _form(lm: LanguageModel, norm: nn.Module | None, layer: int, where: str) -> NormForm | None:
-    if norm is None:
-        return None
-    return read_norm(norm, lm.d_model, f"the norm {where} the attention of layer {layer}")
 
 
 def _passed(form: NormForm | None, values: Tensor) -> Tensor:
