@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +26,7 @@ from trimtab.measure.evaluate import Evaluator, Sample
 from trimtab.model import LanguageModel, load
 from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
+from trimtab.studio import app as studio_app
 from trimtab.studio import views
 from trimtab.studio.app import Actions, application
 from trimtab.studio.colouring import Scale, projections
@@ -288,16 +291,40 @@ class TestActions:
         desk, status, _, slider, _, prompt = self.put(act, None, bench)
         assert "opening" in status and slider["maximum"] == bench.lever.reach
         assert slider["value"] == pytest.approx(bench.lever.vector.strength, abs=bench.lever.step)
-        steps = list(act.show(desk, prompt, bench.lever.reach))
+        steps = list(act.show(desk, prompt, bench.lever.reach, 1.0))
         text = "".join(part for step in steps for part in step if isinstance(part, str))
         for wanted in ("tt-gauges", 'data-done="1"', "tt-tokens", "<table>", "window"):
             assert wanted in text
+
+    def test_a_move_falls_silent_when_a_later_one_is_made(self, act: Actions, bench: Bench) -> None:
+        desk, _, _, _, _, prompt = self.put(act, None, bench)
+        first = act.show(desk, prompt, bench.lever.reach, 1.0)
+        next(first)
+        later = act.show(desk, prompt, 0.0, 2.0)
+        next(later)
+        assert list(first) == [] and list(later) != []
+        assert list(act.show(desk, prompt, 0.0, 1.5)) == []  # made earlier, arrived later
+
+    def test_an_idle_page_lets_go_of_its_stream(
+        self, act: Actions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(studio_app, "STAY_SECONDS", 0.2)
+        desk = act.arrive(None)
+
+        async def stayed() -> float:
+            started = time.monotonic()
+            async for _ in act.stay(desk):
+                if time.monotonic() - started < 0.3:
+                    desk.turns.take(1.0)  # at work: a while more
+            return time.monotonic() - started
+
+        assert 0.4 <= asyncio.run(stayed()) < 5
 
     def test_desks_are_apart(self, act: Actions, bench: Bench, workshop: Workshop) -> None:
         one = self.put(act, None, bench)[0]
         two = act.arrive(None)
         assert one.folder != two.folder and two.bench is None
-        (refused,) = act.show(two, "the pier", 1.0)
+        (refused,) = act.show(two, "the pier", 1.0, 1.0)
         assert "no vector yet" in refused[0]
         other = workshop.take(planted.behavior(6, name="other"), planted.push(workshop.lm), BOUNDS)
         moved = self.put(act, two, other)[0]

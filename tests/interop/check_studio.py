@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,9 +49,9 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """`trimtab studio harbor` as a user starts it, on a free port."""
+@contextmanager
+def studio() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`trimtab studio harbor` as a user starts it, on a free port: the process, its address."""
     command = [sys.executable, "-m", "trimtab", "studio", "harbor", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr is not None
@@ -61,8 +63,19 @@ def address() -> Iterator[str]:
                 break
         else:
             raise AssertionError(said)
-        yield found.group()
-        process.terminate()
+        try:
+            yield process, found.group()
+            process.terminate()
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The app's address."""
+    with studio() as (_, address):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +192,33 @@ def test_outside_the_window_warns(browser: Browser, address: str, vectors: dict[
     move(page, 0)
     assert page.inner_text("#tt-before") == page.inner_text("#tt-after")
     page.context.close()
+
+
+def test_of_overlapping_moves_the_last_is_shown(
+    browser: Browser, address: str, vectors: dict[str, Path]
+) -> None:
+    page = visit(browser, address)
+    open_file(page, vectors["refusal"])
+    own = float(page.get_attribute("#tt-answers [data-m]", "data-m") or 0)
+    step = float(page.get_attribute("#tt-strength input[type=range]", "step") or 0)
+    ends = [round(own, 6), *(round(i * step, 6) for i in (36, 0, 12, -4))]
+    for i in range(24):
+        m, before = ends[i % len(ends)], ends[(i + 1) % len(ends)]
+        page.evaluate(f"async ([a, b, wait]) => {{ const go = {MOVE}; go(a);"
+                      "await new Promise(done => setTimeout(done, wait)); go(b); }",
+                      [before, m, (0, 5, 30, 120)[i % 4]])  # fmt: skip
+        page.wait_for_function(SETTLED, arg=m)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(SETTLED, m)  # nothing older came after it
+    page.context.close()
+
+
+def test_an_open_page_does_not_keep_the_app_alive(browser: Browser) -> None:
+    with studio() as (process, address):
+        page = visit(browser, address)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130, -signal.SIGINT)
+        page.context.close()
 
 
 def test_visitors_do_not_see_each_other(

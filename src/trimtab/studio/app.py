@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 from trimtab.studio import views
-from trimtab.studio.desk import Desk, clear, new_desk
+from trimtab.studio.desk import Desk, Turns, clear, new_desk
 from trimtab.studio.lever import Bounds
 from trimtab.studio.workshop import Bench, Workshop, written_behavior
 from trimtab.tables import clean
@@ -39,7 +41,14 @@ CSS = Path(__file__).with_name("studio.css")
 FRAME = 0.08
 # A visitor's files go an hour after the visitor.
 KEEP_SECONDS = 3600
+# An idle page lets go of its connection after so long, in seconds: a phone that falls asleep
+# with an open one loses its page.
+STAY_SECONDS = 600
+# What is being answered when the app is ended has so long to finish, in seconds.
+LEAVE_SECONDS = 2
 EMPTY = '<div class="tt-fine">Find a vector, or open a steering file, to move the slider.</div>'
+# Two moves may be under way at once; the page says when each was made.
+STAMPED = "(desk, prompt, m, _) => [desk, prompt, m, performance.now()]"
 SHOWN = 5  # what a move of the slider changes: warning, answers, gauges, colours, samples
 
 
@@ -68,7 +77,9 @@ def serve(
         ) from error
     with listening, tempfile.TemporaryDirectory(prefix="trimtab-studio-") as root:
         app = application(Workshop(lm), Path(root), host)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        # Open pages keep a connection for as long as they stand: they do not keep the app alive.
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LEAVE_SECONDS)
+        server = uvicorn.Server(config)
         if ready is not None:
             ready(f"http://{host}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])
@@ -165,11 +176,17 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
 
         made = [desk, status, setup, strength, held_out, prompt]
         shown = [warning, answers, gauges, tokens, samples]
-        at = [desk, prompt, strength]
+        at = [desk, prompt, strength, gr.Number(visible=False)]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         long: dict[str, Any] = {"show_progress": "full", "api_visibility": "private"}
-        move: dict[str, Any] = {"fn": act.show, "inputs": at, "outputs": shown, **quiet}
+        move: dict[str, Any] = {
+            "fn": act.show, "inputs": at, "outputs": shown, "js": STAMPED, **quiet
+        }  # fmt: skip
         page.load(act.arrive, desk, desk, **quiet)
+        gr.on(
+            [page.load, find.click, upload.upload, strength.input, prompt.submit, held_out.input],
+            act.stay, desk, None, trigger_mode="once", concurrency_limit=None, **quiet,
+        )  # fmt: skip
         source.change(act.forms, source, [form, file], **quiet)
         chosen = [desk, source, file, *fields, method, side, budget]
         find.click(act.find, chosen, made, show_progress_on=status, **long).then(**move)
@@ -253,14 +270,32 @@ class Actions:
         """Give a visitor a desk, once."""
         return desk or new_desk(self.root)
 
+    async def stay(self, desk: Desk | None) -> AsyncIterator[None]:
+        """Keep a page's stream of results open while its visitor is at work.
+
+        Gradio closes the stream when nothing is under way, and what is asked while it closes is
+        never answered: the page takes the closing stream for an open one.
+        """
+        turns = desk.turns if desk else Turns()
+        while (idle := turns.idle()) < STAY_SECONDS:
+            await asyncio.sleep(STAY_SECONDS - idle)
+            yield
+
     def forms(self, source: str) -> tuple[Any, Any]:
         """Show the fields that a behaviour of this source needs."""
         return gr.update(visible=source == WRITE), gr.update(visible=source == FILE)
 
-    def show(self, desk: Desk | None, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
-        """Answer a move of the slider: gauges as soon as they are known, answers as they grow."""
+    def show(
+        self, desk: Desk | None, prompt: str, m: float, at: float
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answer a move of the slider: gauges as soon as they are known, answers as they grow.
+
+        A move that is no longer the last one falls silent: what it shows would be out of date.
+        """
+        desk = self.arrive(desk)
+        last = desk.turns.take(at)
         try:
-            yield from self._shown(self._bench(desk), prompt, float(m))
+            yield from takewhile(lambda _: last(), self._shown(desk.ready, prompt, float(m)))
         except TrimtabError as error:
             yield views.refusal_view(error), *[gr.skip()] * (SHOWN - 1)
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from trimtab.errors import TrimtabError
 from trimtab.studio.workshop import Bench
+
+
+class Turns:
+    """Which of a visitor's moves is the last one: they may overlap and arrive out of order."""
+
+    def __init__(self) -> None:
+        """Begin before every move."""
+        self._latest, self._taken = -math.inf, time.monotonic()
+
+    def take(self, at: float) -> Callable[[], bool]:
+        """Note a move made at a time of the visitor's clock; return whether it is still the last."""
+        self._latest, self._taken = max(self._latest, at), time.monotonic()
+        return lambda: at >= self._latest
+
+    def idle(self) -> float:
+        """Return the seconds since a move was last noted."""
+        return time.monotonic() - self._taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +39,12 @@ class Desk:
     Attributes:
         folder: named by a secret, which is all that its files' addresses are protected by.
         bench: the behaviour and vector at work; None before the first.
+        turns: of the moves on this desk, whatever bench is on it.
     """
 
     folder: Path
     bench: Bench | None = None
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def ready(self) -> Bench:
