@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,23 @@ FORMAT = "trimtab.journal"
 VERSION = 1
 
 
-class Journal:
+class Notes:
+    """Finished steps that are only kept in memory: what work writes into when it has no file.
+
+    Attributes:
+        entries: In the order of writing.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin with what is known already."""
+        self.entries: list[dict[str, Any]] = [dict(entry) for entry in entries]
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Keep one finished step, as JSON would give it back."""
+        self.entries.append(json.loads(json.dumps(entry)))
+
+
+class Journal(Notes):
     """An append-only file of JSON objects; one process writes it at a time.
 
     Attributes:
@@ -42,7 +58,7 @@ class Journal:
         lines = self._lines()
         if lines:
             self._compare(lines[0])
-        self.entries: list[dict[str, Any]] = lines[1:]
+        super().__init__(lines[1:])
         if not lines:
             self._append(self._header)
 
@@ -53,7 +69,7 @@ class Journal:
             TrimtabError: The file cannot be written.
         """
         self._append(entry)
-        self.entries.append(json.loads(json.dumps(entry)))
+        super().add(entry)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         try:

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import cast, overload
@@ -29,7 +30,26 @@ from trimtab.fingerprint import fingerprint
 from trimtab.probe import text_config
 from trimtab.sites import Sites, find_sites
 
-__all__ = ["Batch", "LanguageModel", "load"]
+__all__ = ["Batch", "LanguageModel", "Source", "load"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model was loaded from: another process loads the same from it.
+
+    Attributes:
+        folder: The folder or hub id that transformers was given.
+        revision: Of a hub repository.
+        dtype: Of the weights as they are now, such as "float32".
+        device_map: See `load`.
+        trust_remote_code: See `load`.
+    """
+
+    folder: str
+    revision: str | None
+    dtype: str
+    device_map: str | dict[str, int | str] | None
+    trust_remote_code: bool
 
 
 class LanguageModel:
@@ -43,6 +63,7 @@ class LanguageModel:
         inserts: What else every rendered prompt gets, see `trimtab.chat.Insert`.
         soft_count: Ids beyond the vocabulary that the embedding answers for just now.
         active_batch: The batch whose calls are being made (see `calling`), or None.
+        source: What `load` loaded it from; None for a model that was made otherwise.
     """
 
     def __init__(
@@ -72,6 +93,7 @@ class LanguageModel:
         self.inserts: tuple[Insert, ...] = ()
         self.soft_count = 0
         self.active_batch: Batch | None = None
+        self.source: Source | None = None
 
     def __repr__(self) -> str:
         """One line: name, architecture and size."""
@@ -348,7 +370,10 @@ def load(
             f"it cannot be loaded: {reason}",
             "check the name, the network, and that it is a causal language model in safetensors",
         ) from error
-    return LanguageModel(model, tokenizer, name)
+    lm = LanguageModel(model, tokenizer, name)
+    kind = str(model.dtype).removeprefix("torch.")
+    lm.source = Source(source, revision, kind, device_map, trust_remote_code)
+    return lm
 
 
 def _looks_like_path(name: str) -> bool:

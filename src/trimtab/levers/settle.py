@@ -15,7 +15,7 @@ from trimtab.measure.divergence import Reference
 from trimtab.measure.evaluate import Evaluator, Unsteered
 from trimtab.measure.summary import mean
 from trimtab.prompts.teacher import switched
-from trimtab.strength.screen import Odds, candidates, screen
+from trimtab.strength.screen import Odds, Screen, candidates
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -89,21 +89,20 @@ def settle_vector(
         TrimtabError: no place can be steered.
     """
     lm, validation = bench.lm, bench.validation
-    scored = validation.prompts(validation.scored(bench.sign))
+    screen = Screen(
+        lm,
+        bench.odds,
+        validation.prompts(validation.scored(bench.sign))[:SCREENED],
+        validation.prompts(bench.shown)[:SCREENED],
+        validation.unsteered(bench.shown)[:SCREENED],
+        bench.budget,
+        bench.sign,
+    )
     seen: list[tuple[float, VectorSteering]] = []
     refused = "no vector"
     for vector in vectors:
-        looked = screen(
-            lm,
-            candidates(lm, vector, None, [scope]),
-            odds=bench.odds,
-            scored=scored[:SCREENED],
-            damaged=validation.prompts(bench.shown)[:SCREENED],
-            answers=validation.unsteered(bench.shown)[:SCREENED],
-            budget=bench.budget,
-            sign=bench.sign,
-        )
-        for c in looked:
+        placed = candidates(lm, vector, None, [scope])
+        for c in sorted(map(screen.look, placed), key=lambda c: -c.gain):
             refused = c.refused or refused
             if not c.refused:
                 at = vector.select(layers=c.layers, scope=scope, strength=max(c.limit, 1e-3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,14 @@ from trimtab.measure.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.measure.judges import judge_kind
 from trimtab.measure.measurement import Measurement, Row
 from trimtab.measure.nulls import null_seeds, random_null
+from trimtab.measure.spread import run_each
 from trimtab.measure.summary import Summary, mean, raw_alphas, summary
 from trimtab.prompt_steering import PromptSteering
 from trimtab.steering import Steering, VectorSteering
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
+    from trimtab.engine import Engine
     from trimtab.model import LanguageModel
 
 
@@ -36,6 +39,7 @@ def measure(
     checkpoint: LanguageModel | None = None,
     unsteered: Unsteered | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Measurement:
     """Measure levers beside the unsteered model, the plain prompt and random directions.
 
@@ -53,6 +57,7 @@ def measure(
         checkpoint: a second model, e.g. the reloaded baked one, measured like a lever.
         unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all), nulls counted one by one.
+        engine: does the levers and nulls; this process by default.
 
     Errors:
         TrimtabError: for an unknown split, an empty side, or a judge that cannot be built.
@@ -60,36 +65,43 @@ def measure(
     levers = [levers] if isinstance(levers, Steering) else list(levers)
     data = behavior if split is None else behavior.split(seed=seed).named(split)
     evaluator = Evaluator(
-        lm, data, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=unsteered
-    )
+        lm, data, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=unsteered,
+        engine=engine,
+    )  # fmt: skip
     names = _unique([lever.label for lever in levers])
     signs = [1 if sign > 0 else -1] if sign is not None else _signs(levers)
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)
-    steps = len(plan) + sum(nulls for entry in plan if isinstance(entry[2], VectorSteering))
+    drawn = [
+        [random_null(lever, each) for each in null_seeds(seed, nulls)]
+        if isinstance(lever, VectorSteering) and nulls > 0
+        else []
+        for _, _, lever, _ in plan
+    ]
+    asked: list[tuple[Steering | LanguageModel | None, int]] = []
+    for (_, _, lever, side), directions in zip(plan, drawn, strict=True):
+        asked += [(lever, side), *((null, side) for null in directions)]
+    evaluator.engine.expect([lever for lever, _ in asked if isinstance(lever, VectorSteering)])
     done = 0
 
     def tell() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, steps)
+            progress(done, len(asked))
 
+    results = iter(run_each(evaluator, asked, tell))
     rows: list[Row] = []
     baselines: dict[int, Summary] = {}
-    for name, kind, lever, side in plan:
-        summed = summary(evaluator.run(lever, side), seed)
+    for (name, kind, lever, side), directions in zip(plan, drawn, strict=True):
+        summed = summary(next(results), seed)
         baseline = baselines.setdefault(side, summed)  # the plan starts each side with it
-        tell()
         row = _row(name, kind, lever, summed, baseline, seed)
-        if not isinstance(lever, VectorSteering) or nulls < 1:
+        if not directions:
             rows.append(row)
             continue
-        results: list[Evaluation] = []
-        for null_seed in null_seeds(seed, nulls):
-            results.append(evaluator.run(random_null(lever, null_seed), side))
-            tell()
-        scores = [mean(result.scores) for result in results]
-        pooled = averaged(results, seed)
+        random = list(islice(results, len(directions)))
+        scores = [mean(result.scores) for result in random]
+        pooled = averaged(random, seed)
         null = _row(f"null of {name}", "null", lever, pooled, baseline, seed, scores)
         rows += [replace(row, null_score=null.score), null]
     return Measurement(

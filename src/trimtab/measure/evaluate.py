@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.engine import Engine
 from trimtab.errors import TrimtabError
 from trimtab.measure.coherence import coherence_for
 from trimtab.measure.divergence import Divergence, Reference, summarise
 from trimtab.measure.judges import judge_for
 from trimtab.model import LanguageModel
-from trimtab.rollout import rollout
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
@@ -79,14 +79,18 @@ class Evaluation:
 class Unsteered:
     """The unsteered greedy answers of one model, each generated once, for any number of evaluators."""
 
-    def __init__(self, lm: LanguageModel, max_new_tokens: int = 40) -> None:
+    def __init__(
+        self, lm: LanguageModel, max_new_tokens: int = 40, engine: Engine | None = None
+    ) -> None:
         """Start without answers.
 
         Args:
             lm: the unsteered model.
             max_new_tokens: length of answers.
+            engine: writes them; this process by default.
         """
         self.lm, self.max_new_tokens = lm, max_new_tokens
+        self.engine = engine or Engine(lm)
         self._known: dict[str, str] = {}
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -96,7 +100,7 @@ class Unsteered:
             key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known
         }
         if new:
-            found = self.lm.generate(list(new.values()), max_new_tokens=self.max_new_tokens)
+            found = self.engine.answer(None, list(new.values()), self.max_new_tokens)
             self._known.update(zip(new, found, strict=True))
         return [self._known[key] for key in keys]
 
@@ -112,6 +116,7 @@ class Evaluator:
         max_new_tokens: int = 40,
         max_prompts: int | None = None,
         unsteered: Unsteered | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Build the judge and the coherence scorer; nothing is run yet.
 
@@ -121,6 +126,7 @@ class Evaluator:
             max_new_tokens: length of answers.
             max_prompts: cap per side, to keep a look quick.
             unsteered: answers shared with other evaluators of this model at this length.
+            engine: writes the answers; that of `unsteered`, or this process, by default.
         """
         if max_new_tokens < 1 or (max_prompts is not None and max_prompts < 1):
             raise TrimtabError(
@@ -131,7 +137,8 @@ class Evaluator:
         self.lm, self.behavior = lm, behavior
         self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
         self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
-        self._unsteered = unsteered or Unsteered(lm, max_new_tokens)
+        self._unsteered = unsteered or Unsteered(lm, max_new_tokens, engine)
+        self.engine = engine or self._unsteered.engine
         if (self._unsteered.lm, self._unsteered.max_new_tokens) != (lm, max_new_tokens):
             raise TrimtabError(
                 asked="to share unsteered answers",
@@ -178,10 +185,9 @@ class Evaluator:
         if lever is None:
             answers = before
         elif isinstance(lever, LanguageModel):
-            answers = self._generate(lever, prompts)
+            answers = lever.generate(list(prompts), max_new_tokens=self.max_new_tokens)
         else:
-            with lever.on(self.lm):
-                answers = self._generate(self.lm, prompts)
+            answers = self.engine.answer(lever, prompts, self.max_new_tokens)
         spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
         return self._evaluation(sign, prompts, before, answers, self._kl(lever, damaged), spilled)
 
@@ -203,7 +209,7 @@ class Evaluator:
         moving = sorted({float(m) for m in strengths} - {0.0})
         answers, damage, spill = {0.0: before}, {}, {}
         if moving:
-            found = rollout(self.lm, vector, prompts, moving, max_new_tokens=self.max_new_tokens)
+            found = self.engine.rollout(vector, prompts, moving, self.max_new_tokens)
             answers |= dict(zip(moving, found, strict=True))
         each = [*moving, 0.0]
         damage = dict(zip(each, self._reference(damaged).kl_many(vector, each), strict=True))
@@ -241,10 +247,6 @@ class Evaluator:
                 for p, b, a in zip(prompts, before, answers, strict=True)
             ),
         )
-
-    def _generate(self, lm: LanguageModel, prompts: Sequence[Prompt]) -> list[str]:
-        answers = lm.generate(list(prompts), max_new_tokens=self.max_new_tokens)
-        return [answers] if isinstance(answers, str) else list(answers)
 
     def _reference(self, side: str) -> Reference:
         if side not in self._references:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.journal import Journal
+from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
 from trimtab.prompts.moves.buffer import Buffer
 from trimtab.prompts.moves.descent import (
@@ -42,7 +42,7 @@ def gcg(
     top_k: int = 256,
     generator: torch.Generator,
     buffer: int = 0,
-    journal: Journal | None = None,
+    journal: Notes | None = None,
     run: str = "gcg",
     progress: Progress | None = None,
 ) -> Descent:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimtab.journal import Journal
+from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
 from trimtab.prompts.moves.buffer import Buffer
 from trimtab.prompts.moves.descent import (
@@ -45,7 +45,7 @@ def hotflip(
     swaps: bool = True,
     buffer: int = 8,
     patience: int = 4,
-    journal: Journal | None = None,
+    journal: Notes | None = None,
     run: str = "hotflip",
     progress: Progress | None = None,
 ) -> Descent:

@@ -12,17 +12,19 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trimtab.behavior import Behavior
+from trimtab.engine import Engine, Job
 from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.prompt_steering import PromptSteering
 from trimtab.prompts.constraints import Constraints
 from trimtab.prompts.pipeline.conclusion import conclude
 from trimtab.prompts.pipeline.report import SearchReport
-from trimtab.prompts.pipeline.restarts import Progress, Restarts
+from trimtab.prompts.pipeline.restarts import Progress, run_restarts
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.references import Reference, reference_of
 from trimtab.prompts.requests import Requests, behavior_requests, load_requests
@@ -48,6 +50,7 @@ def search(
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     judge: bool = True,
+    engine: Engine | None = None,
     **options: Any,
 ) -> SearchReport:
     """Find a prompt that makes the model answer as a reference prompt does.
@@ -67,6 +70,7 @@ def search(
             ends in the same result.
         progress: called with (work done, work in all).
         judge: whether answers are generated and judged at the end.
+        engine: does the restarts; this process by default.
         **options: fields of `Settings`, in place of `settings`.
 
     Raises:
@@ -81,9 +85,10 @@ def search(
         lm, wanted, split, slot, separator,
         chosen.completion_tokens, chosen.early, chosen.early_weight,
     )  # fmt: skip
-    task = _task(lm, wanted, lesson, constraints, chosen)
+    make = partial(_task, reference=wanted, lesson=lesson, constraints=constraints, settings=chosen)
+    task = make(lm)
     book = None if journal is None else Journal(journal, _header(lm, wanted, lesson, task))
-    found = Restarts(replace(task, journal=book), progress).all()
+    found = run_restarts(engine or Engine(lm), Job(task, make), book, progress)
     return conclude(task, wanted, split, lesson, found, judge=judge, began=began)
 
 

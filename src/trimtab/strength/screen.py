@@ -126,22 +126,11 @@ def candidates(
     return [vector.select(layers=at, scope=scope) for at, scope in places]
 
 
-def screen(
-    lm: LanguageModel,
-    placed: Sequence[VectorSteering],
-    *,
-    odds: Odds,
-    scored: Sequence[Prompt],
-    damaged: Sequence[Prompt],
-    answers: Sequence[str],
-    budget: float,
-    sign: int,
-) -> list[Candidate]:
-    """Look at every place on a few prompts; the best first, those that cannot be steered last.
+class Screen:
+    """The first look, on a few prompts.
 
     Args:
         lm: the unsteered model.
-        placed: the vector at each place.
         odds: reads the behaviour off logits.
         scored: prompts whose odds are to move.
         damaged: prompts that already show the behaviour.
@@ -149,34 +138,45 @@ def screen(
         budget: nats per token, 95th percentile.
         sign: +1 toward, -1 away.
     """
-    reference = Reference(lm, damaged, answers)
-    encoded = [lm.encode(prompt) for prompt in scored]
 
-    def moved(logits: Tensor) -> Tensor:
-        return odds(logits).clamp_max(ENOUGH).mean(-1)
+    def __init__(
+        self,
+        lm: LanguageModel,
+        odds: Odds,
+        scored: Sequence[Prompt],
+        damaged: Sequence[Prompt],
+        answers: Sequence[str],
+        budget: float,
+        sign: int,
+    ) -> None:
+        """Read the prompts unsteered."""
+        self.lm, self.odds, self.budget, self.sign = lm, odds, budget, sign
+        self.damaged, self.answers = damaged, answers
+        self.reference = Reference(lm, damaged, answers)
+        self.encoded = [lm.encode(prompt) for prompt in scored]
+        self.before = self._moved(lm.next_logits(list(scored)))
 
-    before = moved(lm.next_logits(list(scored)))
-    found: list[Candidate] = []
-    for vector in placed:
+    def look(self, vector: VectorSteering) -> Candidate:
+        """Look at a vector at one place; the figures of one that cannot be steered say why."""
         at, scope = vector.layers, str(vector.scope)
         try:
-            fan = Fan(lm, vector, encoded)
-            variance = torch.cat(answer_variance(lm, vector, damaged, answers))
+            fan = Fan(self.lm, vector, self.encoded)
+            variance = torch.cat(answer_variance(self.lm, vector, self.damaged, self.answers))
         except TrimtabError as error:  # such as a scope that these prompts have no tokens for
-            found.append(Candidate(at, scope, 0.0, 0.0, -math.inf, error.found))
-            continue
+            return Candidate(at, scope, 0.0, 0.0, -math.inf, error.found)
         spread = float(variance.quantile(0.95))
         if not spread > 0:
-            found.append(Candidate(at, scope, math.inf, 0.0, -math.inf, "it moves nothing"))
-            continue
-        predicted = math.sqrt(2 * budget / spread)
-        strengths = [sign * predicted * factor for factor in FACTORS]
-        damage = [summarise(tokens).p95 for tokens in reference.kl_many(vector, strengths)]
-        gains = moved(fan.next_logits(strengths)) - before
-        limit = crossing([abs(m) for m in strengths], damage, budget)
+            return Candidate(at, scope, math.inf, 0.0, -math.inf, "it moves nothing")
+        predicted = math.sqrt(2 * self.budget / spread)
+        strengths = [self.sign * predicted * factor for factor in FACTORS]
+        damage = [summarise(tokens).p95 for tokens in self.reference.kl_many(vector, strengths)]
+        gains = self._moved(fan.next_logits(strengths)) - self.before
+        limit = crossing([abs(m) for m in strengths], damage, self.budget)
         gain = best_within([abs(m) for m in strengths], gains.tolist(), limit)
-        found.append(Candidate(at, scope, predicted, limit, gain))
-    return sorted(found, key=lambda c: -c.gain)
+        return Candidate(at, scope, predicted, limit, gain)
+
+    def _moved(self, logits: Tensor) -> Tensor:
+        return self.odds(logits).clamp_max(ENOUGH).mean(-1)
 
 
 def crossing(strengths: Sequence[float], damage: Sequence[float], budget: float) -> float:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
+from trimtab.engine import Engine, Job
+from trimtab.engine.job import Result
+from trimtab.journal import Notes
 from trimtab.measure.correlation import spearman
 from trimtab.measure.divergence import Reference, summarise
 from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
 from trimtab.measure.intervals import paired_bootstrap
 from trimtab.measure.summary import mean
 from trimtab.steering import VectorSteering
+from trimtab.strength.calls import counting
 from trimtab.strength.choose import NoStrengthPasses, Tried
-from trimtab.strength.screen import Candidate, Odds, candidates, crossing, screen
+from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
 from trimtab.strength.sweep import SweepRow, sweep_row
 
 if TYPE_CHECKING:
@@ -42,10 +47,12 @@ class Search:
         odds: reads the behaviour off logits.
         known: unsteered answers.
         looked: every place, the best first.
-        limits: of the places sampled, the strength that meets the budget.
         references: unsteered answers that damage is read along, by number of prompts.
         tried: every cell answered.
         passed: the chosen cell's row.
+        engine: does places and cells, which are independent within a step.
+        job: this search, as a worker has it: the same prompts, nothing tried yet.
+        calls_elsewhere: model calls of workers, what they build for themselves aside.
     """
 
     def __init__(
@@ -60,13 +67,20 @@ class Search:
         max_new_tokens: int,
         max_prompts: int | None,
         seed: int,
-        progress: Progress | None,
+        progress: Progress | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Build the evaluators and answer the validation prompts unsteered."""
+        make = partial(
+            Search, validation=validation, vector=vector, budget=budget, side=side,
+            spill_budget=spill_budget, floor=floor, max_new_tokens=max_new_tokens,
+            max_prompts=max_prompts, seed=seed,
+        )  # fmt: skip
+        self.engine, self.job, self.calls_elsewhere = engine or Engine(lm), Job(self, make), 0
         self.lm, self.behavior, self.vector = lm, validation, vector
         self.budget, self.side, self.spill_budget = budget, side, spill_budget
         self.floor, self.seed, self.progress = floor, seed, progress
-        self.known = Unsteered(lm, max_new_tokens)
+        self.known = Unsteered(lm, max_new_tokens, self.engine)
 
         def evaluator(most: int | None) -> Evaluator:
             cap = most if max_prompts is None else min(max_prompts, most or max_prompts)
@@ -82,7 +96,6 @@ class Search:
         self.odds = Odds(lm, validation, side)
         self.baseline = self.full.run(None, side)
         self.looked: list[Candidate] = []
-        self.limits: dict[Candidate, float] = {}
         self.references: dict[int, Reference] = {}
         self.tried: list[Tried] = []
         self.passed: SweepRow = sweep_row(vector.at(0.0), self.baseline, seed)
@@ -103,34 +116,28 @@ class Search:
         that happens to pass does not end the search.
         """
         placed = candidates(self.lm, self.vector, layers, scopes)
-        shown = "toward" if self.side > 0 else "away"
-        self.looked = screen(
-            self.lm,
-            placed,
-            odds=self.odds,
-            scored=self.full.prompts(self.full.scored(self.side))[:SCREENED],
-            damaged=self.full.prompts(shown)[:SCREENED],
-            answers=self.full.unsteered(shown)[:SCREENED],
-            budget=self.budget,
-            sign=self.side,
-        )
+        looked = self._spread(Search.look, [(vector,) for vector in placed])
+        self.looked = sorted(looked, key=lambda c: -c.gain)
         self.step()
         hopeful = [c for c in self.looked if not c.refused and c.gain > 0][:SAMPLED]
         # A first token can turn while the answer goes on as before, and late layers do just that: so
         # whole answers decide which places are worth the calls.
-        promise = {c: self.sample(c) for c in hopeful}
+        sampled = self._spread(Search.sample, [(c,) for c in hopeful])
+        limits = {c: limit for c, (limit, _) in zip(hopeful, sampled, strict=True)}
+        promise = {c: score for c, (_, score) in zip(hopeful, sampled, strict=True)}
         order = sorted(hopeful, key=lambda c: -promise[c])
         self.step()
         best: list[Tried] = []
         for start in range(0, len(order), ROUND):
-            cells: list[Tried] = []
-            for candidate in order[start : start + ROUND]:
-                cells += self.answer(candidate)
-                self.step()
+            places = order[start : start + ROUND]
+            answered = self._spread(Search.answer, [(c, limits[c]) for c in places], self.step)
+            cells = [tried for found in answered for tried in found]
+            self.tried += cells
             passing = sorted((t for t in cells if t.verdict == "passed"), key=_rank)
             # What few prompts put below a cell that all prompts confirmed is not worth the calls.
             likely = [t for t in passing if not best or t.row.score > best[0].row.score]
-            confirmed = [self.confirm(t) for t in likely[:CONFIRMED]]
+            confirmed = self._spread(Search.confirm, [(t,) for t in likely[:CONFIRMED]])
+            self.tried += confirmed
             best = sorted([*best, *(t for t in confirmed if t.verdict == "passed")], key=_rank)
             following = [promise[c] for c in order[start + ROUND :]]
             if best and (best[0].row.score >= target or not any(following)):
@@ -145,26 +152,61 @@ class Search:
         row = tried.row
         return self.vector.select(layers=tried.layers, scope=tried.scope, strength=row.strength)
 
-    def sample(self, candidate: Candidate) -> float:
-        """Return the score of a handful of answers, the mean over strengths up to the limit.
+    def _spread(
+        self,
+        do: Callable[..., Result],
+        asked: Sequence[tuple[Any, ...]],
+        step: Callable[[], None] | None = None,
+    ) -> list[Result]:
+        """Call a method of a search with each of the arguments, wherever the engine does it."""
+        units = [partial(_counted, do, arguments) for arguments in asked]
 
-        A place that works at both strengths has a window; broken text counts as 0.
+        def done(number: int, found: tuple[Result, int]) -> None:
+            self.calls_elsewhere += found[1] if self.engine.elsewhere else 0
+            if step is not None:
+                step()
+
+        return [result for result, _ in self.engine.map(self.job, units, done=done)]
+
+    @cached_property
+    def screen(self) -> Screen:
+        """The first look, whose prompts are read once."""
+        shown = "toward" if self.side > 0 else "away"
+        return Screen(
+            self.lm,
+            self.odds,
+            self.full.prompts(self.full.scored(self.side))[:SCREENED],
+            self.full.prompts(shown)[:SCREENED],
+            self.full.unsteered(shown)[:SCREENED],
+            self.budget,
+            self.side,
+        )
+
+    def look(self, vector: VectorSteering) -> Candidate:
+        """Look at one place."""
+        return self.screen.look(vector)
+
+    def sample(self, candidate: Candidate) -> tuple[float, float]:
+        """Return the strength that meets the budget, and the score of a handful of answers.
+
+        The score is the mean over strengths up to that limit: a place that works at both strengths
+        has a window. Broken text counts as 0.
         """
         vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
-        limit = self.limits[candidate] = self.refine(vector, candidate.limit, COARSE, LOOKED)
+        limit = self.refine(vector, candidate.limit, COARSE, LOOKED)
         strengths = [self.side * limit * share for share in SHARES]
         results = self.glance.run_many(vector, strengths, self.side)
-        return mean([mean(r.scores) * (mean(r.coherences) >= self.floor) for r in results])
+        return limit, mean([mean(r.scores) * (mean(r.coherences) >= self.floor) for r in results])
 
-    def answer(self, candidate: Candidate) -> list[Tried]:
+    def answer(self, candidate: Candidate, limit: float) -> list[Tried]:
         """Answer a few prompts at strengths up to the one that meets the budget."""
         vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
         prompts = len(self.full.prompts("toward" if self.side > 0 else "away"))
-        limit = self.refine(vector, self.limits[candidate], FINE, prompts)
+        limit = self.refine(vector, limit, FINE, prompts)
         strengths = [self.side * limit * share for share in SHARES]
         results = self.few.run_many(vector, strengths, self.side)
         return [
-            self._note(vector.at(m), result, "screened")
+            self._judged(vector.at(m), result, "screened")
             for m, result in zip(strengths, results, strict=True)
         ]
 
@@ -184,13 +226,12 @@ class Search:
         """Measure a cell on the whole validation split."""
         vector = self.place(tried)
         result = self.full.run_many(vector, [vector.strength], self.side)[0]
-        return self._note(vector, result, "confirmed")
+        return self._judged(vector, result, "confirmed")
 
-    def _note(self, vector: VectorSteering, result: Evaluation, stage: str) -> Tried:
+    def _judged(self, vector: VectorSteering, result: Evaluation, stage: str) -> Tried:
         row = replace(sweep_row(vector, result, self.seed), samples=())
         verdict = self._failing(row, result, stage) or "passed"
-        self.tried.append(Tried(vector.layers, stage, verdict, row, str(vector.scope)))
-        return self.tried[-1]
+        return Tried(vector.layers, stage, verdict, row, str(vector.scope))
 
     def _failing(self, row: SweepRow, result: Evaluation, stage: str) -> str:
         if row.coherence < self.floor:
@@ -227,6 +268,7 @@ class Search:
             if row.score >= rows[at].score and row.coherence >= self.floor:
                 place = Tried(chosen.layers, "screened", "passed", row, str(chosen.scope))
                 tried = self.confirm(place)
+                self.tried.append(tried)
                 if tried.verdict == "passed" and tried.row.score >= self.passed.score:
                     self.passed = tried.row
                     return self.place(tried)
@@ -286,6 +328,14 @@ class Search:
         if steered:
             return f"no place moves the readout ({max(steered):+.2f} nats at most)"
         return f"no place can be steered ({self.looked[0].refused})"
+
+
+def _counted(
+    do: Callable[..., Result], arguments: tuple[Any, ...], search: Search, notes: Notes
+) -> tuple[Result, int]:
+    """What a method returns, and the model calls that it took."""
+    with counting(search.lm) as calls:
+        return do(search, *arguments), calls.rows
 
 
 def _rank(tried: Tried) -> tuple[bool, float, float]:

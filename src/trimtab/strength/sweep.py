@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.journal import Journal
 from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Sample, Unsteered
+from trimtab.measure.spread import run_groups
 from trimtab.measure.summary import Summary, alpha_text, raw_alphas, summary, with_p95
 from trimtab.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
+    from trimtab.engine import Engine
     from trimtab.model import LanguageModel
     from trimtab.steering import VectorSteering
 
@@ -86,6 +88,7 @@ def sweep(
     progress: Progress | None = None,
     journal: str | os.PathLike[str] | None = None,
     batched: bool = True,
+    engine: Engine | None = None,
 ) -> Sweep:
     """Measure a vector at every strength, each sign on the prompts it is meant to change.
 
@@ -103,6 +106,7 @@ def sweep(
             other strengths, goes on from there.
         batched: measure the strengths of a side together, a few at a time; else one by one, which
             gives the same figures more slowly.
+        engine: measures the groups of strengths; this process by default.
 
     Errors:
         TrimtabError: without strengths, with the journal of another sweep, or as `Evaluator` does.
@@ -117,7 +121,9 @@ def sweep(
         max_new_tokens=max_new_tokens,
         max_prompts=max_prompts,
         unsteered=unsteered,
+        engine=engine,
     )
+    evaluator.engine.expect([vector])
     points = [
         (strength, sign)
         for strength in sorted({float(s) for s in strengths})
@@ -125,31 +131,29 @@ def sweep(
     ]
     kept = None if journal is None else Journal(journal, _header(evaluator, vector, seed))
     rows = {} if kept is None else _written(kept, points)
+    groups: list[tuple[list[float], int]] = []
     for side in (-1, 1):
         missing = [m for m, sign in points if sign == side and (m, sign) not in rows]
         size = GROUP if batched else 1
-        for group in (missing[i : i + size] for i in range(0, len(missing), size)):
-            found = [
-                sweep_row(vector.at(m), result, seed)
-                for m, result in zip(group, _measured(evaluator, vector, group, side), strict=True)
-            ]
-            if kept is not None:
-                # One entry, so that what was measured together is kept or lost together.
-                kept.add({"rows": [asdict(row) for row in found]})
-            for row in found:
-                rows[row.strength, row.sign] = row
-                if progress is not None:
-                    progress(len(rows), len(points))
+        groups += [(missing[i : i + size], side) for i in range(0, len(missing), size)]
+
+    def done(number: int, results: list[Evaluation]) -> None:
+        strengths, _ = groups[number]
+        found = [
+            sweep_row(vector.at(m), result, seed)
+            for m, result in zip(strengths, results, strict=True)
+        ]
+        if kept is not None:
+            # One entry, so that what was measured together is kept or lost together.
+            kept.add({"rows": [asdict(row) for row in found]})
+        for row in found:
+            rows[row.strength, row.sign] = row
+            if progress is not None:
+                progress(len(rows), len(points))
+
+    run_groups(evaluator, vector, groups, done)
     ordered = tuple(rows[point] for point in points)
     return Sweep(behavior.name, _name(vector), tuple(vector.layers), ordered)
-
-
-def _measured(
-    evaluator: Evaluator, vector: VectorSteering, strengths: Sequence[float], sign: int
-) -> list[Evaluation]:
-    if len(strengths) > 1:
-        return evaluator.run_many(vector, strengths, sign)
-    return [evaluator.run(vector.at(m) if m else None, sign) for m in strengths]
 
 
 def _header(evaluator: Evaluator, vector: VectorSteering, seed: int) -> dict[str, object]:

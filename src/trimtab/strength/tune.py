@@ -25,6 +25,7 @@ from trimtab.errors import TrimtabError
 from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
 from trimtab.measure.intervals import paired_bootstrap
 from trimtab.measure.nulls import null_seeds, random_null
+from trimtab.measure.spread import run_each
 from trimtab.measure.summary import mean
 from trimtab.steering import VectorSteering
 from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
@@ -37,6 +38,7 @@ from trimtab.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
     from trimtab.behavior import Behavior
+    from trimtab.engine import Engine
     from trimtab.model import LanguageModel
 
 NULLS = 2
@@ -65,7 +67,8 @@ class TuneReport(Printable):
         candidates: every place looked at, the best first.
         tried: every cell answered.
         adaptive: a strength for each prompt; None where it was not asked for.
-        model_calls: see `Calls`; `seconds` on the clock.
+        model_calls: see `Calls`; workers count for the validation split alone, without what they
+            build for themselves. `seconds` on the clock.
     """
 
     behavior: str
@@ -177,6 +180,7 @@ def tune(
     max_prompts: int | None = 32,
     seed: int = 0,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Tuned:
     """Choose layers, scope and strength for the highest score within a budget of damage.
 
@@ -197,6 +201,7 @@ def tune(
         max_prompts: cap per side and split.
         seed: of the split, the nulls and the intervals.
         progress: called with (steps done, steps in all).
+        engine: does places, cells and nulls; this process by default.
 
     Errors:
         NoStrengthPasses: with everything tried, when nothing passes.
@@ -220,10 +225,13 @@ def tune(
             found="no neutral prompt in the validation split, so spill is not measured",
             advice="give the behavior at least three neutral prompts, or no spill_budget",
         )
+    if engine is not None:
+        nulls = [random_null(vector, each) for each in null_seeds(seed, NULLS)]
+        engine.expect([vector, *nulls])
     with counting(lm) as calls:
         search = Search(
             lm, splits.named("validation"), vector, budget, 1 if sign > 0 else -1, spill_budget,
-            coherence_floor, max_new_tokens, max_prompts, seed, progress,
+            coherence_floor, max_new_tokens, max_prompts, seed, progress, engine,
         )  # fmt: skip
         chosen = search.choose(layers, scopes, target)
         curve = search.curve(chosen)
@@ -292,7 +300,7 @@ def tune(
         candidates=tuple(search.looked),
         tried=tuple(search.tried),
         adaptive=per_prompt,
-        model_calls=calls.rows,
+        model_calls=calls.rows + search.calls_elsewhere,
         seconds=round(time.monotonic() - started, 2),
     )
     kept = {f.name: getattr(chosen, f.name) for f in fields(VectorSteering)}
@@ -305,11 +313,8 @@ def _on_test(
     test: Evaluator, chosen: VectorSteering, side: int, seed: int
 ) -> tuple[Evaluation, Evaluation, list[Evaluation]]:
     nulls = [random_null(chosen, each) for each in null_seeds(seed, NULLS)]
-    return (
-        test.run_many(chosen, [chosen.strength], side)[0],
-        test.run(None, side),
-        [test.run_many(null, [null.strength], side)[0] for null in nulls],
-    )
+    result, base, *random = run_each(test, [(lever, side) for lever in (chosen, None, *nulls)])
+    return result, base, random
 
 
 def _plain(tuned: Tuned) -> VectorSteering:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
+from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
 from trimtab.tables import Printable, Table, clean, number
 
@@ -131,7 +131,7 @@ class Diary:
         entries: What this run wrote, its first line aside.
     """
 
-    def __init__(self, journal: Journal | None, run: str, work: Mapping[str, Any]) -> None:
+    def __init__(self, journal: Notes | None, run: str, work: Mapping[str, Any]) -> None:
         """Take up what the run wrote, or begin.
 
         Raises:

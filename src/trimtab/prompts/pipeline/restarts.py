@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
+from trimtab.engine import Engine, Job
+from trimtab.journal import Notes
 from trimtab.prompts.pipeline import baselines, stages
 from trimtab.prompts.pipeline.attempt import Attempt
-from trimtab.prompts.pipeline.task import Task
+from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.soft import Soft
 
 Progress: TypeAlias = "Callable[[int, int], None]"
@@ -24,53 +27,92 @@ class Found:
     softs: Mapping[int, Soft]
 
 
-@dataclass
-class Restarts:
-    """All arms of all restarts, each finished stage taken from the journal or written to it."""
+def run_restarts(
+    engine: Engine, job: Job[Task], journal: Notes | None, progress: Progress | None
+) -> Found:
+    """Return every attempt in the order of the restarts, which are independent of each other."""
+    task = job.here
+    notes = _Counted(Notes() if journal is None else journal, task.settings, progress)
+    here = _Restart(replace(task, journal=notes), 0)
+    first, rate = here.once("reference", lambda: baselines.reference_itself(task)), here.rate()
+    units = [partial(one_restart, number, rate) for number in range(task.settings.restarts)]
+    done = engine.map(job, units, notes=notes)
+    attempts = [first, *(attempt for found, _ in done for attempt in found)]
+    return Found(tuple(attempts), {number: soft for number, (_, soft) in enumerate(done)})
+
+
+def one_restart(number: int, rate: float, task: Task, notes: Notes) -> tuple[list[Attempt], Soft]:
+    """Return the attempts of one restart and its soft prefix.
+
+    Args:
+        number: of the restart.
+        rate: tokens that one candidate of HotFlip costs.
+        task: what is searched.
+        notes: where finished stages are taken from and written to.
+    """
+    return _Restart(replace(task, journal=notes), number).all(rate)
+
+
+class _Counted(Notes):
+    """A journal that tells how many of all attempts are in it."""
+
+    def __init__(self, journal: Notes, settings: Settings, progress: Progress | None) -> None:
+        self.entries, self._journal, self._progress = journal.entries, journal, progress
+        self._total = (
+            1 + PER_RESTART * settings.restarts + min(settings.gcg_restarts, settings.restarts)
+        )
+        self._tell()
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        self._journal.add(entry)
+        if "attempt" in entry:
+            self._tell()
+
+    def _tell(self) -> None:
+        done = sum("attempt" in entry for entry in self.entries)
+        if self._progress is not None and done:
+            self._progress(min(done, self._total), self._total)
+
+
+@dataclass(frozen=True)
+class _Restart:
+    """One restart; each finished stage is taken from the task's journal or written to it."""
 
     task: Task
-    progress: Progress | None
-    done: int = field(default=0, init=False)
+    number: int
 
-    def all(self) -> Found:
-        """Return every attempt in the order of the restarts."""
-        found = [self._once("reference", 0, lambda: baselines.reference_itself(self.task))]
-        softs: dict[int, Soft] = {}
-        for restart in range(self.task.settings.restarts):
-            pipeline, softs[restart] = self._pipeline(restart)
-            found += pipeline
-            found += self._baselines(restart, self._worth(pipeline))
-        return Found(tuple(found), softs)
-
-    def _worth(self, pipeline: Sequence[Attempt]) -> int:
-        """How many candidates of HotFlip the pipeline's stages of one restart are worth."""
-        entry = self._entry("rate", 0)
-        rate = baselines.tokens_per_candidate(self.task) if entry is None else entry["rate"]
-        if entry is None and self.task.journal is not None:
-            self.task.journal.add({"finished": "rate 0", "rate": rate})
+    def all(self, rate: float) -> tuple[list[Attempt], Soft]:
+        pipeline, soft = self._pipeline()
         before = sum(a.tokens for a in pipeline if a.arm in ("soft", "projected"))
         scored = sum(a.details["scored"] for a in pipeline if a.arm == "repaired")
-        return scored + math.ceil(before / rate)
+        return [*pipeline, *self._baselines(scored + math.ceil(before / rate))], soft
 
-    def _pipeline(self, restart: int) -> tuple[list[Attempt], Soft]:
-        task = self.task
-        first, soft = self._soft(restart)
+    def rate(self) -> float:
+        """What one candidate of HotFlip costs, in tokens."""
+        entry = self._entry("rate")
+        if entry is not None:
+            return entry["rate"]
+        rate = baselines.tokens_per_candidate(self.task)
+        self._notes.add({"finished": "rate 0", "rate": rate})
+        return rate
+
+    def _pipeline(self) -> tuple[list[Attempt], Soft]:
+        task, restart = self.task, self.number
+        first, soft = self._soft()
         projected, nearest = (
-            self._once(
-                arm, restart, lambda arm=arm: stages.projection_stage(task, restart, soft, arm)
-            )
+            self.once(arm, lambda arm=arm: stages.projection_stage(task, restart, soft, arm))
             for arm in ("projected", "nearest")
         )
         steps = task.settings.repair_steps
-        repaired = self._once(
+        repaired = self.once(
             "repaired",
-            restart,
             lambda: stages.descent_stage(task, "repaired", restart, projected.ids, steps),
         )
         return [first, projected, repaired, nearest], soft
 
-    def _baselines(self, restart: int, budget: int) -> list[Attempt]:
-        task, listed = self.task, []
+    def _baselines(self, budget: int) -> list[Attempt]:
+        """The arms that the pipeline is compared with; `budget` is what it is worth, in candidates."""
+        task, restart = self.task, self.number
         arms: dict[str, Callable[[], Attempt]] = {
             "hotflip_random": lambda: baselines.hotflip_random(task, restart, budget),
             "hotflip_reference": lambda: baselines.hotflip_reference(task, restart),
@@ -78,42 +120,34 @@ class Restarts:
         }
         if restart < task.settings.gcg_restarts:
             arms["gcg"] = lambda: baselines.gcg_random(task, restart)
-        for arm, work in arms.items():
-            listed.append(self._once(arm, restart, work))
-        return listed
+        return [self.once(arm, work) for arm, work in arms.items()]
 
-    def _soft(self, restart: int) -> tuple[Attempt, Soft]:
-        entry = self._entry("soft", restart)
+    def _soft(self) -> tuple[Attempt, Soft]:
+        entry = self._entry("soft")
         if entry is not None:
-            self._tick()
             return Attempt.from_entry(entry["attempt"]), stages.soft_of(entry["soft"])
-        attempt, soft = stages.soft_stage(self.task, restart)
-        self._write("soft", restart, attempt, soft=stages.soft_entry(soft))
+        attempt, soft = stages.soft_stage(self.task, self.number)
+        self._write(attempt, "soft", soft=stages.soft_entry(soft))
         return attempt, soft
 
-    def _once(self, arm: str, restart: int, work: Callable[[], Attempt]) -> Attempt:
-        entry = self._entry(arm, restart)
+    def once(self, arm: str, work: Callable[[], Attempt]) -> Attempt:
+        """Return an arm's attempt, made now where it was not made before."""
+        entry = self._entry(arm)
         if entry is not None:
-            self._tick()
             return Attempt.from_entry(entry["attempt"])
         attempt = work()
-        self._write(arm, restart, attempt)
+        self._write(attempt, arm)
         return attempt
 
-    def _entry(self, arm: str, restart: int) -> dict[str, Any] | None:
-        entries = [] if self.task.journal is None else self.task.journal.entries
-        key = f"{arm} {restart}"
-        return next((entry for entry in entries if entry.get("finished") == key), None)
+    @property
+    def _notes(self) -> Notes:
+        assert self.task.journal is not None
+        return self.task.journal
 
-    def _write(self, arm: str, restart: int, attempt: Attempt, **more: Any) -> None:
-        if self.task.journal is not None:
-            entry = {"finished": f"{arm} {restart}", "attempt": attempt.to_entry(), **more}
-            self.task.journal.add(entry)
-        self._tick()
+    def _entry(self, arm: str) -> dict[str, Any] | None:
+        key = f"{arm} {self.number}"
+        return next((e for e in self._notes.entries if e.get("finished") == key), None)
 
-    def _tick(self) -> None:
-        settings = self.task.settings
-        total = 1 + 7 * settings.restarts + min(settings.gcg_restarts, settings.restarts)
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, total)
+    def _write(self, attempt: Attempt, arm: str, **more: Any) -> None:
+        entry = {"finished": f"{arm} {self.number}", "attempt": attempt.to_entry(), **more}
+        self._notes.add(entry)

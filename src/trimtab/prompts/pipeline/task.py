@@ -11,7 +11,7 @@ import torch
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
+from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
 from trimtab.prompts.embeddings import soft_loss
 from trimtab.prompts.kernel import Kernel
@@ -124,7 +124,7 @@ class Task:
     reference: tuple[int, ...]
     k: int
     settings: Settings
-    journal: Journal | None = None
+    journal: Notes | None = None
     draft: LanguageModel | None = None
 
     def kernel(self) -> Kernel:

@@ -1,0 +1,173 @@
+"""Independent pieces of work on the workers of a Ray cluster, each of which holds the model.
+
+Ray moves work and results between its processes by pickle: join clusters of your own alone. What a
+worker finished before it was lost is kept: its steps are streamed back while it works, and its piece
+is taken up again from there by a worker that Ray starts in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from trimtab.engine.job import Held, Job, Result, Unit
+from trimtab.engine.local import Engine
+from trimtab.engine.worker import Wanted, Worker
+from trimtab.errors import TrimtabError
+from trimtab.journal import Notes
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+LOOPBACK = "127.0.0.1"
+# A piece that takes its worker with it so often is not tried again.
+MOST_LOSSES = 3
+# Shared memory for what is under way between processes: prompts, texts and single vectors.
+STORE_BYTES = 2**28
+
+
+class RayEngine(Engine):
+    """Spreads units over workers; answers are written where they are asked for."""
+
+    name = "ray"
+    elsewhere = True
+
+    def __init__(
+        self, lm: LanguageModel, *, address: str | None = None, workers: int | None = None
+    ) -> None:
+        """Join a cluster, or start one on this machine; workers come with the first units.
+
+        Args:
+            lm: a model that `trimtab.load` loaded; workers load the same.
+            address: of a cluster; None for one that lives as long as this engine.
+            workers: see `open_engine`.
+
+        Raises:
+            TrimtabError: a model without a source, a number of workers below 1, or a cluster that
+                does not answer.
+        """
+        super().__init__(lm)
+        if lm.source is None:
+            raise TrimtabError(
+                asked=f"workers that hold {lm.name!r}",
+                found="a model that was made in memory",
+                advice="save it with save_pretrained, and load the folder with trimtab.load",
+            )
+        on_gpu = lm.device.type == "cuda"
+        slots = torch.cuda.device_count() if on_gpu else (os.cpu_count() or 1)
+        self.workers = slots if workers is None else workers
+        if self.workers < 1:
+            raise TrimtabError(
+                asked=f"{workers} workers", found="no count", advice="give a whole number from 1"
+            )
+        self._started = not ray.is_initialized()
+        if self._started:
+            _join(address, self.workers, self.workers if on_gpu else 0)
+        threads = None if address else max(1, torch.get_num_threads() // self.workers)
+        self._wanted = Wanted(lm.source, lm.name, lm.fingerprint, threads)
+        # Ray starts a lost worker again, however often; pieces are counted instead.
+        self._make = ray.remote(Worker).options(
+            num_cpus=1, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=0
+        )
+        self._actors: list[Any] = []
+
+    def map(
+        self,
+        job: Job[Held],
+        units: Sequence[Unit[Held, Result]],
+        *,
+        notes: Notes | None = None,
+        done: Callable[[int, Result], None] | None = None,
+    ) -> list[Result]:
+        """Do the units on the workers, as many at a time as there are; see `Engine.map`."""
+        kept = Notes() if notes is None else notes
+        found: dict[int, Result] = {}
+        losses: Counter[int] = Counter()
+        waiting, busy = deque(range(len(units))), {}
+        while len(self._actors) < min(self.workers, len(units)):
+            self._actors.append(self._make.remote(self._wanted))
+        free = list(self._actors)
+        while waiting or busy:
+            while waiting and free:
+                number, actor = waiting.popleft(), free.pop(0)
+                stream = actor.work.remote(
+                    job.key, job.make, units[number], kept.entries, self.lm.context
+                )
+                busy[stream] = number, actor
+            (stream,), _ = ray.wait(list(busy), num_returns=1)
+            number, actor = busy[stream]
+            try:
+                kind, value = ray.get(next(stream))
+            except RayTaskError as error:
+                raise _own(error) from None
+            except RayActorError as error:
+                losses[number] += 1
+                if losses[number] == MOST_LOSSES:
+                    raise _lost(error) from error
+                # First in line, for another worker or for the one that comes in its place.
+                waiting.appendleft(number)
+                busy.pop(stream)
+                free.append(actor)
+                continue
+            if kind == "step":
+                kept.add(value)
+                continue
+            found[number] = value
+            busy.pop(stream)
+            free.append(actor)
+            if done is not None:
+                done(number, value)
+        return [found[number] for number in range(len(units))]
+
+    def close(self) -> None:
+        """End the workers, and the cluster if this engine started it."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._started:
+            ray.shutdown()
+
+
+def _join(address: str | None, workers: int, gpus: int) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise TrimtabError(
+                asked=f"the Ray cluster at {address}",
+                found=str(error).strip().splitlines()[0],
+                advice="start it with `ray start --head`, and give the address that it prints",
+            ) from error
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        num_gpus=gpus or None,
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        _node_ip_address=LOOPBACK,
+        **quiet,
+    )
+
+
+def _own(error: RayTaskError) -> BaseException:
+    """What the unit raised: the user's error if it is one of ours, else Ray's, with its traceback."""
+    return error.cause if isinstance(error.cause, TrimtabError) else error
+
+
+def _lost(error: BaseException) -> TrimtabError:
+    return TrimtabError(
+        asked=f"a piece of work that lost {MOST_LOSSES} workers",
+        found=str(error).strip().splitlines()[0],
+        advice="it probably needs more memory than a worker has: use fewer --workers, or a "
+        "machine with more",
+    )
