@@ -1,14 +1,16 @@
-"""`trimtab find`: a steering vector from a contrast."""
+"""`trimtab find`: a steering vector from a contrast, or several at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from trimtab.behavior import load_behavior
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.app import Json, Model, Seed, app
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -19,9 +21,12 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.engine import Engine
+from trimtab.errors import TrimtabError
 from trimtab.explain.sparsify import sparsify
-from trimtab.find import METHODS, find
-from trimtab.measure import judge_for
+from trimtab.find.each import Wanted, find_each, find_one
+from trimtab.model import LanguageModel
+from trimtab.steering import VectorSteering
 from trimtab.steering_file import describe
 from trimtab.strength import convert
 
@@ -31,11 +36,26 @@ from trimtab.strength import convert
 )
 def find_command(
     model: Model,
-    behavior: BehaviorName,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The steering file to write.")],
+    behavior: Annotated[
+        str,
+        typer.Argument(
+            metavar="BEHAVIOR",
+            help="A built-in name, or a YAML or JSONL file; several with commas between.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="The steering file to write; a folder when there are several."
+        ),
+    ],
     method: Annotated[str, typer.Option(help="How to find it.")] = "mean_difference",
     layers: Annotated[
         str | None, typer.Option(help="Layers to steer, counted from 0: `2`, `2,5` or `2-5`.")
+    ] = None,
+    each_layer: Annotated[
+        str | None,
+        typer.Option(help="One vector of its own at each of these layers, `2,5` or 2-5."),
     ] = None,
     scope: Annotated[
         str | None,
@@ -55,34 +75,68 @@ def find_command(
     ] = None,
     keep: Sparsify = None,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
     json_file: Json = None,
 ) -> None:
-    """Find a steering vector for a behaviour and write it as one file."""
-    check_writable(out, json_file)
-    check_share(keep)
-    chosen = None if layers is None else parse_layers(layers)
+    """Find a steering vector for a behaviour and write it as one file.
 
-    contrast = load_behavior(behavior)
+    Several behaviours (refusal,mood) or --each-layer give a folder with a file for each; --engine
+    ray finds them side by side.
+    """
+    check_share(keep)
+    check_engine(engine, ("local", "ray"))
+    wanted = _wanted(behavior, method, layers, each_layer, scope, position, seed)
+    several = each_layer is not None or len(wanted) > 1
+    files = [out / f"{each.name}.safetensors" if several else out for each in wanted]
+    check_writable(*files, json_file)
+
     lm = load_model(model)
-    options: dict[str, Any] = {} if position is None else {"position": parse_position(position)}
-    if method in METHODS and "judge" in METHODS[method].options and contrast.judge is not None:
-        options["judge"] = judge_for(contrast)  # wanted answers must show the behaviour
-    with progress_bar(f"finding {contrast.name}") as progress:
-        vector = find(
-            lm,
-            contrast,
-            method,
-            layers=chosen,
-            scope=scope,
-            seed=seed,
-            progress=progress,
-            **options,
+    with engine_of(lm, engine, address, workers) as where:
+        vectors = _found(lm, wanted, where)
+    for each, vector, file in zip(wanted, vectors, files, strict=True):
+        kept = vector if strength is None else vector.at(strength)
+        if keep is not None:
+            with progress_bar("weighing dimensions") as progress:
+                kept = sparsify(lm, each.behavior, kept, keep, seed=seed, progress=progress)
+        kept.save(file)
+        show(convert(kept), f"{kept.label}, written to {file}")
+    described = [{"file": str(file), **describe(file)} for file in files]
+    write_result(json_file, {"files": described} if several else described[0])
+
+
+def _found(lm: LanguageModel, wanted: Sequence[Wanted], engine: Engine) -> Sequence[VectorSteering]:
+    if len(wanted) == 1:
+        with progress_bar(f"finding {wanted[0].behavior.name}") as progress:
+            return [find_one(lm, wanted[0], engine=engine, progress=progress)]
+    with progress_bar(f"finding {len(wanted)} vectors") as progress:
+        return find_each(lm, wanted, engine=engine, progress=progress)
+
+
+def _wanted(
+    behavior: str,
+    method: str,
+    layers: str | None,
+    each_layer: str | None,
+    scope: str | None,
+    position: str | None,
+    seed: int,
+) -> list[Wanted]:
+    """One entry per behaviour and, with --each-layer, per layer."""
+    if layers is not None and each_layer is not None:
+        raise TrimtabError(
+            asked="--layers and --each-layer",
+            found="two ways to choose layers",
+            advice="use --layers for one vector over all of them, --each-layer for one at each",
         )
-    if strength is not None:
-        vector = vector.at(strength)
-    if keep is not None:
-        with progress_bar("weighing dimensions") as progress:
-            vector = sparsify(lm, contrast, vector, keep, seed=seed, progress=progress)
-    vector.save(out)
-    show(convert(vector), f"{vector.label}, written to {out}")
-    write_result(json_file, {"file": str(out), **describe(out)})
+    names = [behavior] if Path(behavior).exists() else behavior.split(",")
+    sets: list[tuple[int, ...] | None] = [None if layers is None else tuple(parse_layers(layers))]
+    if each_layer is not None:
+        sets = [(layer,) for layer in parse_layers(each_layer)]
+    at = None if position is None else parse_position(position)
+    return [
+        Wanted(load_behavior(name.strip()), method, chosen, scope, at, seed)
+        for name in names
+        for chosen in sets
+    ]

@@ -12,6 +12,7 @@ import typer
 from trimtab.behavior import load_behavior
 from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
 from trimtab.model import LanguageModel
 from trimtab.prompt_steering import prompt as prompt_of
@@ -71,6 +72,9 @@ def search_command(
         typer.Option("--states", help="Also match the reference's states at every layer."),
     ] = False,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
     ] = None,
@@ -84,6 +88,7 @@ def search_command(
     """
     page = None if report is None else report / "index.html"
     check_writable(out, json_file, page, journal)
+    check_engine(engine, ("local",) if gap is not None else ("local", "ray"))
     contrast = load_behavior(behavior)
     if gap is not None:
         choice("gap search", gap, tuple(METHODS))
@@ -108,7 +113,10 @@ def search_command(
     split = behavior_requests(contrast, seed) if requests is None else load_requests(requests, seed)
     # Losses are compared to a millionth of a nat, which half precision would drown.
     lm = load_model(model, dtype=torch.float32)
-    with progress_bar(f"searching {wanted.name}") as progress:
+    with (
+        engine_of(lm, engine, address, workers) as where,
+        progress_bar(f"searching {wanted.name}") as progress,
+    ):
         found = search(
             lm,
             wanted,
@@ -121,6 +129,7 @@ def search_command(
             seed=seed,
             journal=journal,
             progress=progress,
+            engine=where,
         )
     show(found)
     show(found.scores["chosen"])

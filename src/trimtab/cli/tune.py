@@ -9,6 +9,7 @@ import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -62,6 +63,9 @@ def tune_command(
     ] = 32,
     max_new_tokens: Tokens = 40,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write the curve as a page into this folder.")
     ] = None,
@@ -73,6 +77,7 @@ def tune_command(
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
     check_share(keep)
+    check_engine(engine)
     page = None if report is None else report / "index.html"
     check_writable(out, json_file, page)
     sets = None if layers is None else [parse_layers(text) for text in layers]
@@ -81,7 +86,7 @@ def tune_command(
     lm = load_model(model)
 
     def choose(lever: VectorSteering, sets: Layers, scopes: list[str] | None, title: str) -> Tuned:
-        with progress_bar(title) as progress:
+        with engine_of(lm, engine, address, workers) as where, progress_bar(title) as progress:
             return tune(
                 lm,
                 contrast,
@@ -98,6 +103,7 @@ def tune_command(
                 max_prompts=max_prompts,
                 seed=seed,
                 progress=progress,
+                engine=where,
             )
 
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.checks import choice
@@ -16,7 +19,12 @@ ENGINES = ("local", "ray", "vllm")
 
 
 def open_engine(
-    name: str, lm: LanguageModel, *, address: str | None = None, workers: int | None = None
+    name: str,
+    lm: LanguageModel,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    imports: Sequence[str] = (),
 ) -> Engine:
     """Return an engine; used as a context manager, it lets go of its processes.
 
@@ -26,12 +34,13 @@ def open_engine(
         address: of a Ray cluster; None starts one on this machine.
         workers: how many of them hold the model at a time; as many as the machine has cores (or
             GPUs, for a model that is on one) when None.
+        imports: modules that workers import first, such as one that registers a judge of your own.
 
     Raises:
         TrimtabError: No such engine, an extra that is missing, or an option of another engine.
     """
     choice("engine", name, ENGINES)
-    if name != "ray" and (address is not None or workers is not None):
+    if name != "ray" and (address is not None or workers is not None or imports):
         raise TrimtabError(
             asked=f"the engine {name} with an address or a number of workers",
             found="an engine that has none",
@@ -40,19 +49,20 @@ def open_engine(
     if name == "local":
         return Engine(lm)
     if name == "ray":
+        if address is None:
+            # Read when Ray is imported: a cluster of one machine, which listens on loopback alone.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         module = _extra("ray", "trimtab.engine.ray_engine")
-        return module.RayEngine(lm, address=address, workers=workers)
+        return module.RayEngine(lm, address=address, workers=workers, imports=imports)
     return _extra("vllm", "trimtab.engine.vllm_engine").VllmEngine(lm)
 
 
 def _extra(package: str, module: str) -> Any:
     """Import a module of ours that needs a package of somebody else."""
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
+    if importlib.util.find_spec(package) is None:
         raise TrimtabError(
             asked=f"the engine {package}",
-            found=f"no package {error.name}",
+            found=f"no package {package}",
             advice=f"install the extra: pip install 'trimtab[{package}]'",
-        ) from error
+        )
     return importlib.import_module(module)

@@ -2,13 +2,14 @@
 
 Ray moves work and results between its processes by pickle: join clusters of your own alone. What a
 worker finished before it was lost is kept: its steps are streamed back while it works, and its piece
-is taken up again from there by a worker that Ray starts in its place.
+is taken up again from there by another worker.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ LOOPBACK = "127.0.0.1"
 MOST_LOSSES = 3
 # Shared memory for what is under way between processes: prompts, texts and single vectors.
 STORE_BYTES = 2**28
+# Seconds without a word from any worker before the user hears that the cluster may be full.
+PATIENCE = 120.0
+
+logger = logging.getLogger("trimtab.engine")
 
 
 class RayEngine(Engine):
@@ -40,7 +45,12 @@ class RayEngine(Engine):
     elsewhere = True
 
     def __init__(
-        self, lm: LanguageModel, *, address: str | None = None, workers: int | None = None
+        self,
+        lm: LanguageModel,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        imports: Sequence[str] = (),
     ) -> None:
         """Join a cluster, or start one on this machine; workers come with the first units.
 
@@ -48,6 +58,7 @@ class RayEngine(Engine):
             lm: a model that `trimtab.load` loaded; workers load the same.
             address: of a cluster; None for one that lives as long as this engine.
             workers: see `open_engine`.
+            imports: see `open_engine`.
 
         Raises:
             TrimtabError: a model without a source, a number of workers below 1, or a cluster that
@@ -71,10 +82,9 @@ class RayEngine(Engine):
         if self._started:
             _join(address, self.workers, self.workers if on_gpu else 0)
         threads = None if address else max(1, torch.get_num_threads() // self.workers)
-        self._wanted = Wanted(lm.source, lm.name, lm.fingerprint, threads)
-        # Ray starts a lost worker again, however often; pieces are counted instead.
+        self._wanted = Wanted(lm.source, lm.name, lm.fingerprint, threads, tuple(imports))
         self._make = ray.remote(Worker).options(
-            num_cpus=1, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=0
+            num_cpus=1, num_gpus=int(on_gpu), max_restarts=0, max_task_retries=0
         )
         self._actors: list[Any] = []
 
@@ -94,6 +104,18 @@ class RayEngine(Engine):
         while len(self._actors) < min(self.workers, len(units)):
             self._actors.append(self._make.remote(self._wanted))
         free = list(self._actors)
+
+        def lose(number: int, actor: Any, error: RayActorError) -> None:
+            losses[number] += 1
+            if losses[number] == MOST_LOSSES:
+                raise _lost(error) from error
+            # Not restarted by Ray: a unit sent to an actor that restarts is refused, not kept.
+            ray.kill(actor)
+            self._actors.remove(actor)
+            self._actors.append(self._make.remote(self._wanted))
+            free.append(self._actors[-1])
+            waiting.appendleft(number)
+
         while waiting or busy:
             while waiting and free:
                 number, actor = waiting.popleft(), free.pop(0)
@@ -101,20 +123,20 @@ class RayEngine(Engine):
                     job.key, job.make, units[number], kept.entries, self.lm.context
                 )
                 busy[stream] = number, actor
-            (stream,), _ = ray.wait(list(busy), num_returns=1)
+            ready, _ = ray.wait(list(busy), num_returns=1, timeout=PATIENCE)
+            if not ready:
+                free_now = ray.available_resources()
+                logger.warning("Waiting for workers; the cluster has free: %s", free_now)
+                continue
+            (stream,) = ready
             number, actor = busy[stream]
             try:
                 kind, value = ray.get(next(stream))
             except RayTaskError as error:
                 raise _own(error) from None
             except RayActorError as error:
-                losses[number] += 1
-                if losses[number] == MOST_LOSSES:
-                    raise _lost(error) from error
-                # First in line, for another worker or for the one that comes in its place.
-                waiting.appendleft(number)
                 busy.pop(stream)
-                free.append(actor)
+                lose(number, actor, error)
                 continue
             if kind == "step":
                 kept.add(value)
@@ -155,8 +177,18 @@ def _join(address: str | None, workers: int, gpus: int) -> None:
         include_dashboard=False,
         object_store_memory=STORE_BYTES,
         _node_ip_address=LOOPBACK,
+        # Workers find what this process finds.
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
         **quiet,
     )
+    listening = ray.util.get_node_ip_address()
+    if listening != LOOPBACK:
+        ray.shutdown()
+        raise TrimtabError(
+            asked="a Ray cluster on this machine alone",
+            found=f"one that listens on {listening}, since Ray had been imported before",
+            advice="open the engine before ray is imported, or call ray.init yourself",
+        )
 
 
 def _own(error: RayTaskError) -> BaseException:

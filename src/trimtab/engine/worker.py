@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +28,14 @@ class Wanted:
         name: what reports call it.
         fingerprint: of the driver's; a worker that finds another one refuses to work.
         threads: of one worker; None leaves them to its environment.
+        imports: modules that are imported first.
     """
 
     source: Source
     name: str
     fingerprint: str
     threads: int | None
+    imports: tuple[str, ...] = ()
 
 
 class Worker:
@@ -51,6 +54,8 @@ class Worker:
             TrimtabError: it cannot be loaded here, or it is another one than the driver's.
         """
         wanted, source = self._wanted, self._wanted.source
+        for module in wanted.imports:
+            importlib.import_module(module)
         if wanted.threads is not None:
             torch.set_num_threads(wanted.threads)
         lm = load(

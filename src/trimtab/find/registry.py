@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.behavior import Behavior
+from trimtab.engine import Engine
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.scope import Scope
@@ -47,6 +48,7 @@ class Task:
         norms: the norm profile of the site, the unit of strength.
         seed: of whatever is random.
         progress: called with steps done and steps in all.
+        engine: does what is independent; this process where it is None.
     """
 
     lm: LanguageModel
@@ -59,6 +61,7 @@ class Task:
     norms: Norms
     seed: int
     progress: Progress | None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +88,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its function `(task, **options)` and where it reads and is added."""
+    """A registered method: its function `(task, **options)` and where it reads and is added.
+
+    `parts` says whether it has independent parts, which engines can spread.
+    """
 
     name: str
     function: Callable[..., Found]
     read_at: Position
     added_at: str
+    parts: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,7 +110,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, *, read_at: Position = "last", added_at: str = "last"
+    name: str, *, read_at: Position = "last", added_at: str = "last", parts: bool = False
 ) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
     """Register a function `(task, *, option=default, ...) -> Found` as a method of `find`.
 
@@ -111,10 +118,11 @@ def register(
         name: what users type.
         read_at: the default position that is read.
         added_at: the default scope.
+        parts: whether the function hands independent parts to the task's engine.
     """
 
     def add(function: Callable[..., Found]) -> Callable[..., Found]:
-        METHODS[name] = Method(name, function, read_at, added_at)
+        METHODS[name] = Method(name, function, read_at, added_at, parts)
         return function
 
     return add
@@ -132,6 +140,7 @@ def find(
     split: str | None = "train",
     seed: int = 0,
     progress: Progress | None = None,
+    engine: Engine | None = None,
     **options: Any,
 ) -> VectorSteering:
     """Find the steering vector of a behaviour: calibrated, pointing toward it, at strength m = 1.
@@ -153,6 +162,7 @@ def find(
         split: of the behavior to find it from; None for all of it (then nothing is left to score).
         seed: of the split, and of whatever is random in the method.
         progress: called with steps done and steps in all.
+        engine: does a method's independent parts; this process by default.
         **options: of the method, with the defaults of its signature.
 
     Raises:
@@ -165,6 +175,13 @@ def find(
             f"a vector for {behavior!r}",
             f"a {type(behavior).__name__} instead of a behavior",
             "load it first: trimtab.behavior(name or path), or make a trimtab.Behavior",
+        )
+    if engine is not None and engine.elsewhere and not chosen.parts:
+        spread = ", ".join(sorted(name for name, each in METHODS.items() if each.parts))
+        raise TrimtabError(
+            f"{method} on workers of {engine.name}",
+            "one computation, which has no independent parts",
+            f"use {spread}, find several vectors at once, or leave the engine away",
         )
     part = behavior if split is None else behavior.split(seed).named(split)
     where = chosen.read_at if position is None else position
@@ -180,6 +197,7 @@ def find(
         norms=calibrate(lm, site=_site(lm, site)),
         seed=seed,
         progress=progress,
+        engine=engine,
     )
     found = chosen.function(task, **options)
     units = {layer: _unit(vector) for layer, vector in found.vectors.items()}

@@ -6,17 +6,22 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import Tensor
 
 from trimtab.behavior import EXAMPLE_LISTS, Behavior
 from trimtab.capture import capture
+from trimtab.engine import Engine, Job
 from trimtab.errors import TrimtabError
 from trimtab.find.contrast import Contrast
 from trimtab.find.registry import Found, Task, register
 from trimtab.hooks import Edit, steered
+from trimtab.journal import Notes
 from trimtab.measure.divergence import token_kl
-from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
+from trimtab.measure.readout import gap_of, readout_tokens
+from trimtab.model import LanguageModel
+from trimtab.scope import Scope
 from trimtab.sites import Site
 
 # The stream is their sum, so a direction that is taken out of all of them is nowhere in it.
@@ -42,7 +47,9 @@ class Candidate:
     kl: float
 
 
-@register("selected_difference", read_at="post_instruction", added_at="post_instruction")
+@register(
+    "selected_difference", read_at="post_instruction", added_at="post_instruction", parts=True
+)
 def selected_difference(
     task: Task,
     *,
@@ -76,17 +83,23 @@ def selected_difference(
             such position, or no candidate that passes.
     """
     _check(task, held_out, deepest, max_prompts)
-    tokens = readout_tokens(task.lm, task.behavior)
+    readout_tokens(task.lm, task.behavior)  # refuses before anything is read
     finding, judging = _parts(task.behavior, held_out, task.seed)
     layers = task.active or tuple(x for x in task.layers if x < int(deepest * task.lm.n_layers))
     contrasts = _read(task, finding, layers or (0,))
-    selection = _Selection(task, judging, tokens, max_prompts)
+    make = partial(
+        _Selection, site=task.site, scope=task.scope, part=judging, max_prompts=max_prompts
+    )
+    selection = make(task.lm)
     places = [(p, x) for p, contrast in contrasts.items() for x in contrast.telling]
-    scored: list[Candidate] = []
-    for done, (position, layer) in enumerate(places):
-        scored.append(selection.score(position, layer, contrasts[position].difference(layer)))
+    units = [partial(_scored, p, x, contrasts[p].difference(x)) for p, x in places]
+    count = iter(range(1, len(places) + 1))
+
+    def done(number: int, candidate: Candidate) -> None:
         if task.progress is not None:
-            task.progress(done + 1, len(places))
+            task.progress(next(count), len(places))
+
+    scored = (task.engine or Engine(task.lm)).map(Job(selection, make), units, done=done)
     passed = [c for c in scored if c.kl <= max_kl and c.induce >= min_induce]
     if not passed:
         raise _refusal(task, scored, max_kl, min_induce)
@@ -115,8 +128,11 @@ def selected_difference(
 class _Selection:
     """Scores directions on held-out prompts."""
 
-    def __init__(self, task: Task, part: Behavior, tokens: ReadoutTokens, max_prompts: int) -> None:
-        self.task, self.tokens = task, tokens
+    def __init__(
+        self, lm: LanguageModel, site: str, scope: Scope, part: Behavior, max_prompts: int
+    ) -> None:
+        self.lm, self.site, self.scope = lm, site, scope
+        self.tokens = readout_tokens(lm, part)
         lists = {
             "toward": part.toward,
             "away": part.requests or part.away,
@@ -129,13 +145,13 @@ class _Selection:
 
     def score(self, position: int, layer: int, difference: Tensor) -> Candidate:
         """Score one difference `[d_model]`."""
-        lm, length = self.task.lm, float(difference.norm())
+        lm, length = self.lm, float(difference.norm())
         unit = (difference / length).float()
         kinds = [kind for kind in ABLATED if kind not in lm.sites.refused]
         everywhere = [
             Edit(Site(kind, at), "ablate", unit, 1.0) for at in range(lm.n_layers) for kind in kinds
         ]
-        add = Edit(Site(self.task.site, layer), "add", unit, length, scope=self.task.scope)
+        add = Edit(Site(self.site, layer), "add", unit, length, scope=self.scope)
         ablated = self._logits("neutral", everywhere).log_softmax(-1)
         return Candidate(
             position=position,
@@ -146,11 +162,17 @@ class _Selection:
         )
 
     def _logits(self, name: str, edits: Sequence[Edit] = ()) -> Tensor:
-        with steered(self.task.lm, edits) if edits else nullcontext():
-            return self.task.lm.next_logits(self.prompts[name])
+        with steered(self.lm, edits) if edits else nullcontext():
+            return self.lm.next_logits(self.prompts[name])
 
     def _gap(self, logits: Tensor) -> float:
         return float(gap_of(logits.double(), self.tokens).mean())
+
+
+def _scored(
+    position: int, layer: int, difference: Tensor, selection: _Selection, notes: Notes
+) -> Candidate:
+    return selection.score(position, layer, difference)
 
 
 def _parts(behavior: Behavior, held_out: float, seed: int) -> tuple[Behavior, Behavior]:

@@ -1,0 +1,48 @@
+"""The options that say where a command does its work."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+from trimtab.checks import choice
+from trimtab.engine import ENGINES, Engine, open_engine
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
+
+EngineName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help="Where work is done: local; ray (workers that hold the model); vllm (answers).",
+    ),
+]
+Address: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="With --engine ray: a cluster's address; one on this machine by default."),
+]
+Workers: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --engine ray: processes that hold the model at a time."),
+]
+
+
+def check_engine(name: str, known: tuple[str, ...] = ENGINES) -> None:
+    """Refuse, before a model is loaded, an engine that is unknown or of no use to a command.
+
+    Raises:
+        TrimtabError: with the engines that there are.
+    """
+    choice("engine", name, ENGINES)
+    if name not in known:
+        raise TrimtabError(
+            asked=f"--engine {name}",
+            found="work that this engine does not do",
+            advice=f"use one of {', '.join(known)}",
+        )
+
+
+def engine_of(lm: LanguageModel, name: str, address: str | None, workers: int | None) -> Engine:
+    """Open the engine that was asked for; see `open_engine`."""
+    return open_engine(name, lm, address=address, workers=workers)

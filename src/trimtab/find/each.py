@@ -1,0 +1,111 @@
+"""Several vectors at once: of several behaviours, or of several layers, none of which needs another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trimtab.engine import Engine, Job
+from trimtab.errors import TrimtabError
+from trimtab.find.registry import METHODS, Progress, find
+from trimtab.measure.judges import judge_for
+
+if TYPE_CHECKING:
+    from trimtab.behavior import Behavior
+    from trimtab.journal import Notes
+    from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One vector that is to be found; the attributes are those of `find`.
+
+    Where a method can use a judge, it gets that of the behaviour.
+    """
+
+    behavior: Behavior
+    method: str = "mean_difference"
+    layers: tuple[int, ...] | None = None
+    scope: str | None = None
+    position: str | int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The behaviour's name, and the layers where they were named."""
+        layers = "" if self.layers is None else "-" + "-".join(map(str, self.layers))
+        return f"{self.behavior.name}{layers}"
+
+
+def find_each(
+    lm: LanguageModel,
+    wanted: Sequence[Wanted],
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> list[VectorSteering]:
+    """Find vectors that do not depend on each other.
+
+    Args:
+        lm: the unsteered model.
+        wanted: what to find.
+        engine: finds them; this process, one after the other, by default.
+        progress: called with vectors found and vectors in all.
+
+    Raises:
+        TrimtabError: two of the same name, or what `find` raises.
+    """
+    names = [each.name for each in wanted]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice or not wanted:
+        raise TrimtabError(
+            asked=f"the vectors {', '.join(names) or '(none)'}",
+            found=f"{twice[0]} twice" if twice else "nothing to find",
+            advice="name each behaviour and layer once",
+        )
+    count = iter(range(1, len(wanted) + 1))
+
+    def done(number: int, vector: VectorSteering) -> None:
+        if progress is not None:
+            progress(next(count), len(wanted))
+
+    units = [partial(_find, each) for each in wanted]
+    return (engine or Engine(lm)).map(Job(lm, _itself), units, done=done)
+
+
+def find_one(
+    lm: LanguageModel,
+    wanted: Wanted,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> VectorSteering:
+    """Find one of them; see `find`."""
+    options: dict[str, Any] = {}
+    if wanted.position is not None:
+        options["position"] = wanted.position
+    method = METHODS.get(wanted.method)
+    if method is not None and "judge" in method.options and wanted.behavior.judge is not None:
+        options["judge"] = judge_for(wanted.behavior)  # wanted answers must show the behaviour
+    return find(
+        lm,
+        wanted.behavior,
+        wanted.method,
+        layers=wanted.layers,
+        scope=wanted.scope,
+        seed=wanted.seed,
+        progress=progress,
+        engine=engine,
+        **options,
+    )
+
+
+def _find(wanted: Wanted, lm: LanguageModel, notes: Notes) -> VectorSteering:
+    return find_one(lm, wanted)
+
+
+def _itself(lm: LanguageModel) -> LanguageModel:
+    return lm
