@@ -17,9 +17,10 @@ from trimtab.measure.judges import Verdict, register_judge
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
+from trimtab.strength import search as search_module
 from trimtab.strength.adaptive import adaptive_strengths, common_goal
 from trimtab.strength.choose import NoStrengthPasses
-from trimtab.strength.screen import Odds, best_within, candidates, crossing
+from trimtab.strength.screen import Candidate, Odds, best_within, candidates, crossing
 from trimtab.strength.search import Search
 from trimtab.strength.tune import Tuned, TuneReport, tune
 
@@ -280,6 +281,25 @@ def test_a_budget_of_spill_excludes_what_breaks_it(
     assert here.validation.spill_p95 is not None
     with pytest.raises(NoStrengthPasses, match="spill"):
         pick(lm, behavior, spill_budget=here.validation.spill_p95 / 1e6)
+
+
+def test_between_too_weak_and_too_strong_it_looks_once_more(
+    lm: LanguageModel, behavior: Behavior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, options = vector(lm).select(layers=(3,)), (0.8, planted.TOKENS, None, 0)
+    search = Search(lm, behavior.split(0).validation, push, 0.05, 1, None, *options)
+    place = Candidate((3,), "prompt", 5.0, 5.0, 1.0)
+    monkeypatch.setattr(Search, "refine", lambda self, vector, limit, *more: limit)
+    monkeypatch.setattr(search_module, "SHARES", (0.002, 1.0))
+    monkeypatch.setattr(search_module, "BETWEEN", 0.06)
+    found = search.answer(place, 5.0)
+    assert [t.verdict for t in found] == ["no gain", "damage", "passed"]
+    assert found[-1].row.strength == pytest.approx(0.3)
+    monkeypatch.setattr(search_module, "BACKED", (0.5, 0.06, 0.01))
+    confirmed = search.confirm(found[1])
+    assert [t.verdict for t in confirmed][-1] == "passed"
+    assert [t.row.strength for t in confirmed][0] == 5.0
+    assert {t.verdict for t in confirmed[:-1]} == {"damage"}
 
 
 def test_a_cell_says_what_it_fails_by(lm: LanguageModel, behavior: Behavior) -> None:

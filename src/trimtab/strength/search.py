@@ -30,6 +30,9 @@ SAMPLED, GLANCED = 7, 4  # places of which a few answers are read, prompts a sid
 FEW = 8  # prompts a side on which cells are answered before they are confirmed
 ROUND = 3  # places refined and answered per round
 SHARES = (0.55, 1.0)  # of the strength that meets the budget
+BETWEEN = 0.75  # the share that is answered too where one of them is too weak, the other too strong
+BACKED = (0.9, 0.8)  # of a strength that breaks the budget on all prompts, though not on a few
+TOO_STRONG = ("damage", "coherence", "spill")
 CONFIRMED = 2  # cells confirmed per round
 LOOKED = 16  # prompts of the coarse look at damage
 COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.08)  # of the strength found so far
@@ -136,7 +139,8 @@ class Search:
             passing = sorted((t for t in cells if t.verdict == "passed"), key=_rank)
             # What few prompts put below a cell that all prompts confirmed is not worth the calls.
             likely = [t for t in passing if not best or t.row.score > best[0].row.score]
-            confirmed = self._spread(Search.confirm, [(t,) for t in likely[:CONFIRMED]])
+            measured = self._spread(Search.confirm, [(t,) for t in likely[:CONFIRMED]])
+            confirmed = [tried for found in measured for tried in found]
             self.tried += confirmed
             best = sorted([*best, *(t for t in confirmed if t.verdict == "passed")], key=_rank)
             following = [promise[c] for c in order[start + ROUND :]]
@@ -203,12 +207,19 @@ class Search:
         vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
         prompts = len(self.full.prompts("toward" if self.side > 0 else "away"))
         limit = self.refine(vector, limit, FINE, prompts)
-        strengths = [self.side * limit * share for share in SHARES]
-        results = self.few.run_many(vector, strengths, self.side)
-        return [
-            self._judged(vector.at(m), result, "screened")
-            for m, result in zip(strengths, results, strict=True)
-        ]
+
+        def at(shares: Sequence[float]) -> list[Tried]:
+            strengths = [self.side * limit * share for share in shares]
+            results = self.few.run_many(vector, strengths, self.side)
+            return [
+                self._judged(vector.at(m), result, "screened")
+                for m, result in zip(strengths, results, strict=True)
+            ]
+
+        weak, strong = found = at(SHARES)
+        if weak.verdict == "no gain" and strong.verdict in TOO_STRONG:
+            found += at([BETWEEN])
+        return found
 
     def refine(
         self, vector: VectorSteering, limit: float, factors: Sequence[float], prompts: int
@@ -222,11 +233,16 @@ class Search:
         many = self.references[prompts].kl_many(vector, [self.side * m for m in strengths])
         return crossing(strengths, [summarise(t, self.seed).p95 for t in many], self.budget)
 
-    def confirm(self, tried: Tried) -> Tried:
-        """Measure a cell on the whole validation split."""
-        vector = self.place(tried)
-        result = self.full.run_many(vector, [vector.strength], self.side)[0]
-        return self._judged(vector, result, "confirmed")
+    def confirm(self, tried: Tried) -> list[Tried]:
+        """Measure a cell on the whole validation split; back off where it breaks the budget there."""
+        vector, found = self.place(tried), []
+        for share in (1.0, *BACKED):
+            at = vector.at(vector.strength * share)
+            (result,) = self.full.run_many(at, [at.strength], self.side)
+            found.append(self._judged(at, result, "confirmed"))
+            if found[-1].verdict != "damage":
+                break
+        return found
 
     def _judged(self, vector: VectorSteering, result: Evaluation, stage: str) -> Tried:
         row = replace(sweep_row(vector, result, self.seed), samples=())
@@ -267,8 +283,9 @@ class Search:
         for row in rows[:at]:
             if row.score >= rows[at].score and row.coherence >= self.floor:
                 place = Tried(chosen.layers, "screened", "passed", row, str(chosen.scope))
-                tried = self.confirm(place)
-                self.tried.append(tried)
+                confirmed = self.confirm(place)
+                self.tried += confirmed
+                tried = confirmed[-1]
                 if tried.verdict == "passed" and tried.row.score >= self.passed.score:
                     self.passed = tried.row
                     return self.place(tried)
