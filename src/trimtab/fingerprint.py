@@ -17,7 +17,7 @@ _CHUNK = 1 << 22
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash the architecture and every materialised parameter (none on the meta device).
+    """Hash the architecture and every parameter; those that accelerate holds elsewhere are fetched.
 
     Samples of a weight would miss a changed bias entry, and sums of floats depend on order and
     dtype. So each value is rounded to bfloat16, values too small for float16 to hold exactly become
@@ -30,13 +30,25 @@ def fingerprint(model: PreTrainedModel) -> str:
     head = (config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size)
     digest.update(repr(head).encode())
     # In the module tree's order and without names, which change between releases of transformers.
-    for parameter in model.parameters():
-        if parameter.is_meta:
+    for name, parameter in model.named_parameters():
+        value = _offloaded(model, name) if parameter.is_meta else parameter.detach()
+        if value is None:
             continue
         digest.update(repr(tuple(parameter.shape)).encode())
-        for numbers in _numbers(parameter.detach()):
+        for numbers in _numbers(value):
             digest.update(numbers.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> Tensor | None:
+    """A parameter that `device_map` put into main memory or on disk, where only hooks fetch it."""
+    owner, _, leaf = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            return weights[leaf]
+    return None
 
 
 def _numbers(values: Tensor) -> list[Tensor]:
