@@ -115,6 +115,24 @@ def test_find_writes_a_file_that_steers(
         pass  # the fingerprint fits
 
 
+def test_find_writes_a_folder_of_several(
+    run: Any, model: Path, behavior: Path, tmp_path: Path
+) -> None:
+    out, facts = tmp_path / "vectors", tmp_path / "v.json"
+    done = run(
+        *("find", model, f"{behavior},mood", "-o", out, "--method", "pca"),
+        *("--each-layer", "1-2", "--strength", "2", "--json", facts),
+    )
+    assert done.code == 0, done.err
+    names = {f"{name}-{layer}.safetensors" for name in ("opening", "mood") for layer in (1, 2)}
+    assert files_in(out) == names
+    for name in names:
+        found = load_steering(out / name)
+        assert isinstance(found, VectorSteering) and found.strength == 2.0
+        assert found.layers == (int(name[-len("1.safetensors")]),)
+    assert {Path(f["file"]).name for f in json.loads(facts.read_text())["files"]} == names
+
+
 def test_generate_prints_the_answer_alone(run: Any, model: Path, vector: Path) -> None:
     lm = load(model)
     asked = ("generate", model, "Where?", "--max-new-tokens", "4")
@@ -211,6 +229,17 @@ BAD = {
     "bake a prompt": ("bake", "{model}", "prompt:Hello", "-o", "{tmp}/b", "--json", "{tmp}/j"),
     "bake onto something": ("bake", "{model}", "{vector}", "-o", "{model}"),
     "strength": ("generate", "{model}", "Hi", "--with", "{vector}", "--strength", "nan"),
+    "no such engine": ("measure", "{model}", "{behavior}", "--engine", "slurm"),
+    "engine of no use": ("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--engine", "vllm"),
+    "engine without workers": ("tune", "{model}", "{behavior}", "{vector}", "--workers", "2"),
+    "a gap has no restarts": (
+        *("search", "{model}", "{behavior}", "--gap", "sort", "--engine", "ray"),
+    ),
+    "layers twice": (
+        *("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--layers", "1", "--each-layer", "1"),
+    ),
+    "behaviour twice": ("find", "{model}", "mood,mood", "-o", "{tmp}/v"),
+    "no such device": ("--device-map", "nonsense", "generate", "{model}", "Hello"),
     "too long": ("generate", "{model}", "", "--with", "{vector}", "--strength", "inf"),
     "no tokens": ("generate", "{model}", "Hello", "--max-new-tokens", "0"),
     "unknown option": ("generate", "{model}", "Hello", "--nonsense"),
@@ -221,8 +250,15 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_message_exit_2_and_nothing_written(
-    run: Any, case: str, model: Path, behavior: Path, vector: Path, tmp_path: Path
+    run: Any,
+    case: str,
+    model: Path,
+    behavior: Path,
+    vector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TRIMTAB_DEVICE_MAP", "cpu")  # what the option sets goes with the test
     places = {"model": model, "behavior": behavior, "vector": vector, "tmp": tmp_path}
     before = files_in(model), behavior.read_bytes()
     done = run(*(part.format(**places) for part in BAD[case]))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trimtab.behavior import load_behavior
-from trimtab.cli.app import Json, Model, Seed, app
+from trimtab.cli.app import Json, Model, Seed, app, complete_behavior
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
@@ -41,6 +41,7 @@ def find_command(
         typer.Argument(
             metavar="BEHAVIOR",
             help="A built-in name, or a YAML or JSONL file; several with commas between.",
+            autocompletion=complete_behavior,
         ),
     ],
     out: Annotated[

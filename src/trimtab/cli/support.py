@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from transformers.utils import logging
 
+from trimtab.cli.app import DEVICE_MAP
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, load
 from trimtab.prompt_steering import PromptSteering, prompt
@@ -80,7 +81,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
     quiet_libraries()
     with Console(stderr=True).status(f"loading {escape(name)}"):
-        return load(name, dtype=dtype)
+        return load(name, dtype=dtype, device_map=os.environ.get(DEVICE_MAP))
 
 
 def quiet_libraries() -> None:
