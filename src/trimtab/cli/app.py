@@ -6,6 +6,7 @@ as it was made (one message, no traceback); 1 an error inside Trimtab (see `--de
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,22 +18,46 @@ from rich.console import Console
 from rich.text import Text
 
 from trimtab import __version__
+from trimtab.behavior_file import built_in_names
 from trimtab.errors import TrimtabError
+
+# Also read where commands load models.
+DEVICE_MAP = "TRIMTAB_DEVICE_MAP"
 
 app = typer.Typer(
     name="trimtab",
     help="Steer open-weight language models: find the lever, set the strength, prove what moved.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """What a shell may make of the start of a model's name; folders are its own to find."""
+    return [name for name in ("harbor",) if name.startswith(incomplete)]
+
+
+def complete_behavior(incomplete: str) -> list[str]:
+    """What a shell may make of the start of a behaviour's name; files are its own to find."""
+    return [name for name in built_in_names() if name.startswith(incomplete)]
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="`harbor` (built in), a hub id or a folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`harbor` (built in), a hub id or a folder.",
+        autocompletion=complete_model,
+    ),
 ]
 BehaviorName = Annotated[
-    str, typer.Argument(metavar="BEHAVIOR", help="A built-in name, or a YAML or JSONL file.")
+    str,
+    typer.Argument(
+        metavar="BEHAVIOR",
+        help="A built-in name, or a YAML or JSONL file.",
+        autocompletion=complete_behavior,
+    ),
 ]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
@@ -58,7 +83,7 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Example: trimtab demo")
+@app.callback(epilog="Example: trimtab demo. Every command explains itself: trimtab find --help")
 def _options(
     version: Annotated[
         bool,
@@ -72,7 +97,17 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an internal error.")
     ] = False,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            envvar=DEVICE_MAP,
+            help="Where models go: cpu (the default), cuda, or auto (over all GPUs, then main "
+            "memory, then disk; needs accelerate).",
+        ),
+    ] = None,
 ) -> None:
+    if device_map is not None:
+        os.environ[DEVICE_MAP] = device_map
     if debug:
         sys.excepthook = sys.__excepthook__
 
