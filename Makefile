@@ -61,10 +61,16 @@ $(INTEROP)/tools/.installed: pyproject.toml constraints.txt $(INTEROP)/llama/.in
 	  sentencepiece protobuf playwright $(INTEROP)/llama/*.whl
 	touch $@
 
+$(INTEROP)/inspect/.installed: constraints.txt
+	test -x $(INTEROP)/inspect/bin/python || $(PYTHON) -m venv $(INTEROP)/inspect
+	$(INTEROP)/inspect/bin/python -m pip install --quiet torch==2.13.0
+	$(INTEROP)/inspect/bin/python -m pip install --quiet -c constraints.txt inspect-ai transformers accelerate openai
+	touch $@
+
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 # The cached environment serves every checkout: the sources tested are those of this one.
-test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed
+test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed $(INTEROP)/inspect/.installed
 	PYTHONPATH=$(CURDIR)/src TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
 	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 -o junit_family=xunit1 \
 	  --junitxml=$(INTEROP)/figures.xml \

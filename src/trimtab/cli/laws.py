@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from trimtab.behavior import load_behavior
-from trimtab.cli.app import Json, Seed, Tokens, app
+from trimtab.cli.app import Json, Seed, Tokens, app, complete_behavior, complete_model
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -31,9 +31,21 @@ from trimtab.strength.theory.theorems import theorems
 
 @app.command("laws", epilog="Example: trimtab laws harbor refusal v.safetensors --out laws")
 def laws_command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL", help="As in find.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL",
+            help="`harbor` (built in), a hub id or a folder; without it, the theory alone.",
+            autocompletion=complete_model,
+        ),
+    ] = None,
     behavior: Annotated[
-        str | None, typer.Argument(metavar="BEHAVIOR", help="A built-in name or a file.")
+        str | None,
+        typer.Argument(
+            metavar="BEHAVIOR",
+            help="A built-in name, or a YAML or JSONL file.",
+            autocompletion=complete_behavior,
+        ),
     ] = None,
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE]", help="A steering file with a vector.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -16,7 +18,9 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.errors import TrimtabError
 from trimtab.measure import measure
+from trimtab.measure.harness.tasks import check_harness, measure_tasks
 from trimtab.steering import VectorSteering
 
 
@@ -45,10 +49,40 @@ def measure_command(
     ] = None,
     max_new_tokens: Tokens = 40,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME]", help="Also run tasks of the harness lm-eval."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --tasks: a folder with your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: at most so many documents of each.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: worked examples before a document.")
+    ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="With --tasks: documents as a user's turn."),
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Measure levers side by side on held-out prompts, with nulls and intervals."""
     check_writable(json_file)
+    check_engine(engine)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if names:
+        check_harness()
+    elif tasks is not None or include_path or limit or fewshot is not None or chat_template:
+        raise TrimtabError(
+            asked="to run tasks of lm-eval",
+            found="no task, but options of --tasks",
+            advice="name one: --tasks arc_easy",
+        )
 
     contrast = load_behavior(behavior)
     chosen = [read_lever(lever) for lever in levers or []]
@@ -56,7 +90,26 @@ def measure_command(
         chosen = [c.at(strength) if isinstance(c, VectorSteering) else c for c in chosen]
     lm = load_model(model)
     other = None if checkpoint is None else load_model(checkpoint)
-    with progress_bar(f"measuring {contrast.name}") as progress:
+    scored = None
+    if names:
+        # First, for a task that cannot be run is to be found before the long work.
+        with progress_bar(f"running {', '.join(names)}") as progress:
+            scored = measure_tasks(
+                lm,
+                chosen,
+                names,
+                include_path=include_path,
+                limit=limit,
+                fewshot=fewshot,
+                seed=seed,
+                nulls=nulls,
+                apply_chat_template=chat_template,
+                progress=progress,
+            )
+    with (
+        engine_of(lm, engine, address, workers) as where,
+        progress_bar(f"measuring {contrast.name}") as progress,
+    ):
         result = measure(
             lm,
             contrast,
@@ -67,6 +120,11 @@ def measure_command(
             seed=seed,
             checkpoint=other,
             progress=progress,
+            engine=where,
         )
     show(result)
-    write_result(json_file, result.to_dict())
+    data = result.to_dict()
+    if scored is not None:
+        show(scored)
+        data["tasks"] = scored.to_dict()
+    write_result(json_file, data)

@@ -68,7 +68,7 @@ def measure(
         lm, data, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=unsteered,
         engine=engine,
     )  # fmt: skip
-    names = _unique([lever.label for lever in levers])
+    names = unique_names([lever.label for lever in levers])
     signs = [1 if sign > 0 else -1] if sign is not None else _signs(levers)
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)
     drawn = [
@@ -202,7 +202,8 @@ def _joined(groups: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...
     return tuple(torch.cat(list(same)) for same in zip(*groups, strict=True))
 
 
-def _unique(labels: Sequence[str]) -> list[str]:
+def unique_names(labels: Sequence[str]) -> list[str]:
+    """Return the levers' names in tables: their labels, numbered where two are the same."""
     taken = {"baseline", "prompt", "checkpoint"}
     names: list[str] = []
     for label in labels:

@@ -16,6 +16,9 @@ from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.registry import Registry, Served
 
+# Where vLLM looks for plugins.
+PLUGINS = "vllm.general_plugins"
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -87,12 +90,18 @@ def start(launch: Launch) -> None:
     """Become the server; this process does not come back.
 
     Raises:
-        TrimtabError: vLLM is not installed beside Trimtab.
+        TrimtabError: vLLM is not installed beside Trimtab, or would not find the plugin.
     """
     if importlib.util.find_spec("vllm") is None:
         raise TrimtabError(
             asked="to serve with vLLM",
             found="no vLLM in this environment",
             advice="install it beside Trimtab: pip install 'trimtab[vllm]'",
+        )
+    if not any(each.name == "trimtab" for each in metadata.entry_points(group=PLUGINS)):
+        raise TrimtabError(
+            asked="to serve with vLLM",
+            found="Trimtab on the path without being installed: vLLM finds no plugin of it",
+            advice="install it in vLLM's environment: pip install trimtab",
         )
     os.execve(launch.command[0], launch.command, launch.environment)
