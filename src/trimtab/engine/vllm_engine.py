@@ -35,9 +35,9 @@ logger = logging.getLogger("trimtab.engine")
 
 Start = Callable[["LanguageModel", "Path | None", Mapping[str, Any]], Process]
 Texts = list[list[str]]  # [strength][prompt]
-# How far apart the log-probabilities of the likeliest token may be, in nats: kernels round
-# differently, other weights say something else.
-APART, APART_HALF = 0.05, 0.5
+# How far apart the log-probabilities of a prompt's tokens may be, nats in the mean: kernels round
+# differently, which in half precision comes to hundredths.
+APART, APART_HALF = 0.005, 0.1
 STRANGER = "a vector that the engine was not told of before it started"
 
 
@@ -205,21 +205,22 @@ class VllmEngine(Engine):
 
     @torch.no_grad()
     def _compare(self, process: Process, prompt: Encoded) -> None:
-        """Refuse a vLLM that holds another model than this process does."""
-        if len(prompt.ids) >= process.longest:
+        """Refuse a vLLM that reads a prompt differently: it holds another model than this process."""
+        if not 1 < len(prompt.ids) < process.longest:
             return
-        token, theirs = process.first(prompt.ids)
+        theirs = torch.tensor(process.read(prompt.ids))
         (batch,) = self.lm.batches([prompt])
-        logits = self.lm.forward(batch, logits_to_keep=1)[0, -1].float()
-        ours = float(logits.log_softmax(-1)[token])
-        most = APART if self.lm.model.dtype == torch.float32 else APART_HALF
-        if abs(theirs - ours) > most:
+        ids = batch.input_ids[0, 1:, None]
+        logits = self.lm.forward(batch)[0, :-1].float()
+        ours = logits.log_softmax(-1).gather(-1, ids.to(logits.device))[:, 0].cpu()
+        apart = float((theirs - ours).abs().mean())
+        if apart > (APART if self.lm.model.dtype == torch.float32 else APART_HALF):
             self.close()
             assert self.lm.source is not None  # see __init__
             raise TrimtabError(
                 asked=f"answers of vLLM by {self.lm.name!r}",
-                found=f"another model in {self.lm.source.folder!r}: log-probability {theirs:.3f} "
-                f"of a first token instead of {ours:.3f}",
+                found=f"another model in {self.lm.source.folder!r}: log-probabilities of a prompt's "
+                f"tokens are {apart:.2g} nats from this one's",
                 advice="save a model that was changed in memory, and load it with trimtab.load; or "
                 "use the engine local",
             )

@@ -64,8 +64,8 @@ class Process(Protocol):
         """Answer all requests in one batch, greedily, in tokens; one that ended has its end last."""
         ...
 
-    def first(self, ids: Sequence[int]) -> tuple[int, float]:
-        """The unsteered model's likeliest first token of an answer, with its log-probability."""
+    def read(self, ids: Sequence[int]) -> list[float]:
+        """The unsteered model's log-probability of every token of a prompt but the first, nats."""
         ...
 
     def close(self) -> None:
@@ -115,11 +115,11 @@ class VllmProcess:
         )
         return [list(answer.outputs[0].token_ids) for answer in found]
 
-    def first(self, ids: Sequence[int]) -> tuple[int, float]:
-        """The likeliest first token; see `Process`."""
-        (found,) = self._generate([Request(list(ids), {})], max_tokens=1, logprobs=1)
-        token = int(found.outputs[0].token_ids[0])
-        return token, float(found.outputs[0].logprobs[0][token].logprob)
+    def read(self, ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of a prompt's tokens; see `Process`."""
+        (found,) = self._generate([Request(list(ids), {})], max_tokens=1, prompt_logprobs=0)
+        pairs = zip(ids[1:], found.prompt_logprobs[1:], strict=True)
+        return [float(known[token].logprob) for token, known in pairs]
 
     def close(self) -> None:
         """End its processes."""
@@ -237,7 +237,7 @@ def _no_plugin(found: str) -> TrimtabError:
 
 
 def _failed(error: Exception) -> TrimtabError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return TrimtabError(
         asked="the engine vllm",
         found=f"vLLM does not start: {reason}",
