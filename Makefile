@@ -69,13 +69,17 @@ $(INTEROP)/inspect/.installed: constraints.txt
 
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-# The cached environment serves every checkout: the sources tested are those of this one.
+# The cached environments serve every checkout: the sources tested are those of this one.
+INTEROP_ENV = PYTHONPATH=$(CURDIR)/src TRIMTAB_INTEROP=$(INTEROP) HF_HUB_OFFLINE=1 \
+  TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp
+INTEROP_TEST = $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 -o junit_family=xunit1
+STUDIO = tests/interop/check_studio.py
+# The studio is timed, so it is tested by itself.
 test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed $(INTEROP)/inspect/.installed
-	PYTHONPATH=$(CURDIR)/src TRIMTAB_INTEROP=$(INTEROP) TRIMTAB_LLAMA_SOURCE=$(LLAMA)/vendor/llama.cpp HF_HUB_OFFLINE=1 \
-	  $(INTEROP)/tools/bin/python -m pytest -q --timeout 1800 -o junit_family=xunit1 \
-	  --junitxml=$(INTEROP)/figures.xml \
-	  $(filter-out $(if $(BROWSER),,tests/interop/check_studio.py),$(wildcard tests/interop/check_*.py))
 	@$(if $(BROWSER),:,echo "NOT RUN: the studio in a browser (no Chromium on the PATH)")
+	$(if $(BROWSER),$(INTEROP_ENV) $(INTEROP_TEST) --junitxml=$(INTEROP)/studio.xml $(STUDIO),:)
+	$(INTEROP_ENV) OMP_NUM_THREADS=1 $(INTEROP_TEST) -n $(JOBS) --dist loadfile \
+	  --junitxml=$(INTEROP)/figures.xml $(filter-out $(STUDIO),$(wildcard tests/interop/check_*.py))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -93,6 +97,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/tune.py --json bench/results/tune.json
 	$(BIN)/python bench/strength_claims.py --json bench/results/strength_claims.json
 	$(BIN)/python bench/prompt_kernel.py --json bench/results/prompt_kernel.json
+	$(BIN)/python bench/engines.py --json bench/results/engines.json
 	$(BIN)/python bench/gap_search.py --json bench/results/gap_search.json
 	$(BIN)/python bench/prompt_levers.py --work build/prompt_levers --json bench/results/prompt_levers.json
 	$(BIN)/python bench/circuits.py --json bench/results/circuits.json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -37,14 +39,14 @@ def test_it_is_spread_and_has_the_same_fingerprint(
 
 def test_another_weight_on_disk_gives_another_fingerprint(spread: LanguageModel) -> None:
     owner = spread.model.get_submodule(f"model.layers.{spread.n_layers - 1}.mlp.down_proj")
-    before, weights = spread.fingerprint, owner._hf_hook.weights_map  # pyright: ignore
-    changed = {"weight": weights["weight"] + 1}
+    before, hook = spread.fingerprint, cast("Any", owner._hf_hook)
+    weights = hook.weights_map
     try:
-        owner._hf_hook.weights_map = changed  # pyright: ignore
+        hook.weights_map = {"weight": weights["weight"] + 1}
         del spread._fingerprint_state
         assert spread.fingerprint != before
     finally:
-        owner._hf_hook.weights_map = weights  # pyright: ignore
+        hook.weights_map = weights
         del spread._fingerprint_state
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def system_of(lm: LanguageModel, notes: Notes) -> str | None:
     return lm.system
 
 
-KEPT = {"max_prompts": 4, "max_new_tokens": 12}
+KEPT: dict[str, Any] = {"max_prompts": 4, "max_new_tokens": 12}
 
 
 def test_a_sweep_measures_the_same(
@@ -164,7 +165,7 @@ def test_tuning_chooses_the_same(
 def test_a_search_finds_the_same_though_a_worker_is_lost(
     lm: LanguageModel, engine: Engine, tmp_path: Path
 ) -> None:
-    small = {
+    small: dict[str, Any] = {
         "restarts": 4, "soft_steps": 2, "repair_steps": 1, "flip_steps": 1, "top_k": 2,
         "train_requests": 1, "completion_tokens": 4, "length": 3, "gcg_steps": 1, "gcg_width": 2,
         "sampling_seeds": 1, "answer_tokens": 4, "projection_options": {"batch_size": 1, "steps": 2},
@@ -179,11 +180,9 @@ def test_a_search_finds_the_same_though_a_worker_is_lost(
             killed.append(pids.pop())
             os.kill(killed[0], signal.SIGKILL)
 
-    wanted, few = behavior("topic"), {"judge": False}
-    here = search(lm, wanted, journal=tmp_path / "here", **few, **small)
-    there = search(
-        lm, wanted, journal=tmp_path / "there", engine=engine, progress=lose_one, **few, **small
-    )
+    wanted, few = behavior("topic"), {**small, "judge": False}
+    here = search(lm, wanted, journal=tmp_path / "here", **few)
+    there = search(lm, wanted, journal=tmp_path / "there", engine=engine, progress=lose_one, **few)
     assert killed and here.attempts == there.attempts and len(here.attempts) == 1 + 4 * 7 + 1
     assert here.lever == there.lever
     lines = [sorted(finished(tmp_path / name)) for name in ("here", "there")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def test_it_is_the_plain_difference_at_the_chosen_place(lm: LanguageModel) -> No
 def test_scores_are_those_of_plain_hooks(llama: LanguageModel, scope: str) -> None:
     _, part = _parts(behavior(), 0.5, 0)
     tokens = readout_tokens(llama, behavior())
-    selection = _Selection(_task(llama, scope), part, tokens, 32)
+    selection = _Selection(llama, "resid_post", Scope.parse(scope), part, 32)
     difference = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = selection.score(-2, 1, difference)
     unit = (difference / difference.norm()).float()
@@ -193,9 +192,9 @@ def test_every_candidate_is_scored_in_the_scope_that_is_used(
     seen: list[str] = []
     plain_init = _Selection.__init__
 
-    def init(self: _Selection, task: Task, *rest: object) -> None:
-        seen.append(str(task.scope))
-        plain_init(self, replace(task), *rest)  # pyright: ignore[reportArgumentType]
+    def init(self: _Selection, lm: LanguageModel, **given: Any) -> None:
+        seen.append(str(given["scope"]))
+        plain_init(self, lm, **given)
 
     monkeypatch.setattr(_Selection, "__init__", init)
     vector = find(llama, behavior(), "selected_difference", scope="all", **ANY)

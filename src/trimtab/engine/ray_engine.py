@@ -128,7 +128,7 @@ class RayEngine(Engine):
                 free_now = ray.available_resources()
                 logger.warning("Waiting for workers; the cluster has free: %s", free_now)
                 continue
-            (stream,) = ready
+            stream: Any = ready[0]
             number, actor = busy[stream]
             try:
                 kind, value = ray.get(next(stream))
