@@ -176,9 +176,11 @@ def test_the_example_in_the_docs_loads() -> None:
 
 def test_the_yaml_in_the_page_loads(tmp_path: Path) -> None:
     page = (EXAMPLE.parent.parent / "behaviors.md").read_text(encoding="utf-8")
-    for suffix, fence in ((".yaml", "```yaml\n"), (".jsonl", "```json\n")):
-        path = tmp_path / f"page{suffix}"
-        path.write_text(page.split(fence)[1].split("```")[0], encoding="utf-8")
+    for language, name in (("yaml", "polite.yaml"), ("json", "polite.jsonl")):
+        path = tmp_path / name
+        path.write_text(
+            page.split(f'```{language} title="{name}"\n')[1].split("```")[0], encoding="utf-8"
+        )
         assert load_behavior(path).name == "polite"
 
 

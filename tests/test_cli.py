@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -258,7 +259,7 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TRIMTAB_DEVICE_MAP", "cpu")  # what the option sets goes with the test
+    monkeypatch.setenv("TRIMTAB_DEVICE_MAP", "cpu")
     places = {"model": model, "behavior": behavior, "vector": vector, "tmp": tmp_path}
     before = files_in(model), behavior.read_bytes()
     done = run(*(part.format(**places) for part in BAD[case]))
@@ -266,6 +267,7 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(
     assert done.err.strip() and "Traceback" not in done.err and not done.out.strip()
     assert files_in(tmp_path) == set()
     assert (files_in(model), behavior.read_bytes()) == before
+    assert os.environ["TRIMTAB_DEVICE_MAP"] == "cpu"  # an option is gone with its command
 
 
 def test_no_command_shows_the_commands(run: Any) -> None:

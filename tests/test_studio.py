@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -309,16 +308,17 @@ class TestActions:
         self, act: Actions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(studio_app, "STAY_SECONDS", 0.2)
-        desk = act.arrive(None)
+        desk, looks = act.arrive(None), 0
 
-        async def stayed() -> float:
-            started = time.monotonic()
+        async def stay() -> None:
+            nonlocal looks
             async for _ in act.stay(desk):
-                if time.monotonic() - started < 0.3:
-                    desk.turns.take(1.0)  # at work: a while more
-            return time.monotonic() - started
+                looks += 1
+                if looks < 4:
+                    desk.turns.take(float(looks))  # at work: a while more
 
-        assert 0.4 <= asyncio.run(stayed()) < 5
+        asyncio.run(asyncio.wait_for(stay(), 60))
+        assert 4 <= looks < 8  # a sleep may end a little early
 
     def test_desks_are_apart(self, act: Actions, bench: Bench, workshop: Workshop) -> None:
         one = self.put(act, None, bench)[0]

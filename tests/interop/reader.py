@@ -223,13 +223,16 @@ class Reader:
         """Run a command in this process, as its entry point does."""
         if "--engine" in words and words[words.index("--engine") + 1] in ELSEWHERE:
             return self.run([self.interpreter("vllm"), "-m", *words])
-        hook, code = sys.excepthook, None
+        # A process of its own would take these with it.
+        hook, environment, code = sys.excepthook, dict(os.environ), None
         try:
             cli.main(words[1:])
         except SystemExit as left:
             code = left.code
         finally:
             sys.excepthook = hook
+            os.environ.clear()
+            os.environ.update(environment)
         assert not code, f"exit code {code} of {shlex.join(words)}"
         return None
 
@@ -295,15 +298,15 @@ class Reader:
 
     def stop(self) -> None:
         """Stop the server, if there is one."""
-        if self.server is None:
+        server, self.server = self.server, None
+        if server is None or server.poll() is not None:
             return
-        os.killpg(self.server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGTERM)
         try:
-            self.server.wait(60)
+            server.wait(60)
         finally:
-            if self.server.poll() is None:
-                os.killpg(self.server.pid, signal.SIGKILL)
-            self.server = None
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 class Tee(io.StringIO):

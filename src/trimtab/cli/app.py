@@ -85,6 +85,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback(epilog="Example: trimtab demo. Every command explains itself: trimtab find --help")
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -107,9 +108,17 @@ def _options(
     ] = None,
 ) -> None:
     if device_map is not None:
+        before = os.environ.get(DEVICE_MAP)
         os.environ[DEVICE_MAP] = device_map
+        context.call_on_close(lambda: _set(DEVICE_MAP, before))
     if debug:
         sys.excepthook = sys.__excepthook__
+
+
+def _set(variable: str, value: str | None) -> None:
+    os.environ.pop(variable, None)
+    if value is not None:
+        os.environ[variable] = value
 
 
 def _internal_error(
