@@ -8,13 +8,29 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from trimtab.engine.job import Held, Job, Result, Unit
+from trimtab.errors import TrimtabError
 from trimtab.journal import Notes
 from trimtab.rollout import rollout
 
 if TYPE_CHECKING:
     from trimtab.chat import Prompt
-    from trimtab.model import LanguageModel
+    from trimtab.model import LanguageModel, Source
     from trimtab.steering import Switch, VectorSteering
+
+
+def source_of(lm: LanguageModel, asked: str) -> Source:
+    """Return what another process loads the same model from.
+
+    Raises:
+        TrimtabError: a model that was made in memory.
+    """
+    if lm.source is None:
+        raise TrimtabError(
+            asked=asked,
+            found="a model that was made in memory",
+            advice="save it with save_pretrained, and load the folder with trimtab.load",
+        )
+    return lm.source
 
 
 class Engine:

@@ -19,7 +19,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from trimtab.engine.job import Held, Job, Result, Unit
-from trimtab.engine.local import Engine
+from trimtab.engine.local import Engine, source_of
 from trimtab.engine.worker import Wanted, Worker
 from trimtab.errors import TrimtabError
 from trimtab.journal import Notes
@@ -65,12 +65,7 @@ class RayEngine(Engine):
                 does not answer.
         """
         super().__init__(lm)
-        if lm.source is None:
-            raise TrimtabError(
-                asked=f"workers that hold {lm.name!r}",
-                found="a model that was made in memory",
-                advice="save it with save_pretrained, and load the folder with trimtab.load",
-            )
+        source = source_of(lm, f"workers that hold {lm.name!r}")
         on_gpu = lm.device.type == "cuda"
         slots = torch.cuda.device_count() if on_gpu else (os.cpu_count() or 1)
         self.workers = slots if workers is None else workers
@@ -82,7 +77,7 @@ class RayEngine(Engine):
         if self._started:
             _join(address, self.workers, self.workers if on_gpu else 0)
         threads = None if address else max(1, torch.get_num_threads() // self.workers)
-        self._wanted = Wanted(lm.source, lm.name, lm.fingerprint, threads, tuple(imports))
+        self._wanted = Wanted(source, lm.name, lm.fingerprint, threads, tuple(imports))
         self._make = ray.remote(Worker).options(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=0, max_task_retries=0
         )

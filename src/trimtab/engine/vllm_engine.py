@@ -19,7 +19,7 @@ import torch
 
 from trimtab import generation
 from trimtab.checks import finite
-from trimtab.engine.local import Engine
+from trimtab.engine.local import Engine, source_of
 from trimtab.engine.vllm_process import Process, Request, VllmProcess
 from trimtab.engine.vllm_steps import Steps, unserved
 from trimtab.errors import TrimtabError
@@ -63,12 +63,7 @@ class VllmEngine(Engine):
             TrimtabError: a model without a source.
         """
         super().__init__(lm)
-        if lm.source is None:
-            raise TrimtabError(
-                asked=f"answers of vLLM by {lm.name!r}",
-                found="a model that was made in memory",
-                advice="save it with save_pretrained, and load the folder with trimtab.load",
-            )
+        source_of(lm, f"answers of vLLM by {lm.name!r}")
         self.answered_here: Counter[str] = Counter()
         self._start, self._options = start, options
         self._steps = Steps()
