@@ -7,9 +7,8 @@ from typing import Annotated, TypeAlias
 import typer
 
 from trimtab.checks import choice
-from trimtab.engine import ENGINES, Engine, open_engine
+from trimtab.engine import ENGINES
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
 
 EngineName: TypeAlias = Annotated[
     str,
@@ -41,8 +40,3 @@ def check_engine(name: str, known: tuple[str, ...] = ENGINES) -> None:
             found="work that this engine does not do",
             advice=f"use one of {', '.join(known)}",
         )
-
-
-def engine_of(lm: LanguageModel, name: str, address: str | None, workers: int | None) -> Engine:
-    """Open the engine that was asked for; see `open_engine`."""
-    return open_engine(name, lm, address=address, workers=workers)

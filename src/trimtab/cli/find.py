@@ -10,7 +10,7 @@ import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import Json, Model, Seed, app, complete_behavior
-from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -21,7 +21,7 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
-from trimtab.engine import Engine
+from trimtab.engine import Engine, open_engine
 from trimtab.errors import TrimtabError
 from trimtab.explain.sparsify import sparsify
 from trimtab.find.each import Wanted, find_each, find_one
@@ -94,7 +94,7 @@ def find_command(
     check_writable(*files, json_file)
 
     lm = load_model(model)
-    with engine_of(lm, engine, address, workers) as where:
+    with open_engine(engine, lm, address=address, workers=workers) as where:
         vectors = _found(lm, wanted, where)
     for each, vector, file in zip(wanted, vectors, files, strict=True):
         kept = vector if strength is None else vector.at(strength)

@@ -9,7 +9,7 @@ import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
-from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -18,6 +18,7 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.engine import open_engine
 from trimtab.errors import TrimtabError
 from trimtab.measure import measure
 from trimtab.measure.harness.tasks import check_harness, measure_tasks
@@ -107,7 +108,7 @@ def measure_command(
                 progress=progress,
             )
     with (
-        engine_of(lm, engine, address, workers) as where,
+        open_engine(engine, lm, address=address, workers=workers) as where,
         progress_bar(f"measuring {contrast.name}") as progress,
     ):
         result = measure(

@@ -12,8 +12,9 @@ import typer
 from trimtab.behavior import load_behavior
 from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
-from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.engine import open_engine
 from trimtab.model import LanguageModel
 from trimtab.prompt_steering import prompt as prompt_of
 from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
@@ -114,7 +115,7 @@ def search_command(
     # Losses are compared to a millionth of a nat, which half precision would drown.
     lm = load_model(model, dtype=torch.float32)
     with (
-        engine_of(lm, engine, address, workers) as where,
+        open_engine(engine, lm, address=address, workers=workers) as where,
         progress_bar(f"searching {wanted.name}") as progress,
     ):
         found = search(

@@ -9,7 +9,7 @@ import typer
 
 from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
-from trimtab.cli.engine import Address, EngineName, Workers, check_engine, engine_of
+from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -20,6 +20,7 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
+from trimtab.engine import open_engine
 from trimtab.explain.sparsify import sparsify
 from trimtab.report.laws_page import write_laws_page
 from trimtab.report.strength_sections import tune_section
@@ -86,7 +87,10 @@ def tune_command(
     lm = load_model(model)
 
     def choose(lever: VectorSteering, sets: Layers, scopes: list[str] | None, title: str) -> Tuned:
-        with engine_of(lm, engine, address, workers) as where, progress_bar(title) as progress:
+        with (
+            open_engine(engine, lm, address=address, workers=workers) as where,
+            progress_bar(title) as progress,
+        ):
             return tune(
                 lm,
                 contrast,
