@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from trimtab.errors import TrimtabError
 from trimtab.prompt_steering import PromptSteering
 from trimtab.scope import Scope
 from trimtab.steering import Steering, VectorSteering
+from trimtab.written import written
 
 FORMAT = "trimtab.steering"
 VERSION = 1
@@ -85,26 +85,10 @@ def save_steering(steering: Steering, path: str | os.PathLike[str]) -> Path:
     Raises:
         TrimtabError: a steering this format has no form for, or a folder that cannot be written.
     """
-    target = Path(path)
     content = _to_bytes(steering)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise TrimtabError(
-            asked=f"to write the steering file {target}",
-            found=str(error),
-            advice="choose a file in a folder you may write",
-        ) from error
-    return target
+    with written(path) as file:
+        file.write_bytes(content)
+    return Path(path)
 
 
 def load_steering(path: str | os.PathLike[str]) -> VectorSteering | PromptSteering:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from trimtab.errors import TrimtabError
+from trimtab.written import written
 
 ABSENT = "–"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -159,35 +159,15 @@ def to_plain(value: object) -> object:
 
 
 def write_json(path: str | os.PathLike[str], data: object) -> Path:
-    """Write strict JSON next to `path` and rename it there, so that no reader sees half a file.
+    """Write strict JSON; no reader sees half a file.
 
     Errors:
         TrimtabError: when the folder cannot be written.
     """
-    target = Path(path)
     text = json.dumps(to_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are meant to be shared
-        os.replace(temporary, target)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise _unwritable(target, error) from error
-    return target
-
-
-def _unwritable(target: Path, error: OSError) -> TrimtabError:
-    return TrimtabError(
-        asked=f"to write {target}", found=str(error), advice="choose a file in a folder you own"
-    )
+    with written(path) as file:
+        file.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def clean(text: str) -> str:

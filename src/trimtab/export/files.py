@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -34,31 +30,6 @@ def extra(module: str, name: str) -> ModuleType:
             found=f"it cannot be imported: {error}",
             advice=f"pip install 'trimtab[{name}]'",
         ) from error
-
-
-@contextmanager
-def written(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path beside `path` to write to; when the block ends well it is renamed to `path`.
-
-    Raises:
-        TrimtabError: the folder cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise TrimtabError(
-            asked=f"to write {target}",
-            found=str(error),
-            advice="choose a file in a folder you may write",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def public_name(name: str) -> str:

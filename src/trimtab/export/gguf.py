@@ -18,9 +18,10 @@ from torch import Tensor
 
 from trimtab.checks import layer_within
 from trimtab.errors import TrimtabError
-from trimtab.export.files import constants, extra, public_name, written
+from trimtab.export.files import constants, extra, public_name
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
+from trimtab.written import written
 
 ARCHITECTURE = "controlvector"
 _TENSOR = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.export.files import extra, not_zero, written
+from trimtab.export.files import extra, not_zero
 from trimtab.hooks import Edit
 from trimtab.model import LanguageModel
 from trimtab.steering import Switch, VectorSteering
+from trimtab.written import written
 
 _FORM = "lm-eval's steered model"
 _SITES = ("resid_post", "attn_out", "mlp_out")

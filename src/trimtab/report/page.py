@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from trimtab.report import figures
 from trimtab.report.figures import Row
 from trimtab.report.words import answer, warnings
 from trimtab.tables import ABSENT, clean, number, percent, to_plain
+from trimtab.written import written
 
 
 def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
@@ -50,16 +50,8 @@ def write_page(folder: str | os.PathLike[str], page: str) -> Path:
         TrimtabError: when the folder cannot be written.
     """
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        write_text(target / "plotly.min.js", _plotly_bundle())
-        return write_text(target / "index.html", page)
-    except OSError as error:
-        raise TrimtabError(
-            asked=f"a report in {target}",
-            found=str(error),
-            advice="choose a folder that can be written",
-        ) from error
+    write_text(target / "plotly.min.js", _plotly_bundle())
+    return write_text(target / "index.html", page)
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -72,16 +64,9 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file by write-then-rename, so that no reader sees half of it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; a report is meant to be shared
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a text file; no reader sees half of it."""
+    with written(path) as file:
+        file.write_text(text, encoding="utf-8")
     return path
 
 
