@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
-from trimtab.prompts.moves.buffer import Buffer
 from trimtab.prompts.moves.descent import (
-    LEAST_GAIN,
     Descent,
     Diary,
-    Meter,
     Progress,
     Scorer,
     Slot,
@@ -27,7 +23,7 @@ from trimtab.prompts.moves.descent import (
     replaced,
     seeded,
 )
-from trimtab.prompts.moves.repair import repair
+from trimtab.prompts.moves.walk import Walk
 
 _REFILL = 16
 
@@ -81,128 +77,37 @@ def gcg(
         "top_k": top_k,
         "buffer": buffer,
     }
-    return _Walk(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
+    return _GCG(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
 
 
-class _Walk:
-    """One descent; what an entry of the diary holds is all that the next step depends on."""
+class _GCG(Walk):
+    """Goes on from the best slot of the buffer, without one from the newest."""
 
-    def __init__(
-        self,
-        kernel: Scorer,
-        bound: Bound,
-        start: Slot,
-        diary: Diary,
-        work: dict[str, Any],
-        progress: Progress | None,
-    ) -> None:
-        self.kernel, self.bound, self.diary, self.progress = kernel, bound, diary, progress
-        self.start, self.work, self.seed = start, work, work["seed"]
-        self.meter = Meter(kernel)
-        self.buffer = Buffer(max(1, work["buffer"]))
-        self.slot = self.best = start
-        self.repairs = self.flips = 0
-        self.curve: list[float] = []
-        self.stopped = ""
+    method = "gcg"
 
-    def run(self) -> Descent:
-        """Repair, descend, report."""
-        self._resume()
-        if not self.curve:
-            self._repair()
-        while not self.stopped:
-            if len(self.curve) > self.work["steps"]:
-                self._stop("steps")
-            else:
-                self._step()
-            if self.progress is not None:
-                self.progress(len(self.curve) - 1, self.work["steps"])
-        violated = self.bound.explain(self.start)
-        return Descent(
-            method="gcg",
-            ids=self.best,
-            text=self.bound.text(self.best),
-            loss=self.curve[-1],
-            curve=tuple(self.curve),
-            violated_start=violated,
-            violations_start=sum(violated.values()),
-            repair_steps=self.repairs,
-            flips=self.flips,
-            swaps=0,
-            restarts=0,
-            scored=self.meter.scored,
-            model_calls=self.meter.calls,
-            seconds=self.meter.seconds,
-            stopped=self.stopped,
-        )
-
-    def _repair(self) -> None:
-        for slot in repair(self.meter, self.bound, self.slot, self.work["top_k"], self.seed):
-            self.slot = slot
-            self.repairs += 1
-            self._note("repair")
-        self.best = self.slot
-        self.curve.append(self.kernel.one(self.slot))
-        self.buffer.push(self.curve[0], self.slot)
-        self._note("descend")
-
-    def _step(self) -> None:
-        now, width = self.buffer.entries[0][1], self.work["width"]
-        drawn = _drawn(
-            self.bound,
-            now,
-            self.kernel.gradient(now)[1],
-            self.work["top_k"],
-            seeded(self.seed, len(self.curve)),
-        )
-        candidates = legal_of(self.bound, islice(drawn, _REFILL * width), width)
+    def forward(self) -> None:
+        """Score `width` random replacements of one token, and go to the best."""
+        now = self._leader()
+        gradient = self.kernel.gradient(now)[1]
+        drawn = _drawn(self.bound, now, gradient, self.top_k, seeded(self.seed, self.step + 1))
+        candidates = legal_of(self.bound, islice(drawn, _REFILL * self.width), self.width)
         if not candidates:
-            self._stop("exhausted")
+            self.stop("exhausted")
             return
-        loss, self.slot = self.meter.best(candidates)[0]
-        if self.work["buffer"] == 0:
-            self.buffer = Buffer(1)
-        self.buffer.push(loss, self.slot)
-        self.flips += self.buffer.entries[0][1] == self.slot
-        better = loss < self.curve[-1] - LEAST_GAIN
-        if better:
-            self.best = self.slot
-        self.curve.append(loss if better else self.curve[-1])
-        self._note("step")
+        self.step += 1
+        loss, slot = self.meter.best(candidates)[0]
+        self.move(slot, loss)
+        self.flips += self._leader() == slot
+        self.curve.append(self.best_loss)
+        self.note("step")
 
-    def _stop(self, reason: str) -> None:
-        self.stopped = reason
-        self._note("stop")
+    def move(self, slot: Slot, loss: float) -> None:
+        """Offer a slot to the buffer; the first is that of the repaired start."""
+        super().move(slot, loss)
+        self.buffer.push(loss, slot)
 
-    def _note(self, event: str) -> None:
-        self.diary.add(
-            event,
-            step=max(0, len(self.curve) - 1),
-            ids=list(self.slot),
-            loss=self.buffer.entries[0][0] if self.curve else None,
-            violations=self.bound.violations([self.slot])[0],
-            best=list(self.best),
-            best_loss=self.curve[-1] if self.curve else None,
-            seed=self.seed,
-            counts=[self.repairs, self.flips],
-            cost=[self.meter.scored, self.meter.calls],
-            buffer=self.buffer.to_list(),
-            stopped=self.stopped,
-        )
-
-    def _resume(self) -> None:
-        """Stand where the last entry stood."""
-        if not self.diary.entries:
-            return
-        for entry in self.diary.entries:
-            if entry["event"] in ("descend", "step"):
-                self.curve.append(entry["best_loss"])
-        last = self.diary.entries[-1]
-        self.slot, self.best = tuple(last["ids"]), tuple(last["best"])
-        self.repairs, self.flips = last["counts"]
-        self.meter = Meter(self.kernel, *last["cost"])
-        self.buffer = Buffer(self.buffer.size, ((loss, ids) for loss, ids in last["buffer"]))
-        self.stopped = last["stopped"]
+    def _leader(self) -> Slot:
+        return self.buffer.entries[0][1] if self.buffer.entries else self.slot
 
 
 def _drawn(

@@ -10,12 +10,10 @@ import torch
 
 from trimtab.journal import Notes
 from trimtab.prompts.constraints import Bound
-from trimtab.prompts.moves.buffer import Buffer
 from trimtab.prompts.moves.descent import (
     LEAST_GAIN,
     Descent,
     Diary,
-    Meter,
     Progress,
     Scorer,
     Slot,
@@ -26,7 +24,7 @@ from trimtab.prompts.moves.descent import (
     replaced,
     seeded,
 )
-from trimtab.prompts.moves.repair import repair
+from trimtab.prompts.moves.walk import Walk
 
 NEAR = 4  # best replacements of a place that pairs are made of
 KEPT = 8  # exact losses wanted of a step
@@ -93,11 +91,13 @@ def hotflip(
         "buffer": buffer,
         "patience": patience,
     }
-    return _Walk(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
+    return _HotFlip(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
 
 
-class _Walk:
-    """One descent; what an entry of the diary holds is all that the next step depends on."""
+class _HotFlip(Walk):
+    """The best foretold replacements, then two tokens at once, then another place to go on from."""
+
+    method = "hotflip"
 
     def __init__(
         self,
@@ -108,64 +108,23 @@ class _Walk:
         work: dict[str, Any],
         progress: Progress | None,
     ) -> None:
-        self.kernel, self.bound, self.diary, self.progress = kernel, bound, diary, progress
-        self.start, self.seed, self.steps = start, work["seed"], work["steps"]
-        self.top_k, self.width = work["top_k"], work["width"]
+        super().__init__(kernel, bound, start, diary, work, progress)
         self.swapping, self.patience = work["swaps"], work["patience"]
-        self.meter = Meter(kernel)
-        self.buffer = Buffer(work["buffer"])
-        self.left: list[Slot] = []  # local optima: never gone to again
-        self.repairs = self.flips = self.swaps = self.restarts = self.idle = self.step = 0
-        self.slot, self.loss = start, float("inf")
-        self.best, self.best_loss = start, float("inf")
-        self.curve: list[float] = []
-        self.stopped = ""
         self._clear()
 
-    def run(self) -> Descent:
-        """Repair, descend, report."""
-        self._resume()
-        self._repair()
-        while not self.stopped:
-            if self.step >= self.steps:
-                self._stop("steps")
-            elif flips := self._singles():
-                self._flip(flips)
-            elif self.swapping and not self.swapped and len(self.slot) > 1:
-                self._swap()
-            else:
-                self._restart()
-            if self.progress is not None:
-                self.progress(self.step, self.steps)
-        violated = self.bound.explain(self.start)
-        return Descent(
-            method="hotflip",
-            ids=self.best,
-            text=self.bound.text(self.best),
-            loss=self.best_loss,
-            curve=tuple(self.curve),
-            violated_start=violated,
-            violations_start=sum(violated.values()),
-            repair_steps=self.repairs,
-            flips=self.flips,
-            swaps=self.swaps,
-            restarts=self.restarts,
-            scored=self.meter.scored,
-            model_calls=self.meter.calls,
-            seconds=self.meter.seconds,
-            stopped=self.stopped,
-        )
+    def forward(self) -> None:
+        """One round of exact scoring, or a restart."""
+        if flips := self._singles():
+            self._flip(flips)
+        elif self.swapping and not self.swapped and len(self.slot) > 1:
+            self._swap()
+        else:
+            self._restart()
 
-    def _repair(self) -> None:
-        if self.curve:
-            return
-        for slot in repair(self.meter, self.bound, self.slot, self.top_k, self.seed):
-            self.slot = slot
-            self.repairs += 1
-            self._note("repair")
-        self._move(self.slot, self.kernel.one(self.slot))
-        self.curve.append(self.best_loss)
-        self._note("descend")
+    def move(self, slot: Slot, loss: float) -> None:
+        """Go to a slot and forget what was true of the one left."""
+        super().move(slot, loss)
+        self._clear()
 
     def _singles(self) -> list[Slot]:
         """The next legal replacements of one token, from where the last step left off."""
@@ -221,28 +180,28 @@ class _Walk:
         if better:
             self.flips += event == "flip"
             self.swaps += event == "swap"
-            self._move(found[0][1], found[0][0])
+            self.move(found[0][1], found[0][0])
         self.curve.append(self.best_loss)
         if better:
-            self._note(event)
+            self.note(event)
 
     def _restart(self) -> None:
         """Go on from the buffer, or from random changes of the best slot."""
         self.left.append(self.slot)
         if self.idle >= self.patience:
-            self._stop("patience")
+            self.stop("patience")
             return
         following = self.buffer.pop(self.left) if self.idle % 2 == 0 else None
         following = following or self._kick() or self.buffer.pop(self.left)
         if following is None:
-            self._stop("exhausted")
+            self.stop("exhausted")
             return
         self.step += 1
         self.idle += 1
         self.restarts += 1
-        self._move(following[1], following[0])
+        self.move(following[1], following[0])
         self.curve.append(self.best_loss)
-        self._note("restart")
+        self.note("restart")
 
     def _kick(self) -> tuple[float, Slot] | None:
         """The best of `width` legal slots with random changes of the best one."""
@@ -267,55 +226,7 @@ class _Walk:
         )
         return next(iter(self.meter.best(candidates)), None)
 
-    def _move(self, slot: Slot, loss: float) -> None:
-        self.slot, self.loss = slot, loss
-        self._clear()
-        if loss < self.best_loss - LEAST_GAIN:
-            self.best, self.best_loss, self.idle = slot, loss, 0
-
     def _clear(self) -> None:
-        """Forget what was true of the slot left."""
         self.near: dict[int, list[tuple[float, int]]] = {}
         self.ranking: Iterator[Slot] | None = None
         self.swapped = False
-
-    def _stop(self, reason: str) -> None:
-        self.stopped = reason
-        self._note("stop")
-
-    def _note(self, event: str) -> None:
-        self.diary.add(
-            event,
-            step=self.step,
-            ids=list(self.slot),
-            loss=self.loss if self.curve else None,
-            violations=self.bound.violations([self.slot])[0],
-            best=list(self.best),
-            best_loss=self.best_loss if self.curve else None,
-            seed=self.seed,
-            counts=[self.repairs, self.flips, self.swaps, self.restarts, self.idle],
-            cost=[self.meter.scored, self.meter.calls],
-            buffer=self.buffer.to_list(),
-            left=[list(slot) for slot in self.left],
-            stopped=self.stopped,
-        )
-
-    def _resume(self) -> None:
-        """Stand where the last entry stood."""
-        if not self.diary.entries:
-            return
-        for entry in self.diary.entries:
-            missing = entry["step"] + 1 - len(self.curve)
-            if entry["loss"] is not None and missing > 0:
-                # Steps that changed nothing wrote nothing.
-                self.curve += self.curve[-1:] * (missing - 1) + [entry["best_loss"]]
-        last = self.diary.entries[-1]
-        self.step, self.stopped = last["step"], last["stopped"]
-        self.repairs, self.flips, self.swaps, self.restarts, self.idle = last["counts"]
-        self.meter = Meter(self.kernel, *last["cost"])
-        self.buffer = Buffer(self.buffer.size, ((loss, ids) for loss, ids in last["buffer"]))
-        self.left = [tuple(ids) for ids in last["left"]]
-        self.slot = tuple(last["ids"])
-        if last["loss"] is not None:
-            self.loss, self.best_loss = last["loss"], last["best_loss"]
-            self.best = tuple(last["best"])
