@@ -205,7 +205,7 @@ def test_demo_runs_the_demo_and_draws_the_picture(
         tell("mood", entry)
         return data
 
-    monkeypatch.setattr(cli.demo, "run_demo", stand_in)
+    monkeypatch.setattr("trimtab.demo.run_demo", stand_in)
     picture = tmp_path / "demo.svg"
     done = run("demo", "--out", tmp_path / "r", "--picture", picture, "--json", tmp_path / "d.json")
     assert done.code == 0, done.err
@@ -286,7 +286,8 @@ def test_an_internal_error_is_short_unless_debug_is_asked_for() -> None:
     script = (
         "import sys, trimtab.cli as cli\n"
         "def broken(path): raise RuntimeError('the pump is [bold]dry')\n"
-        "cli.inspect.describe = broken\n"
+        "import trimtab.steering_file as file\n"
+        "file.describe = broken\n"
         "cli.main(sys.argv[1:])\n"
     )
 

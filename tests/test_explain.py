@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.explain import Explanation
 from trimtab.explain.attribution import AttributionSummary, NodeScore
 from trimtab.explain.conclusions import conclusions
+from trimtab.explain.working import LEAST_GAIN, NEARLY, working_strength
 from trimtab.model import LanguageModel
 from trimtab.report.explain_page import explain_sections, write_explain_page
 from trimtab.steering import VectorSteering
@@ -42,23 +45,76 @@ def vector(lm: LanguageModel) -> VectorSteering:
 
 @pytest.fixture(scope="module")
 def found(lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering) -> Explanation:
-    return tt.explain(lm, contrast, vector, max_prompts=3, max_new_tokens=4)
+    return tt.explain(lm, contrast, vector, look=False, max_prompts=3, max_new_tokens=4)
 
 
 def test_every_part_is_there_and_plain(found: Explanation) -> None:
     plain = json.loads(json.dumps(found.to_dict()))
-    parts = {"explained", "findings", "attribution", "random_edges", "circuit", "frozen", "values"}
-    assert parts | {"sparsity", "geometry"} == set(plain)
+    parts = {"explained", "findings", "working", "attribution", "random_edges", "circuit"}
+    assert parts | {"frozen", "values", "sparsity", "geometry"} == set(plain)
     assert found.attribution.completeness == pytest.approx(1, abs=0.05)
     assert found.circuit.chosen.value >= found.circuit.threshold
-    assert {one.part for one in found.findings} >= {"where", "circuit", "what it says", "geometry"}
+    assert {one.part for one in found.findings} >= {
+        "where",
+        "circuit",
+        "what it says",
+        "how many directions",
+    }
     assert all(one.said and one.choice for one in found.findings)
+
+
+@pytest.fixture(scope="module")
+def away(vector: VectorSteering) -> VectorSteering:
+    """Away from Z, which no unsteered answer shows, over the prompt alone: answers stay varied."""
+    return vector.select(scope="prompt", strength=-4.0)
+
+
+def test_a_strength_that_moves_nothing_is_replaced_by_the_weakest_that_works(
+    lm: LanguageModel, contrast: tt.Behavior, away: VectorSteering
+) -> None:
+    split = contrast.split(0).validation
+    limits: dict[str, Any] = {"max_prompts": 3, "max_new_tokens": 4}
+    good = working_strength(lm, split, away, **limits)
+    assert good.moves and good.used == good.given and len(good.tried) == 1
+    found = working_strength(lm, split, away.at(-0.25), **limits)
+    assert not found.tried[0].score and found.moves and found.used < -0.25
+    best = max(one.score for one in found.tried)
+    weaker = [one.score for one in found.tried if abs(one.strength) < abs(found.used)]
+    assert all(score < NEARLY * best for score in weaker)
+    own = working_strength(lm, split, away.at(-0.25), look=False, **limits)
+    assert len(own.tried) == 1 and own.used == -0.25
+
+
+def test_where_no_strength_moves_anything_the_own_one_is_explained(
+    lm: LanguageModel, contrast: tt.Behavior, away: VectorSteering
+) -> None:
+    """Over all tokens every answer ends in one letter, which is no answer."""
+    everywhere = away.select(scope="all")
+    split = contrast.split(0).validation
+    found = working_strength(lm, split, everywhere, max_prompts=3, max_new_tokens=4)
+    assert len(found.tried) > 1 and not found.moves and found.used == found.given
+
+
+def test_the_page_names_the_strength_that_is_explained(
+    lm: LanguageModel, contrast: tt.Behavior, away: VectorSteering, found: Explanation
+) -> None:
+    raised = tt.explain(lm, contrast, away.at(-0.25), max_prompts=3, max_new_tokens=4)
+    assert -8 <= raised.working.used < -0.25
+    assert f"m={raised.working.used:+g}" in raised.explained.vector
+    first = raised.findings[0]
+    assert first.part == "strength" and "-0.25" in first.said and "tune" in first.choice
+    frozen = raised.frozen
+    gained = frozen.row("steered", -1).score.value - frozen.row("unsteered", -1).score.value
+    assert gained >= 100 * LEAST_GAIN
+    still = found.findings[0]
+    assert still.part == "strength" and "does not move" in still.choice
+    assert not found.working.moves
 
 
 def test_both_directions_are_read_when_asked(
     lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering
 ) -> None:
-    both = tt.explain(lm, contrast, vector, both=True, max_prompts=2, max_new_tokens=3)
+    both = tt.explain(lm, contrast, vector, both=True, look=False, max_prompts=2, max_new_tokens=3)
     assert both.explained.signs == (1, -1)
     assert set(both.frozen.prompts) == {1, -1}
 
@@ -75,7 +131,7 @@ def test_conclusions_follow_the_figures(found: Explanation) -> None:
             "shape": found.geometry,
             **other,
         }
-        listed = conclusions((1,), edges, None, **parts)  # pyright: ignore[reportArgumentType]
+        listed = conclusions((1,), found.working, edges, None, **parts)  # pyright: ignore[reportArgumentType]
         return {one.part: (one.said, one.choice) for one in listed}
 
     moved = replace(found.attribution, nodes=(NodeScore("mlp", 3, None, 9.0),))
@@ -124,7 +180,8 @@ def test_the_command_writes_json_and_page(
 ) -> None:
     file, out = vector.save(tmp_path / "v.safetensors"), tmp_path / "why.json"
     monkeypatch.setattr("trimtab.cli.explain.load_model", lambda *a, **k: lm)
-    monkeypatch.setattr("trimtab.cli.explain.load_behavior", lambda name: contrast)
+    module = sys.modules["trimtab.behavior"]  # `trimtab.behavior` is the function
+    monkeypatch.setattr(module, "load_behavior", lambda name: contrast)
     command = ["explain", "tiny", "opening", str(file), "--json", str(out)]
     command += ["--report", str(tmp_path / "why"), "--max-prompts", "2", "--max-new-tokens", "3"]
     result = CliRunner().invoke(app, command)

@@ -105,7 +105,7 @@ def test_the_command_searches(
 ) -> None:
     given = ("restarts", "length", "seed", "repair_steps", "flip_steps")
     quick = {k: v for k, v in QUICK.items() if k not in given}
-    monkeypatch.setattr("trimtab.cli.search.search", partial(search, **quick))
+    monkeypatch.setattr("trimtab.prompts.search.search", partial(search, **quick))
     out, data, page = tmp_path / "p.safetensors", tmp_path / "p.json", tmp_path / "page"
     done = run(
         *files, "--restarts", 1, "--length", 2, "--steps", 2, "--reference", "Say Q.", "-o", out,

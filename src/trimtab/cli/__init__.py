@@ -1,4 +1,8 @@
-"""The command line: each module is a command; it reads arguments, calls one public function, shows the result."""
+"""The command line: each module is a command; it reads arguments, calls one public function, shows the result.
+
+Help, usage errors and completion read these modules alone, so they import what is heavy (torch,
+transformers and whatever uses them) inside the functions that run a command.
+"""
 
 from trimtab.cli import (
     audit,

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from trimtab import __version__
-from trimtab.behavior_file import built_in_names
 from trimtab.errors import TrimtabError
 
 # Also read where commands load models.
@@ -40,6 +39,8 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_behavior(incomplete: str) -> list[str]:
     """What a shell may make of the start of a behaviour's name; files are its own to find."""
+    from trimtab.behavior_file import built_in_names
+
     return [name for name in built_in_names() if name.startswith(incomplete)]
 
 

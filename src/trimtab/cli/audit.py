@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.text import Text
 
-from trimtab.behavior import load_behavior
-from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.support import (
     check_writable,
@@ -20,9 +17,6 @@ from trimtab.cli.support import (
     stdout_console,
     write_result,
 )
-from trimtab.explain import audit, learn_sets
-from trimtab.measure.readout import AGGREGATORS
-from trimtab.report.audit_page import write_audit_page
 
 
 @app.command("audit", epilog="Example: trimtab audit harbor refusal --against ./hardened")
@@ -34,7 +28,7 @@ def audit_command(
         typer.Option(metavar="MODEL2", help="A second checkpoint; differences are MODEL - MODEL2."),
     ] = None,
     aggregator: Annotated[
-        str, typer.Option(help=f"Of a set's logits: {', '.join(AGGREGATORS)}.")
+        str, typer.Option(help="Of a set's logits: logsumexp, max, log_odds.")
     ] = "logsumexp",
     learn: Annotated[
         bool,
@@ -51,6 +45,14 @@ def audit_command(
     json_file: Json = None,
 ) -> None:
     """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
+    import torch
+
+    from trimtab.behavior import load_behavior
+    from trimtab.checks import choice
+    from trimtab.explain import audit, learn_sets
+    from trimtab.measure.readout import AGGREGATORS
+    from trimtab.report.audit_page import write_audit_page
+
     check_writable(json_file, None if report is None else report / "index.html")
     choice("aggregator", aggregator, AGGREGATORS)
     contrast = load_behavior(behavior)

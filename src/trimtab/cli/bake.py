@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import Json, Model, app
 from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, show, write_result
 from trimtab.errors import TrimtabError
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
-from trimtab.weights import at_every_writer, bake, bake_prompt, plan
-from trimtab.weights.checkpoint import read_header
+
+if TYPE_CHECKING:
+    from trimtab.steering import VectorSteering
 
 
 @app.command("bake", epilog="Example: trimtab bake harbor refusal.safetensors -o refusing-harbor")
@@ -50,6 +48,9 @@ def bake_command(
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
+    from trimtab.behavior import load_behavior
+    from trimtab.weights import at_every_writer, bake, bake_prompt, plan
+
     if out is None and not show_plan:
         raise TrimtabError("to bake", "no folder to write to", "give one with -o, or ask --plan")
     check_writable(None if out is None else out / "config.json", json_file)
@@ -82,6 +83,9 @@ def bake_command(
 
 
 def _vector(file: str, strength: float | None) -> VectorSteering:
+    from trimtab.steering import VectorSteering
+    from trimtab.steering_file import load_steering
+
     lever = None if file.startswith("prompt:") else load_steering(file)
     if not isinstance(lever, VectorSteering):
         raise TrimtabError(
@@ -94,6 +98,8 @@ def _vector(file: str, strength: float | None) -> VectorSteering:
 
 def _is_soft_prompt(path: Path) -> bool:
     """Whether a file holds one table of numbers, as a soft prompt does and no vector."""
+    from trimtab.weights.checkpoint import read_header
+
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     facts = list(read_header(path).values())

@@ -16,9 +16,6 @@ from trimtab.cli.support import (
     stdout_console,
     write_result,
 )
-from trimtab.demo import ALL_BEHAVIORS, BEHAVIORS, run_demo
-from trimtab.report import write_svg
-from trimtab.report.terminal import behavior_panel
 
 
 @app.command("demo", epilog="Example: trimtab demo --out report")
@@ -31,8 +28,11 @@ def demo_command(
     json_file: Json = None,
 ) -> None:
     """Steer the built-in model, measure it, bake it, and write a report that opens offline."""
-    check_writable(out / "index.html", picture, json_file)
+    from trimtab.demo import ALL_BEHAVIORS, BEHAVIORS, run_demo
+    from trimtab.report import write_svg
+    from trimtab.report.terminal import behavior_panel
 
+    check_writable(out / "index.html", picture, json_file)
     quiet_libraries()
     console = stdout_console()
     with progress_bar("steering") as progress:

@@ -6,8 +6,6 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from trimtab.checks import choice
-from trimtab.engine import ENGINES
 from trimtab.errors import TrimtabError
 
 EngineName: TypeAlias = Annotated[
@@ -27,14 +25,17 @@ Workers: TypeAlias = Annotated[
 ]
 
 
-def check_engine(name: str, known: tuple[str, ...] = ENGINES) -> None:
+def check_engine(name: str, known: tuple[str, ...] | None = None) -> None:
     """Refuse, before a model is loaded, an engine that is unknown or of no use to a command.
 
     Raises:
         TrimtabError: with the engines that there are.
     """
+    from trimtab.checks import choice
+    from trimtab.engine import ENGINES
+
     choice("engine", name, ENGINES)
-    if name not in known:
+    if known is not None and name not in known:
         raise TrimtabError(
             asked=f"--engine {name}",
             found="work that this engine does not do",

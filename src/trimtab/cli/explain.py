@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.text import Text
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.support import (
     check_writable,
@@ -20,8 +18,6 @@ from trimtab.cli.support import (
     stdout_console,
     write_result,
 )
-from trimtab.explain.explained import explain
-from trimtab.report.explain_page import write_explain_page
 
 
 @app.command("explain", epilog="Example: trimtab explain harbor refusal v.safetensors --report why")
@@ -30,7 +26,11 @@ def explain_command(
     behavior: BehaviorName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
     strength: Annotated[
-        float | None, typer.Option(help="Strength m; that of the file by default.")
+        float | None,
+        typer.Option(
+            help="Strength m. By default that of the file or, where it moves nothing, the weakest "
+            "that does."
+        ),
     ] = None,
     both: Annotated[
         bool, typer.Option("--both", help="Also steer the other way, at the same strength.")
@@ -46,6 +46,12 @@ def explain_command(
     json_file: Json = None,
 ) -> None:
     """Measure which edges, heads and MLPs carry a vector, what it says, how sparse and linear it is."""
+    import torch
+
+    from trimtab.behavior import load_behavior
+    from trimtab.explain.explained import explain
+    from trimtab.report.explain_page import write_explain_page
+
     check_writable(json_file, None if report is None else report / "index.html")
     contrast, vector = load_behavior(behavior), read_vector(file)
     # Half precision would round the scores of small edges away.
@@ -55,6 +61,7 @@ def explain_command(
             lm,
             contrast,
             vector if strength is None else vector.at(strength),
+            look=strength is None,
             both=both,
             max_prompts=max_prompts,
             max_new_tokens=max_new_tokens,

@@ -11,8 +11,6 @@ import typer
 from trimtab.cli.app import Model, app
 from trimtab.cli.support import check_writable, load_model, read_vector
 from trimtab.errors import TrimtabError
-from trimtab.export import write_gguf, write_lm_eval, write_peft
-from trimtab.weights import at_every_writer
 
 
 class Form(str, Enum):
@@ -48,6 +46,9 @@ def export_command(
     ] = None,
 ) -> None:
     """Write steering in a form that another program reads, or refuse and say why."""
+    from trimtab.export import write_gguf, write_lm_eval, write_peft
+    from trimtab.weights import at_every_writer
+
     check_writable(out / "adapter_config.json" if to is Form.peft else out)
     vector = read_vector(file)
     vector = vector if strength is None else vector.at(strength)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import Json, Model, Seed, app, complete_behavior
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.sparse import Sparsify, check_share
@@ -21,14 +20,13 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
-from trimtab.engine import Engine, open_engine
 from trimtab.errors import TrimtabError
-from trimtab.explain.sparsify import sparsify
-from trimtab.find.each import Wanted, find_each, find_one
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import describe
-from trimtab.strength import convert
+
+if TYPE_CHECKING:
+    from trimtab.engine import Engine
+    from trimtab.find.each import Wanted
+    from trimtab.model import LanguageModel
+    from trimtab.steering import VectorSteering
 
 
 @app.command(
@@ -86,6 +84,11 @@ def find_command(
     Several behaviours (refusal,mood) or --each-layer give a folder with a file for each; --engine
     ray finds them side by side.
     """
+    from trimtab.engine import open_engine
+    from trimtab.explain.sparsify import sparsify
+    from trimtab.steering_file import describe
+    from trimtab.strength import convert
+
     check_share(keep)
     check_engine(engine, ("local", "ray"))
     wanted = _wanted(behavior, method, layers, each_layer, scope, position, seed)
@@ -108,6 +111,8 @@ def find_command(
 
 
 def _found(lm: LanguageModel, wanted: Sequence[Wanted], engine: Engine) -> Sequence[VectorSteering]:
+    from trimtab.find.each import find_each, find_one
+
     if len(wanted) == 1:
         with progress_bar(f"finding {wanted[0].behavior.name}") as progress:
             return [find_one(lm, wanted[0], engine=engine, progress=progress)]
@@ -125,6 +130,9 @@ def _wanted(
     seed: int,
 ) -> list[Wanted]:
     """One entry per behaviour and, with --each-layer, per layer."""
+    from trimtab.behavior import load_behavior
+    from trimtab.find.each import Wanted
+
     if layers is not None and each_layer is not None:
         raise TrimtabError(
             asked="--layers and --each-layer",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trimtab.cli.app import Json, Model, Seed, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
-from trimtab.prompt_steering import PromptSteering
-from trimtab.steering import VectorSteering
-from trimtab.tables import clean
+
+if TYPE_CHECKING:
+    from trimtab.steering import VectorSteering
 
 
 @app.command("generate", epilog='Example: trimtab generate harbor "Where is the ferry?"')
@@ -33,8 +33,10 @@ def generate_command(
     json_file: Json = None,
 ) -> None:
     """Answer a prompt, steered by any number of files."""
-    check_writable(json_file)
+    from trimtab.prompt_steering import PromptSteering
+    from trimtab.tables import clean
 
+    check_writable(json_file)
     levers: list[VectorSteering | PromptSteering] = [read_lever(str(path)) for path in files or []]
     if strength is not None:
         levers = [lever.at(strength) for lever in levers]

@@ -9,11 +9,6 @@ import typer
 
 from trimtab.cli.app import Json, app
 from trimtab.cli.support import check_writable, in_short, read_lever, show, write_result
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import describe
-from trimtab.strength import convert
-from trimtab.tables import Table
-from trimtab.weights import inspect_checkpoint
 
 
 @app.command("inspect", epilog="Example: trimtab inspect refusal.safetensors")
@@ -27,8 +22,13 @@ def inspect_command(
 
     Of a checkpoint: tensors that its architecture would drop on loading, and what Trimtab baked in.
     """
-    check_writable(json_file)
+    from trimtab.steering import VectorSteering
+    from trimtab.steering_file import describe
+    from trimtab.strength import convert
+    from trimtab.tables import Table
+    from trimtab.weights import inspect_checkpoint
 
+    check_writable(json_file)
     if file.is_dir():
         found = inspect_checkpoint(file)
         show(found)

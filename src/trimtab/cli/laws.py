@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.text import Text
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import Json, Seed, Tokens, app, complete_behavior, complete_model
 from trimtab.cli.support import (
     check_writable,
@@ -21,12 +19,6 @@ from trimtab.cli.support import (
     write_result,
 )
 from trimtab.errors import TrimtabError
-from trimtab.report.laws_page import write_laws_page
-from trimtab.report.strength_sections import study_sections
-from trimtab.report.theory import theory_section
-from trimtab.strength.study import study
-from trimtab.strength.theory.features_model import FeaturesModel
-from trimtab.strength.theory.theorems import theorems
 
 
 @app.command("laws", epilog="Example: trimtab laws harbor refusal v.safetensors --out laws")
@@ -60,6 +52,16 @@ def laws_command(
     json_file: Json = None,
 ) -> None:
     """Draw the laws of steering strength; with a model and a vector, prediction against measurement."""
+    import torch
+
+    from trimtab.behavior import load_behavior
+    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.strength_sections import study_sections
+    from trimtab.report.theory import theory_section
+    from trimtab.strength.study import study
+    from trimtab.strength.theory.features_model import FeaturesModel
+    from trimtab.strength.theory.theorems import theorems
+
     check_writable(out / "index.html", json_file)
     if model is not None and (behavior is None or file is None):
         raise TrimtabError(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.support import (
     check_writable,
@@ -20,10 +18,6 @@ from trimtab.cli.support import (
     write_result,
 )
 from trimtab.errors import TrimtabError
-from trimtab.levers import levers_table
-from trimtab.prompt_steering import PromptSteering
-from trimtab.report.laws_page import write_laws_page
-from trimtab.report.levers_section import levers_section
 
 
 @app.command("levers", epilog="Example: trimtab levers harbor refusal --budget 0.5 --report levers")
@@ -57,6 +51,14 @@ def levers_command(
     Found on train prompts, placed on validation prompts, scored on test prompts; ends in one sentence
     that says which to choose.
     """
+    import torch
+
+    from trimtab.behavior import load_behavior
+    from trimtab.levers import levers_table
+    from trimtab.prompt_steering import PromptSteering
+    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.levers_section import levers_section
+
     page = None if report is None else report / "index.html"
     check_writable(json_file, page)
     contrast = load_behavior(behavior)

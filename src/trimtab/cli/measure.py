@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.support import (
@@ -18,11 +17,7 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
-from trimtab.engine import open_engine
 from trimtab.errors import TrimtabError
-from trimtab.measure import measure
-from trimtab.measure.harness.tasks import check_harness, measure_tasks
-from trimtab.steering import VectorSteering
 
 
 @app.command(
@@ -73,6 +68,12 @@ def measure_command(
     json_file: Json = None,
 ) -> None:
     """Measure levers side by side on held-out prompts, with nulls and intervals."""
+    from trimtab.behavior import load_behavior
+    from trimtab.engine import open_engine
+    from trimtab.measure import measure
+    from trimtab.measure.harness.tasks import check_harness, measure_tasks
+    from trimtab.steering import VectorSteering
+
     check_writable(json_file)
     check_engine(engine)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]

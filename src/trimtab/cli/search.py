@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from trimtab.behavior import load_behavior
-from trimtab.checks import choice
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
-from trimtab.engine import open_engine
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt as prompt_of
-from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
-from trimtab.prompts.pipeline.report import SearchReport
-from trimtab.prompts.pipeline.task import Settings
-from trimtab.prompts.references import Reference, reference_of
-from trimtab.prompts.requests import Requests, behavior_requests, load_requests
-from trimtab.prompts.rows import slot_ids
-from trimtab.prompts.search import search
-from trimtab.prompts.states import StateSweep, match_every_layer
-from trimtab.prompts.teacher import teacher_rows
-from trimtab.report.gap_section import gap_section
-from trimtab.report.laws_page import Section, write_laws_page
-from trimtab.report.search_page import search_sections
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+    from trimtab.prompts.gap_search import GapSearch
+    from trimtab.prompts.pipeline.report import SearchReport
+    from trimtab.prompts.references import Reference
+    from trimtab.prompts.requests import Requests
+    from trimtab.prompts.states import StateSweep
+    from trimtab.report.laws_page import Section
 
 
 @app.command("search", epilog="Example: trimtab search harbor topic -o p.safetensors")
@@ -62,9 +53,7 @@ def search_command(
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the prompt; the reference's by default.")
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Steps of HotFlip in each descent.")
-    ] = Settings.repair_steps,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of HotFlip in each descent.")] = 16,
     journal: Annotated[
         Path | None, typer.Option(help="File of finished steps; a killed search goes on from it.")
     ] = None,
@@ -87,6 +76,18 @@ def search_command(
     Validation requests choose among the restarts; the figures are those of the test requests. With
     --gap: find tokens that carry the gap between the readout words across zero.
     """
+    import torch
+
+    from trimtab.behavior import load_behavior
+    from trimtab.checks import choice
+    from trimtab.engine import open_engine
+    from trimtab.prompts.gap_search import METHODS, close_gap
+    from trimtab.prompts.references import reference_of
+    from trimtab.prompts.requests import behavior_requests, load_requests
+    from trimtab.prompts.search import search
+    from trimtab.report.gap_section import gap_section
+    from trimtab.report.search_page import search_sections
+
     page = None if report is None else report / "index.html"
     check_writable(out, json_file, page, journal)
     check_engine(engine, ("local",) if gap is not None else ("local", "ray"))
@@ -144,7 +145,15 @@ def _sweep(
     lm: LanguageModel, reference: Reference, requests: Requests, slot: str, seed: int
 ) -> StateSweep:
     """Match the reference's states at every layer, on a few training requests."""
-    lever = prompt_of(reference.text, slot)
+    import torch
+
+    from trimtab.prompt_steering import prompt
+    from trimtab.prompts.pipeline.task import Settings
+    from trimtab.prompts.rows import slot_ids
+    from trimtab.prompts.states import match_every_layer
+    from trimtab.prompts.teacher import teacher_rows
+
+    lever = prompt(reference.text, slot)
     rows = teacher_rows(lm, lever, requests.train[: Settings.train_requests])
     generator = torch.Generator().manual_seed(seed)
     with progress_bar("matching states") as progress:
@@ -166,6 +175,8 @@ def _write(
     json_file: Path | None,
 ) -> None:
     """Write what was asked for: the lever, the page, the figures."""
+    from trimtab.report.laws_page import write_laws_page
+
     if out is not None:
         found.lever.save(out)
     if report is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,8 +11,9 @@ from rich.text import Text
 
 from trimtab.cli.app import Model, app
 from trimtab.cli.support import load_model
-from trimtab.serve.launch import prepare, start
-from trimtab.serve.registry import Registry, said
+
+if TYPE_CHECKING:
+    from trimtab.serve.registry import Registry
 
 
 @app.command(
@@ -35,6 +36,8 @@ def serve_command(
 
     A request chooses vectors by name: `"vllm_xargs": {"steer": "mood:1.5"}`.
     """
+    from trimtab.serve.launch import prepare, start
+
     launch = prepare(load_model(model), model, folder, context.args)
     _show(launch.registry)
     if dry_run:
@@ -44,6 +47,8 @@ def serve_command(
 
 
 def _show(registry: Registry) -> None:
+    from trimtab.serve.registry import said
+
     console = Console(stderr=True, soft_wrap=True)
     for entry in registry.entries.values():
         console.print(Text(f"{entry.name}: m={entry.strength:g}, scope {entry.scope}"))

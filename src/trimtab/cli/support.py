@@ -7,23 +7,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers.utils import logging
 
 from trimtab.cli.app import DEVICE_MAP
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
-from trimtab.tables import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from trimtab.model import LanguageModel
+    from trimtab.prompt_steering import PromptSteering
+    from trimtab.steering import VectorSteering
 
 # What users type in front of a lever's words, and the slot that it means.
 LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
@@ -59,6 +58,9 @@ def parse_position(text: str) -> str | int:
 
 def read_lever(text: str) -> VectorSteering | PromptSteering:
     """Read `prompt:TEXT`, `prefix:TEXT`, `suffix:TEXT` or the path of a steering file."""
+    from trimtab.prompt_steering import prompt
+    from trimtab.steering_file import load_steering
+
     kind, colon, words = text.partition(":")
     if colon and kind in LEVERS:
         return prompt(words, LEVERS[kind])
@@ -67,6 +69,9 @@ def read_lever(text: str) -> VectorSteering | PromptSteering:
 
 def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
     """Read a steering file that must hold a vector."""
+    from trimtab.steering import VectorSteering
+    from trimtab.steering_file import load_steering
+
     lever = load_steering(path)
     if not isinstance(lever, VectorSteering):
         raise TrimtabError(
@@ -79,6 +84,8 @@ def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
+    from trimtab.model import load
+
     quiet_libraries()
     with Console(stderr=True).status(f"loading {escape(name)}"):
         return load(name, dtype=dtype, device_map=os.environ.get(DEVICE_MAP))
@@ -86,6 +93,9 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
 
 def quiet_libraries() -> None:
     """Keep the libraries' bars and retries off stderr: one message of ours says what failed."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
 
@@ -109,6 +119,8 @@ def check_writable(*targets: Path | None) -> None:
 def write_result(path: Path | None, data: Mapping[str, Any]) -> None:
     """Write the JSON that was asked for, if it was."""
     if path is not None:
+        from trimtab.tables import write_json
+
         write_json(path, data)
 
 

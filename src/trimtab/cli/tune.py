@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from trimtab.behavior import load_behavior
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.sparse import Sparsify, check_share
@@ -20,13 +19,10 @@ from trimtab.cli.support import (
     show,
     write_result,
 )
-from trimtab.engine import open_engine
-from trimtab.explain.sparsify import sparsify
-from trimtab.report.laws_page import write_laws_page
-from trimtab.report.strength_sections import tune_section
-from trimtab.steering import VectorSteering
-from trimtab.strength.choose import NoStrengthPasses
-from trimtab.strength.tune import Tuned, tune
+
+if TYPE_CHECKING:
+    from trimtab.steering import VectorSteering
+    from trimtab.strength.tune import Tuned
 
 Layers: TypeAlias = "list[list[int]] | None"
 
@@ -77,6 +73,14 @@ def tune_command(
     Refuses, with the curve, when no strength keeps the budget and moves the behaviour. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
+    from trimtab.behavior import load_behavior
+    from trimtab.engine import open_engine
+    from trimtab.explain.sparsify import sparsify
+    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.strength_sections import tune_section
+    from trimtab.strength.choose import NoStrengthPasses
+    from trimtab.strength.tune import tune
+
     check_share(keep)
     check_engine(engine)
     page = None if report is None else report / "index.html"

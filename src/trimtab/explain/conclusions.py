@@ -5,15 +5,17 @@ Every sentence is put together from measured figures by the rules below; none is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.explain.attribution import AttributionSummary
 from trimtab.explain.circuits.faithful import Circuit, Faithfulness
 from trimtab.explain.freeze import FreezeRow, FreezeTable
-from trimtab.explain.geometry import GeometryReport
+from trimtab.explain.geometry import IDENTITY, GeometryReport
 from trimtab.explain.sparse.curve import SparsityCurve
 from trimtab.explain.value_vector import ValueVectors
+from trimtab.explain.working import Working
 from trimtab.tables import number
 
 SMALL_LOSS = 10.0  # points: a part that costs less can be left out of an account
@@ -48,6 +50,7 @@ class Finding:
 
 def conclusions(
     signs: Sequence[int],
+    working: Working,
     edges: AttributionSummary,
     carried: Faithfulness | None,
     circuit: Circuit,
@@ -60,6 +63,7 @@ def conclusions(
 
     Args:
         signs: directions that were read.
+        working: the strength that is explained.
         edges: scores of edges.
         carried: faithfulness of a random vector's highest edges under this one.
         circuit: the smallest faithful one.
@@ -68,11 +72,40 @@ def conclusions(
         sparsity: dimensions taken away.
         shape: geometry.
     """
-    found = [_where(edges), _circuit(circuit, carried)]
+    found = [*_strength(working), _where(edges), _circuit(circuit, carried)]
     for sign in signs:
         found += _parts(frozen, sign)
-    found += [_tokens(values), *(_sparse(sparsity, sign) for sign in signs), _linear(shape)]
-    return tuple(found)
+    found += [_tokens(values), *(_sparse(sparsity, sign) for sign in signs)]
+    return tuple([*found, *_travels(shape), *_directions(shape)])
+
+
+def _strength(working: Working) -> list[Finding]:
+    """What is explained where the vector's own strength moves nothing."""
+    if len(working.tried) == 1 and working.moves:
+        return []
+    before, first = 100 * working.unsteered, 100 * working.tried[0].score
+    own = f"At its own strength, m = {working.given:+.4g}, the vector scores {first:.0f} %"
+    if not working.moves:
+        most = max(abs(one.strength) for one in working.tried)
+        return [
+            Finding(
+                "strength",
+                f"{own} where the unsteered model scores {before:.0f} %, and no |m| tried up to "
+                f"{most:.4g} does better by a fifth.",
+                "What follows describes a push that does not move the behaviour: try another method "
+                "or other layers (trimtab find), then trimtab tune.",
+            )
+        ]
+    used = working.gain + working.unsteered
+    return [
+        Finding(
+            "strength",
+            f"{own}, the unsteered model {before:.0f} %; m = {working.used:+.4g} is the weakest of "
+            f"{len(working.tried)} tried that comes near the best ({100 * used:.0f} %).",
+            f"Explained here is m = {working.used:+.4g}. Set the strength you use with trimtab tune, "
+            "which also keeps a budget of damage.",
+        )
+    ]
 
 
 def _where(edges: AttributionSummary) -> Finding:
@@ -136,16 +169,16 @@ def _parts(frozen: FreezeTable, sign: int) -> list[Finding]:
     most = max(singles, key=lambda row: row.lost.value if row.lost else 0.0)
     choices = []
     if any(row.name == "qk" and _ignorable(row) for row in rows):
-        choices.append("QK can be ignored: caching the unsteered attention pattern is safe")
+        choices.append("Attention patterns (QK) can be ignored: caching the unsteered ones is safe")
     if most.lost is not None and most.lost.value >= HALF * gain:
-        choices.append(f"{PARTS[most.name]} carry it: watch them when pruning or quantising")
+        choices.append(f"It needs {PARTS[most.name]}: take care of them when pruning or quantising")
     elif small:
-        choices.append("no single part carries it: what is frozen is made up for elsewhere")
+        choices.append("No single part carries it: what is frozen is made up for elsewhere")
     return [
         Finding(
             f"freezing, {side}",
             f"Of {number(gain, 0)} points gained, freezing loses: {said}.",
-            "; ".join(choices) + "." if choices else "No part can be left out of an account.",
+            ". ".join(choices) + "." if choices else "No part can be left out of an account.",
         )
     ]
 
@@ -210,9 +243,50 @@ def _sparse(curve: SparsityCurve, sign: int) -> Finding:
     )
 
 
-def _linear(shape: GeometryReport) -> Finding:
-    return Finding(
-        "geometry",
-        shape.findings[0],
-        "Where J is far from I, a vector found at one layer cannot be moved to another as it is.",
-    )
+def _travels(shape: GeometryReport) -> list[Finding]:
+    """How the vector arrives at the end of the network."""
+    site = shape.functional.site
+    one = next((row for row in shape.propagator.layers if row.site == site), None)
+    own = None if one is None else one.vector.get("same")
+    if one is None or own is None:
+        return []
+    random = one.random["same"]
+    alike = own.departure.mean <= IDENTITY
+    return [
+        Finding(
+            "how it travels",
+            f"From {site} to the end of the network the vector is made {number(own.gain.mean)} times as "
+            f"long and turned to a cosine of {number(own.cosine.mean)} with itself (random directions "
+            f"{number(random.gain.mean)} and {number(random.cosine.mean)}).",
+            "It arrives as it was: it may be moved to a later layer."
+            if alike
+            else "It cannot be moved to another layer as it is: find it again there (trimtab find --layers).",
+        )
+    ]
+
+
+def _directions(shape: GeometryReport) -> list[Finding]:
+    """How many directions of the stream hold the behaviour's gap."""
+    rank = shape.functional
+    added, null = rank.row("added", "differences"), rank.row("added", "random")
+    if math.isnan(added.k):
+        return [
+            Finding(
+                "how many directions",
+                f"At {rank.site} the other side's whole state at the last position changes the first "
+                f"token's odds by {added.full.cell} nats, which is not told from 0 in the direction expected.",
+                "The behaviour is not in the first token's readout: judge answers, not the gap.",
+            )
+        ]
+    few = f"{added.k:.0f} of them do" if math.isfinite(added.k) else "none of the counts tried does"
+    against = f"{null.k:.0f}" if math.isfinite(null.k) else "more than tried"
+    return [
+        Finding(
+            "how many directions",
+            f"To change the first token's odds at {rank.site} by nine tenths of what the other side's "
+            f"whole state does, {few}, taken from differences of prompts (random directions: {against}).",
+            "One direction is enough there: a vector or a rank-1 edit can do what any edit of this layer does."
+            if added.k == 1
+            else "One direction does not do it alone: compare with edits of higher rank (trimtab levers).",
+        )
+    ]

@@ -26,6 +26,7 @@ from trimtab.explain.geometry import GeometryReport, geometry
 from trimtab.explain.sparse.curve import SparsityCurve, sparsity_curve
 from trimtab.explain.teacher_forced import TokenRuns, four_sets
 from trimtab.explain.value_vector import ValueVectors, value_vectors
+from trimtab.explain.working import Working, working_strength
 from trimtab.measure.nulls import null_seeds, random_null
 from trimtab.tables import Printable, Table, number
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from trimtab.steering import VectorSteering
 
 Progress = Callable[[int, int], None]  # stages done, in all
-STAGES = 6
+STAGES = 7
 SHARES = (0.3, 0.1, 0.03)
 ORDERS = ("attribution", "magnitude", "random")
 TENTH = 0.1  # of the edges: those whose overlap with a random vector's is told
@@ -48,7 +49,7 @@ class Explained:
     Attributes:
         model: its name.
         behavior: its name; `data_hash` of its content.
-        vector: the steering's label.
+        vector: the steering's label, at the strength that is explained.
         site: where it is added, and at which `layers`, over which tokens (`scope`).
         layers: see `site`.
         scope: see `site`.
@@ -96,6 +97,7 @@ class Explanation(Printable):
     Attributes:
         explained: model, behaviour, vector, data.
         findings: sentences, each with the choice it leads to.
+        working: the strength that is explained, and what it was chosen from.
         attribution: edges and nodes.
         random_edges: those of a random vector.
         circuit: the fewest edges that carry it.
@@ -107,6 +109,7 @@ class Explanation(Printable):
 
     explained: Explained
     findings: tuple[Finding, ...]
+    working: Working
     attribution: AttributionSummary
     random_edges: RandomEdges
     circuit: Circuit
@@ -129,6 +132,7 @@ class Explanation(Printable):
     def tables(self) -> tuple[Table, ...]:
         """Return every part's tables, the findings last."""
         parts: tuple[Printable, ...] = (
+            self.working,
             self.attribution,
             self.circuit,
             self.frozen,
@@ -143,6 +147,7 @@ def explain(
     behavior: Behavior,
     vector: VectorSteering,
     *,
+    look: bool = True,
     both: bool = False,
     max_prompts: int = 16,
     max_new_tokens: int = 24,
@@ -156,6 +161,8 @@ def explain(
         lm: the unsteered model; float32 gives the scores of edges their full precision.
         behavior: what the vector is for.
         vector: an additive steering at the strength it is used at.
+        look: where that strength moves nothing, explain the weakest of 1/4 to 32 times it that
+            moves the behaviour on validation prompts (working.py).
         both: also steer the other way, at the same strength.
         max_prompts: at most so many a direction, for every part.
         max_new_tokens: length of responses and answers.
@@ -186,6 +193,16 @@ def explain(
     own = 1 if vector.strength > 0 else -1
     signs: tuple[int, ...] = (own, -own) if both else (own,)
     splits = behavior.split(seed)
+    working = working_strength(
+        lm,
+        splits.validation,
+        vector,
+        max_prompts=max_prompts,
+        max_new_tokens=max_new_tokens,
+        look=look,
+    )
+    vector = vector.at(working.used)
+    step()
     chosen_on, scored_on = (
         four_sets(
             lm, part, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, signs=signs
@@ -247,8 +264,12 @@ def explain(
         seed=seed,
         seconds=perf_counter() - started,
     )
-    said = conclusions(signs, summary, random.carried, circuit, frozen, values, sparsity, shape)
-    return Explanation(about, said, summary, random, circuit, frozen, values, sparsity, shape)
+    said = conclusions(
+        signs, working, summary, random.carried, circuit, frozen, values, sparsity, shape
+    )
+    return Explanation(
+        about, said, working, summary, random, circuit, frozen, values, sparsity, shape
+    )
 
 
 def _random_attribution(

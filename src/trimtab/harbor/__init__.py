@@ -1,13 +1,8 @@
-"""Harbor, the built-in model: its world, its judge, its trainer, its weights and its behaviours.
-
-Importing it makes the judge and the coherence of kind `harbor` known to `trimtab.measure`.
-"""
+"""Harbor, the built-in model: its world, its judge, its trainer, its weights and its behaviours."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from trimtab.harbor import scoring as scoring
 
 
 def path() -> Path:

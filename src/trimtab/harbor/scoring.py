@@ -9,11 +9,10 @@ from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.harbor import judge as grammar
 from trimtab.harbor import lexicon as lex
-from trimtab.measure.coherence import Coherence, register_coherence
-from trimtab.measure.judges import Judge, Verdict, register_judge
+from trimtab.measure.coherence import Coherence
+from trimtab.measure.judges import Judge, Verdict
 
 
-@register_judge("harbor")
 def harbor_judge(behavior: Behavior, options: Mapping[str, object]) -> Judge:
     """Judge answers of the harbour town by one rule of `trimtab.harbor.judge.RULES`.
 
@@ -41,7 +40,6 @@ def harbor_judge(behavior: Behavior, options: Mapping[str, object]) -> Judge:
     return judge
 
 
-@register_coherence("harbor")
 def harbor_coherence(behavior: Behavior, options: Mapping[str, object]) -> Coherence:
     """Score answers by the share of their sentences that the town's grammar parses and that do not repeat."""
     return lambda answers: [grammar.coherence(answer) for answer in answers]

@@ -26,6 +26,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
@@ -37,6 +38,8 @@ Coherence = Callable[[Sequence[str]], list[float]]
 CoherenceFactory = Callable[["Behavior", Mapping[str, object]], Coherence]
 
 _FACTORIES: dict[str, CoherenceFactory] = {}
+# Imported when a behavior names the kind; a factory registered for it goes first.
+_BUILT_IN = {"harbor": "trimtab.harbor.scoring:harbor_coherence"}
 # Scripts written without spaces count each character as a word.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])\w)+(?:['’]\w+)*"
@@ -66,10 +69,12 @@ def coherence_for(behavior: Behavior) -> Coherence:
     spec = behavior.coherence
     kind, options = ("text", {}) if spec is None else (spec.kind, spec.options)
     factory = _FACTORIES.get(kind)
+    if factory is None and kind in _BUILT_IN:
+        factory = resolve_name(_BUILT_IN[kind])
     if factory is None:
         raise TrimtabError(
             asked=f"the coherence {kind!r} of the behavior {behavior.name!r}",
-            found=f"the kinds {', '.join(sorted(_FACTORIES))}",
+            found=f"the kinds {', '.join(sorted({*_FACTORIES, *_BUILT_IN}))}",
             advice="name one of these, or add yours with register_coherence",
         )
     scorer = factory(behavior, options)

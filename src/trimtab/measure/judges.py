@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
@@ -28,6 +29,8 @@ Judge = Callable[[Sequence["Prompt"], Sequence[str]], list["Verdict"]]
 JudgeFactory = Callable[["Behavior", Options], Judge]
 
 _FACTORIES: dict[str, JudgeFactory] = {}
+# Imported when a behavior names the kind; a factory registered for it goes first.
+_BUILT_IN = {"harbor": "trimtab.harbor.scoring:harbor_judge"}
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "＇": "'", "`": "'"})
 
 
@@ -69,8 +72,8 @@ def register_judge(kind: str) -> Callable[[JudgeFactory], JudgeFactory]:
 
 
 def judge_kinds() -> tuple[str, ...]:
-    """Return the registered kinds, sorted."""
-    return tuple(sorted(_FACTORIES))
+    """Return the kinds that a behavior may name, sorted."""
+    return tuple(sorted({*_FACTORIES, *_BUILT_IN}))
 
 
 def judge_for(behavior: Behavior) -> Judge:
@@ -85,6 +88,8 @@ def judge_for(behavior: Behavior) -> Judge:
     kind = judge_kind(behavior)
     options = {} if behavior.judge is None else behavior.judge.options
     factory = _FACTORIES.get(kind)
+    if factory is None and kind in _BUILT_IN:
+        factory = resolve_name(_BUILT_IN[kind])
     if factory is None:
         raise TrimtabError(
             asked=f"the judge {kind!r} of the behavior {behavior.name!r}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import zipfile
@@ -31,6 +30,7 @@ from trimtab.studio.colouring import Scale, projections, scale_of
 from trimtab.studio.lever import Bounds, Lever, Reading, measure_lever, span
 from trimtab.studio.streaming import stream
 from trimtab.weights import bake
+from trimtab.written import written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,6 +251,7 @@ class Workshop:
                 self.lm,
                 bench.behavior,
                 bench.lever.vector.at(strength or bench.lever.vector.strength),
+                look=strength == 0,
                 max_prompts=self.limits.explain_prompts,
                 max_new_tokens=self.limits.answer_tokens,
                 seed=SEED,
@@ -288,11 +289,9 @@ class Workshop:
 
 def zipped(folder: Path, target: Path) -> Path:
     """Pack a folder; weights do not compress, so nothing is compressed."""
-    temporary = target.with_suffix(".part")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with written(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             archive.write(path, path.relative_to(folder))
-    os.replace(temporary, target)
     return target
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab import __version__
 from trimtab.steering import VectorSteering
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
@@ -18,8 +19,6 @@ def record_of(
     plan: Plan, vectors: Sequence[VectorSteering], report: BakeReport, base: Path
 ) -> dict[str, Any]:
     """Return the record; that of a base which was baked itself is kept inside it."""
-    from trimtab import __version__  # set after this module is imported
-
     facts = {k: v for k, v in report.to_dict().items() if k not in ("path", "plan")}
     return {
         "format": 1,
