@@ -283,3 +283,18 @@ def test_what_help_repeats_is_so() -> None:
     assert option("search", "steps").default == Settings.repair_steps == Settings.flip_steps
     assert option("search", "restarts").default == Settings.restarts
     assert all(name in option("measure", "engine").help for name in ENGINES)
+
+
+QUIET = """
+import os, sys
+os.environ.pop("GOMP_SPINCOUNT", None)
+from trimtab.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)
+"""
+
+
+def test_waiting_threads_are_told_to_sleep_before_torch_reads_it() -> None:
+    assert python(QUIET, "").split() == ["0", "False"]
