@@ -170,6 +170,8 @@ def _parts(frozen: FreezeTable, sign: int) -> list[Finding]:
     choices = []
     if any(row.name == "qk" and _ignorable(row) for row in rows):
         choices.append("Attention patterns (QK) can be ignored: caching the unsteered ones is safe")
+    elif any(row.name == "qk" and row.lost and row.lost.value <= SMALL_LOSS for row in rows):
+        choices.append("Attention patterns (QK) seem to matter little: --max-prompts would tell")
     if most.lost is not None and most.lost.value >= HALF * gain:
         choices.append(f"It needs {PARTS[most.name]}: take care of them when pruning or quantising")
     elif small:
@@ -278,13 +280,15 @@ def _directions(shape: GeometryReport) -> list[Finding]:
                 "The behaviour is not in the first token's readout: judge answers, not the gap.",
             )
         ]
-    few = f"{added.k:.0f} of them do" if math.isfinite(added.k) else "none of the counts tried does"
-    against = f"{null.k:.0f}" if math.isfinite(null.k) else "more than tried"
+    few, against = (
+        f"{k:.0f}" if math.isfinite(k) else "more than tried" for k in (added.k, null.k)
+    )
     return [
         Finding(
             "how many directions",
-            f"To change the first token's odds at {rank.site} by nine tenths of what the other side's "
-            f"whole state does, {few}, taken from differences of prompts (random directions: {against}).",
+            f"Directions, taken from differences of prompts, that change the first token's odds at "
+            f"{rank.site} by nine tenths of what the other side's whole state does: {few} (random "
+            f"directions: {against}).",
             "One direction is enough there: a vector or a rank-1 edit can do what any edit of this layer does."
             if added.k == 1
             else "One direction does not do it alone: compare with edits of higher rank (trimtab levers).",
