@@ -4,7 +4,8 @@
 # make test-interop   stock vLLM, llama.cpp and lm-eval on what Trimtab writes, the browser app in
 #             Chromium (must be on the PATH); cached environments
 # make docs   the documentation site in build/site; a warning fails
-# make bench  benchmarks; each prints a ratio against a named baseline as JSON
+# make bench  benchmarks; each prints a ratio against a named baseline as JSON (EAP_IG=folder of a
+#             checkout of it and EAP_IG_PYTHON=interpreter that has it: the one beside EAP-IG too)
 # make clean  removes what the targets above made
 
 PYTHON ?= python3
@@ -101,10 +102,13 @@ bench: $(STAMP)
 	$(BIN)/python bench/gap_search.py --json bench/results/gap_search.json
 	$(BIN)/python bench/prompt_levers.py --work build/prompt_levers --json bench/results/prompt_levers.json
 	$(BIN)/python bench/circuits.py --json bench/results/circuits.json
+	$(if $(EAP_IG),$(BIN)/python bench/eap_ig.py --reference $(EAP_IG) --python $(EAP_IG_PYTHON) \
+	  --json bench/results/eap_ig.json)
 	$(BIN)/python bench/geometry.py --json bench/results/geometry.json
 	$(BIN)/python bench/freeze.py --json bench/results/freeze.json
 	$(BIN)/python bench/sparsity.py --json bench/results/sparsity.json
 	$(BIN)/python bench/levers.py --json bench/results/levers.json
+	$(BIN)/python bench/tables.py
 	$(BIN)/python bench/served_speed.py --json bench/results/served_speed.json \
 	  $(if $(wildcard $(INTEROP)/vllm/.installed),--vllm $(INTEROP)/vllm/bin/python)
 	$(if $(wildcard $(INTEROP)/vllm/.installed),$(BIN)/python bench/serving.py \
