@@ -1,35 +1,13 @@
-"""What the exporters share: extras imported late, files that appear whole, refusals by name."""
+"""What the exporters share: names for others to read, what a format can hold, refusals by name."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import VectorSteering
-
-
-def extra(module: str, name: str) -> ModuleType:
-    """Import the package of an extra.
-
-    Args:
-        module: what is imported.
-        name: the extra of Trimtab that brings it.
-
-    Raises:
-        TrimtabError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise TrimtabError(
-            asked=f"to use the package {module.partition('.')[0]}",
-            found=f"it cannot be imported: {error}",
-            advice=f"pip install 'trimtab[{name}]'",
-        ) from error
 
 
 def public_name(name: str) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trimtab.checks import layer_within
 from trimtab.errors import TrimtabError
-from trimtab.export.files import constants, extra, public_name
+from trimtab.export.files import constants, public_name
+from trimtab.extras import extra
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 from trimtab.written import written

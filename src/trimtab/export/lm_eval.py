@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.export.files import extra, not_zero
+from trimtab.export.files import not_zero
+from trimtab.extras import extra
 from trimtab.hooks import Edit
 from trimtab.model import LanguageModel
 from trimtab.steering import Switch, VectorSteering

@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError
 from trimtab.export.card import adapter_card
-from trimtab.export.files import extra, not_zero, public_name
+from trimtab.export.files import not_zero, public_name
+from trimtab.extras import extra
 from trimtab.hooks import Edit
 from trimtab.model import LanguageModel
 from trimtab.sites import Site

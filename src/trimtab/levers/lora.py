@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError
-from trimtab.export.files import extra
+from trimtab.extras import extra
 from trimtab.levers.conversion import Conversion
 from trimtab.levers.low_rank import KINDS, LowRankUpdate, Writer, writer_of
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
