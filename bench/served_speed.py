@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,8 @@ ROUNDS = Path(__file__).with_name("vllm_rounds.py")
 def generate(lm: LanguageModel, ids: list[list[int]]) -> None:
     """Write exactly NEW_TOKENS tokens for every prompt."""
     prompts = torch.tensor(ids)
-    lm.model.generate(
+    model: Any = lm.model  # the type of modules says nothing of `generate`
+    model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=NEW_TOKENS,

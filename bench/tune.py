@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from trimtab.steering import VectorSteering
 from trimtab.strength import default_layers
 from trimtab.strength.calls import counting
 from trimtab.strength.screen import crossing
-from trimtab.strength.tune import tune
+from trimtab.strength.tune import Tuned, tune
 
 BUDGET, FLOOR, TOKENS, PROMPTS = 0.5, 0.9, 40, 32
 LAYERS, STRENGTHS = 6, 13
@@ -100,6 +101,7 @@ def iso_kl(lm: LanguageModel, validation: Behavior, vector: VectorSteering) -> V
     prompts = [e.prompt for e in validation.neutral][:PROMPTS]
     reference = Reference(lm, prompts, Unsteered(lm, 50).answers(prompts))
     strengths = [0.25 * 2**i for i in range(10)]
+    m = strengths[0]
     for _ in range(3):
         p95 = [summarise(tokens).p95 for tokens in reference.kl_many(vector, strengths)]
         m = crossing(strengths, p95, 1.0)
@@ -122,7 +124,7 @@ def main() -> None:
         }
         for way in (grid, one_m, refusal_selection, iso_kl):
             ways[way.__name__] = lambda way=way: way(lm, splits.named("validation"), vector)  # noqa: B023
-        rows: dict[str, dict[str, object]] = {}
+        rows: dict[str, dict[str, Any]] = {}
         for label, choose in ways.items():
             started = time.perf_counter()
             refused = ""
@@ -136,7 +138,7 @@ def main() -> None:
             if chosen is None:
                 rows[label]["refused"] = refused or "nothing qualifies"
                 continue
-            if label == "tune":
+            if isinstance(chosen, Tuned):
                 rows[label]["calls"] = chosen.report.model_calls
             result = test.run(chosen, 1)
             rows[label] |= {
