@@ -296,5 +296,5 @@ except SystemExit:
 """
 
 
-def test_waiting_threads_are_told_to_sleep_before_torch_reads_it() -> None:
-    assert python(QUIET, "").split() == ["0", "False"]
+def test_waiting_threads_are_told_to_spin_little_before_torch_reads_it() -> None:
+    assert python(QUIET, "").split() == ["1000", "False"]

@@ -70,9 +70,9 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `argv` is for tests, the process's own by default."""
     sys.excepthook = _internal_error
-    # Read when torch loads GNU OpenMP, whose waiting threads spin: beside other work small models
-    # answered 4 to 50 times slower than with threads that sleep, on an idle machine as fast.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Read when torch loads GNU OpenMP, whose waiting threads spin: beside other work on the same
+    # cores answers of a small model took 2 to 50 times longer. A short spin is as fast on idle ones.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="trimtab")
     except TrimtabError as error:
