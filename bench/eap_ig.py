@@ -150,7 +150,7 @@ def study(lm: LanguageModel, case: tuple, asked: argparse.Namespace) -> dict[str
         "edges_trimtab": graph.n_edges,
         "edges_reference": int(there.sum()),
         "same_rule": {t: agreement(mine[t].edges[kept], middle[t][kept]) for t in MIDDLE},
-        "as_shipped": {t: agreement(mine[t].edges[kept], left[t][kept]) for t in (5, 10, 50)},
+        "as_shipped": {t: agreement(mine[t].edges[kept], left[t][kept]) for t in MIDDLE},
         "off_converged": {
             "trimtab": {t: _off(x.edges[kept], whole) for t, x in mine.items()},
             BASELINE: {t: _off(x[kept], whole) for t, x in left.items()},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
-from typing import Any
 
 import torch
 
@@ -99,32 +98,14 @@ class _HotFlip(Walk):
 
     method = "hotflip"
 
-    def __init__(
-        self,
-        kernel: Scorer,
-        bound: Bound,
-        start: Slot,
-        diary: Diary,
-        work: dict[str, Any],
-        progress: Progress | None,
-    ) -> None:
-        super().__init__(kernel, bound, start, diary, work, progress)
-        self.swapping, self.patience = work["swaps"], work["patience"]
-        self._clear()
-
     def forward(self) -> None:
         """One round of exact scoring, or a restart."""
         if flips := self._singles():
             self._flip(flips)
-        elif self.swapping and not self.swapped and len(self.slot) > 1:
+        elif self.work["swaps"] and not self.swapped and len(self.slot) > 1:
             self._swap()
         else:
             self._restart()
-
-    def move(self, slot: Slot, loss: float) -> None:
-        """Go to a slot and forget what was true of the one left."""
-        super().move(slot, loss)
-        self._clear()
 
     def _singles(self) -> list[Slot]:
         """The next legal replacements of one token, from where the last step left off."""
@@ -188,7 +169,7 @@ class _HotFlip(Walk):
     def _restart(self) -> None:
         """Go on from the buffer, or from random changes of the best slot."""
         self.left.append(self.slot)
-        if self.idle >= self.patience:
+        if self.idle >= self.work["patience"]:
             self.stop("patience")
             return
         following = self.buffer.pop(self.left) if self.idle % 2 == 0 else None
@@ -226,7 +207,8 @@ class _HotFlip(Walk):
         )
         return next(iter(self.meter.best(candidates)), None)
 
-    def _clear(self) -> None:
+    def leave(self) -> None:
+        """Rank the replacements of the next slot anew."""
         self.near: dict[int, list[tuple[float, int]]] = {}
         self.ranking: Iterator[Slot] | None = None
         self.swapped = False

@@ -54,15 +54,20 @@ class Walk(ABC):
         self.best, self.best_loss = start, float("inf")
         self.left: list[Slot] = []  # never gone to again
         self.curve: list[float] = []
-        self.stopped = ""
+        self.stopped, self.work = "", work
+        self.leave()
 
     @abstractmethod
     def forward(self) -> None:
         """Make a step, or `stop`."""
 
+    def leave(self) -> None:  # noqa: B027, most have nothing to forget
+        """Forget what is true of one slot alone; called at the start and by every move."""
+
     def move(self, slot: Slot, loss: float) -> None:
         """Go to a slot, and remember it where it is the best."""
         self.slot, self.loss = slot, loss
+        self.leave()
         if loss < self.best_loss - LEAST_GAIN:
             self.best, self.best_loss, self.idle = slot, loss, 0
 
