@@ -13,12 +13,12 @@ from scipy.optimize import linprog
 
 import planted
 import tiny
+from tiny import forward_as
 from trimtab.errors import TrimtabError
 from trimtab.explain.shape.feasibility import feasibility, null_norms
 from trimtab.explain.shape.programme import largest_share, smallest_norm
 from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
 from trimtab.model import LanguageModel
-from trimtab.replay import forward_as
 from trimtab.steering import VectorSteering
 
 BEHAVIOR = planted.behavior(n=10, readout={"toward": ["Z"], "away": ["Q"]})

@@ -11,13 +11,13 @@ import torch
 
 import planted
 import tiny
+from tiny import forward_as
 from trimtab.capture import capture
 from trimtab.errors import TrimtabError
 from trimtab.explain.rank import leading
 from trimtab.explain.shape.functional_rank import _row, functional_rank, smallest
 from trimtab.measure.readout import readout_tokens
 from trimtab.model import LanguageModel
-from trimtab.replay import forward_as
 from trimtab.steering import VectorSteering
 
 READOUT = {"toward": ["Z"], "away": ["Q"]}

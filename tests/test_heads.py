@@ -12,9 +12,9 @@ import tiny
 from trimtab.attention import AttentionCall, attending
 from trimtab.errors import TrimtabError
 from trimtab.heads import HeadLayer, Projection, find_heads, heads_of
+from trimtab.hooking import input_tensor
 from trimtab.model import LanguageModel
 from trimtab.norm_form import read_norm
-from trimtab.probe import input_tensor
 
 TEXT = "The ferry leaves the harbor at noon."
 

@@ -10,12 +10,12 @@ import torch
 
 import planted
 import tiny
+from tiny import forward_as
 from trimtab.errors import TrimtabError
 from trimtab.explain.shape.jacobian import courses, moved_gaps, pulled_back
 from trimtab.explain.shape.linearity import LENGTHS, crossing, departure, linearity
 from trimtab.measure.readout import readout_tokens
 from trimtab.model import LanguageModel
-from trimtab.replay import forward_as
 from trimtab.steering import VectorSteering
 
 BEHAVIOR = planted.behavior(readout={"toward": ["Z"], "away": ["Q"]})

@@ -14,6 +14,7 @@ from torch import Tensor
 import planted
 import tiny
 from conftest import tiny_model
+from tiny import forward_as
 from trimtab.errors import TrimtabError
 from trimtab.explain.margin.radius import gap_gradients
 from trimtab.explain.propagator import SKIP_PATH, propagator
@@ -25,10 +26,9 @@ from trimtab.explain.shape.jacobian import (
     pulled_back,
     secant,
 )
+from trimtab.hooking import input_tensor
 from trimtab.measure.readout import gap, readout_tokens
 from trimtab.model import LanguageModel
-from trimtab.probe import input_tensor
-from trimtab.replay import forward_as
 from trimtab.steering import VectorSteering
 from trimtab.strength.slope import slopes
 

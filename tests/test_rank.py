@@ -15,8 +15,8 @@ from trimtab.explain.rank import (
     rank_row,
     spectrum,
 )
+from trimtab.hooking import first_tensor
 from trimtab.model import LanguageModel
-from trimtab.probe import first_tensor
 
 N, D = 40, 64
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -25,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from trimtab.hooking import Hooks
 from trimtab.model import LanguageModel
 
 WIDTH, LAYERS = 32, 4
@@ -178,3 +183,11 @@ def language_model(
     """A tiny model with its tokenizer."""
     name = architecture if isinstance(architecture, str) else architecture.model_type
     return LanguageModel(model(architecture, seed, dtype), tokenizer(template), f"tiny-{name}")
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward inside the block."""
+    with Hooks() as hooks:
+        hooks.around(module, lambda _, *args, **kwargs: forward(*args, **kwargs))
+        yield

@@ -6,11 +6,12 @@ a model uses one that asks a handler first. No module and no weight is touched.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from trimtab.errors import TrimtabError
+from trimtab.opened import opened, values
 from trimtab.probe import text_config
 
 if TYPE_CHECKING:
@@ -70,12 +72,12 @@ class AttentionCall:
 
 
 Handler: TypeAlias = "Callable[[AttentionCall], Tensor | None]"
-_HANDLERS: WeakKeyDictionary[nn.Module, tuple[int, Handler]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 @contextmanager
 def attending(lm: LanguageModel, handler: Handler) -> Iterator[None]:
-    """Ask `handler` at every attention of every call of the model made inside.
+    """Ask `handler` at every attention of every call that this thread or task makes inside.
 
     It returns the mixed values `[batch, queries, heads, head_dim]`, or None for the plain ones. Where
     contexts are nested, the inner handler is asked. Gradients flow.
@@ -85,20 +87,37 @@ def attending(lm: LanguageModel, handler: Handler) -> Iterator[None]:
             that are not known here.
     """
     config = text_config(lm.model)
-    before, old = config._attn_implementation, {}
-    for layer, module in enumerate(lm.sites.attention):
-        old[module] = _HANDLERS.get(module)
-        _HANDLERS[module] = (layer, handler)
-    config._attn_implementation = NAME
+    layers = {module: layer for layer, module in enumerate(lm.sites.attention)}
+    with _LOCK:
+        # The name of the function is read from the configuration in each call of the model.
+        if not isinstance(config, _Asked):
+            config.__class__ = _asked(type(config))
+        config.trimtab_blocks = getattr(config, "trimtab_blocks", 0) + 1
     try:
-        yield
+        with opened(_Asked, "handler", (config, layers, handler)):
+            yield
     finally:
-        config._attn_implementation = before
-        for module, entry in old.items():
-            if entry is None:
-                del _HANDLERS[module]
-            else:
-                _HANDLERS[module] = entry
+        with _LOCK:
+            config.trimtab_blocks -= 1
+            if not config.trimtab_blocks:
+                del config.trimtab_blocks
+                config.__class__ = type(config).__bases__[1]
+
+
+class _Asked:
+    """Marks a configuration that names our attention to whoever has a handler open."""
+
+
+@cache
+def _asked(kind: type) -> type:
+    """A class of configurations like `kind`."""
+
+    def name(config: Any) -> str | None:
+        asked = any(config is mine for mine, _, _ in values(_Asked, "handler"))
+        return NAME if asked else kind._attn_implementation.fget(config)
+
+    attention = property(name, kind._attn_implementation.fset)
+    return type(kind.__name__, (_Asked, kind), {"_attn_implementation": attention})
 
 
 def _attend(
@@ -119,7 +138,8 @@ def _attend(
             "attention sinks" if not dropout else "dropout in a model that is being trained",
             "use a model whose attention is a plain softmax of scores, in eval mode",
         )
-    layer, handler = _HANDLERS[module]
+    found = reversed(values(_Asked, "handler"))
+    layer, handler = next((layers[module], ask) for _, layers, ask in found if module in layers)
     scale = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     call = AttentionCall(layer, query, key, value, attention_mask, scale, softcap)
     mixed = handler(call)

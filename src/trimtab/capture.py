@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.hooking import Hooks
 from trimtab.sites import Site
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ class _Reader:
         inside = (columns >= start[:, None]) & (columns < stop[:, None])
         width = int((stop - start)[0])
 
-        def keep(layer: int, hidden: Tensor | None, scale: float) -> None:
-            assert hidden is not None  # the probe saw hidden states here
+        def keep(layer: int, scale: float, hidden: Tensor) -> None:
             chosen = inside.to(hidden.device)
             if mean_over:
                 weight = chosen.float() / chosen.sum(1, keepdim=True)
@@ -178,33 +177,9 @@ class _Reader:
             if len(found) == len(wanted):
                 raise _Stop
 
-        with ExitStack() as stack:
+        with Hooks() as hooks:
             for layer, tap in zip(self.layers, self.taps, strict=True):
-                if tap.on_input:
-
-                    def before(
-                        module: nn.Module,
-                        args: tuple,
-                        kwargs: dict,
-                        layer: int = layer,
-                        scale: float = tap.scale,
-                    ) -> None:
-                        keep(layer, input_tensor(args, kwargs), scale)
-
-                    handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)
-                else:
-
-                    def after(
-                        module: nn.Module,
-                        args: tuple,
-                        output: object,
-                        layer: int = layer,
-                        scale: float = tap.scale,
-                    ) -> None:
-                        keep(layer, first_tensor(output), scale)
-
-                    handle = tap.module.register_forward_hook(after)
-                stack.callback(handle.remove)
+                hooks.at(tap, partial(keep, layer, tap.scale))
             try:
                 self.lm.forward(batch, logits_to_keep=1)
             except _Stop:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.scope import Scope
@@ -21,13 +24,68 @@ _UNANSWERED = ("prompt", "post_instruction")
 
 
 class Coverage:
-    """Which tokens of the current call each scope covers."""
+    """Which tokens of the current call each scope covers, for every thread and task by itself."""
 
     def __init__(self, lm: LanguageModel, factors: Tensor | None) -> None:
-        """Know nothing yet: `prepare` is to be a pre-hook of the module that owns the blocks."""
+        """Know nothing yet: `prepare` is to see the calls of the module that owns the blocks."""
         self.lm = lm
         self.factors = factors
-        self.tables: dict[Scope, dict[Place, Tensor]] = {}
+        self.scopes: list[Scope] = []
+        # What goes on from call to call belongs to a task; within a call there is only its thread.
+        self._runs: WeakKeyDictionary[object, _Run] = WeakKeyDictionary()
+        self._here = threading.local()
+
+    def slot(self, scope: Scope) -> int:
+        """The number by which `weight` knows a scope."""
+        if scope not in self.scopes:
+            self.scopes.append(scope)
+        return self.scopes.index(scope)
+
+    def weight(self, slot: int, place: Place) -> Tensor:
+        """1 (or its row's factor) for a token that is steered, else 0: `[batch, seq, 1]`.
+
+        Shapes may be 1 where nothing varies. With row factors ask for float32: the product with a
+        direction is rounded once, so that a row equals the row steered alone at its strength.
+
+        Args:
+            slot: Of the scope.
+            place: Dtype and device wanted.
+        """
+        run: _Run = self._here.run
+        weight = run.weights.get((slot, place))
+        if weight is None:
+            weight = run.weights[slot, place] = run.weight(self.scopes[slot], place)
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the current call's tokens are."""
+        return self._here.run.positions.device
+
+    def prepare(self, args: tuple, kwargs: dict) -> None:
+        """Before each call of the model: positions, boundaries, and no weights yet."""
+        key = _running()
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = _Run(self.factors)
+        self._here.run = run
+        run.prepare(self.lm.active_batch, args, kwargs)
+
+
+def _running() -> object:
+    """The asyncio task that runs, or the thread."""
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no event loop runs here
+        return threading.current_thread()
+
+
+class _Run:
+    """The calls of one thread or task."""
+
+    def __init__(self, factors: Tensor | None) -> None:
+        self.factors = factors
+        self.weights: dict[tuple[int, Place], Tensor] = {}
         self.batch: Batch | None = None
         self.rows = 0
         self.prompt_length: Tensor | None = None
@@ -41,22 +99,13 @@ class Coverage:
         self.complete: int | None = None
         self.next_mask: Tensor | None = None
 
-    def table(self, scope: Scope) -> dict[Place, Tensor]:
-        """The weights of a scope in the current call that are known so far; filled by `weight`."""
-        return self.tables.setdefault(scope, {})
-
     def weight(self, scope: Scope, place: Place) -> Tensor:
-        """1 (or its row's factor) for a token that is steered, else 0: `[batch, seq, 1]`.
-
-        Shapes may be 1 where nothing varies. With row factors ask for float32: the product with a
-        direction is rounded once, so that a row equals the row steered alone at its strength.
-        """
+        """See `Coverage.weight`."""
         dtype, device = place
         covered = self._covered(scope)
         if self.row_factors is not None:
             covered = covered * self.row_factors
-        self.table(scope)[place] = covered = covered.to(device, dtype)
-        return covered
+        return covered.to(device, dtype)
 
     def _covered(self, scope: Scope) -> Tensor:
         mask = self.next_mask
@@ -74,17 +123,15 @@ class Coverage:
         covered = scope.mask(self.positions, real, self.prompt_length, self.instruction_end)
         return covered.unsqueeze(-1)
 
-    def prepare(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before each call of the model: positions, boundaries, and empty tables."""
-        for table in self.tables.values():
-            table.clear()
+    def prepare(self, batch: Batch | None, args: tuple, kwargs: dict) -> None:
+        """See `Coverage.prepare`; `batch` is the one whose calls are being made."""
+        self.weights.clear()
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             ids = kwargs["inputs_embeds"]
         rows, length = ids.shape[:2]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        batch = self.lm.active_batch
         known = batch is self.batch and rows == self.rows
         width = 0 if plain is None else plain.shape[1]
         if plain is not None and length == 1 and known and self.complete == width - 1:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-import warnings
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from trimtab.chat import Encoded, end_of_turn
 
@@ -33,7 +38,7 @@ def answer(
         encoded: Prompts without completions.
         max_new_tokens: Most tokens of an answer.
         temperature: 0 for greedy.
-        seed: Of the sampling; the global random state is left untouched.
+        seed: Of the sampling.
         use_cache: Whether to keep keys and values.
 
     Returns:
@@ -59,17 +64,16 @@ def answer_ids(
         return answers
     stops = end_ids(lm)
     generate = cast("Callable[..., torch.Tensor]", lm.model.generate)
-    devices = sorted({p.device.index for p in lm.model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices, enabled=temperature > 0), quiet(), _own(lm.model):
-        if temperature > 0:
-            torch.manual_seed(seed)
-        settings = _settings(lm, stops, max_new_tokens, temperature, use_cache)
+    settings = _settings(lm, stops, max_new_tokens, use_cache)
+    sampling = [_Sampling(temperature, seed)] if temperature > 0 else []
+    with quiet():
         for batch in lm.batches(encoded):
             with lm.calling(batch):
                 tokens = generate(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     generation_config=settings,
+                    logits_processor=LogitsProcessorList(sampling),
                 )
             new = tokens[:, batch.input_ids.shape[1] :]
             for row, ids in zip(batch.rows.tolist(), new.tolist(), strict=True):
@@ -79,39 +83,45 @@ def answer_ids(
 
 
 def _settings(
-    lm: LanguageModel,
-    stops: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    use_cache: bool,
+    lm: LanguageModel, stops: list[int], max_new_tokens: int, use_cache: bool
 ) -> GenerationConfig:
-    """Every setting that shapes the text: a default of the library would count among them."""
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
-    return GenerationConfig(
+    """Every setting that shapes the text."""
+    return _Complete(
         max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
-        do_sample=temperature > 0,
-        num_beams=1,
-        num_return_sequences=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+        do_sample=False,
         eos_token_id=stops or None,
         pad_token_id=pad_id(lm.tokenizer),
         use_cache=use_cache,
         return_dict_in_generate=False,
-        **(sampling if temperature > 0 else {}),
     )
 
 
-@contextmanager
-def _own(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's own generation settings aside: the library fills every gap from them."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
+class _Complete(GenerationConfig):
+    """Settings whose gaps are filled with the library's defaults, never with the model's own."""
+
+    def update(self, defaults_only: bool = False, **settings: Any) -> dict[str, Any]:
+        """As the library does, but for the model's settings: the ones that bring entries of their own."""
+        if settings.get("allow_custom_entries"):
+            return {}
+        return super().update(defaults_only=defaults_only, **settings)
+
+
+class _Sampling(LogitsProcessor):
+    """Draws each row's token from the softmax at a temperature, and leaves no other possible.
+
+    The library would draw it with the process's global generator, which all threads share.
+    """
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature, self.seed = temperature, seed
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.generator is None:
+            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        shares = (scores / self.temperature).softmax(-1)
+        tokens = torch.multinomial(shares, 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
@@ -141,15 +151,28 @@ def end_ids(lm: LanguageModel) -> list[int]:
     return sorted({end for end in ends if isinstance(end, int) and end != unknown})
 
 
+_quiet_lock = threading.Lock()
+_quiet_blocks = 0
+_loud_level = logging.NOTSET
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the library's advice about settings that are chosen on purpose here."""
+    """Hold back the library's advice about settings that are chosen on purpose here.
+
+    Blocks of several threads may overlap: the first one in and the last one out change the logger.
+    """
+    global _quiet_blocks, _loud_level
     logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _quiet_lock:
+        if not _quiet_blocks:
+            _loud_level = logger.level
+            logger.setLevel(logging.ERROR)
+        _quiet_blocks += 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        with _quiet_lock:
+            _quiet_blocks -= 1
+            if not _quiet_blocks:
+                logger.setLevel(_loud_level)

@@ -7,9 +7,8 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.attention import AttentionCall, attending
 from trimtab.errors import TrimtabError
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.hooking import Hooks, first_tensor, input_tensor
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -148,45 +147,37 @@ def find_heads(lm: LanguageModel) -> Heads:
     def look(call: AttentionCall) -> None:
         seen[call.layer].call = call
 
-    def keep_output(module: nn.Module, args: tuple, output: object) -> None:
+    # What is hooked here only may be what it is taken for: nothing is assumed of its tensors.
+    def keep_output(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         found = first_tensor(output)
         if found is not None:
             outputs[module] = found
 
-    def attention(layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            seen[layer].entered, seen[layer].left = input_tensor(args, kwargs), first_tensor(output)
+    def attention(layer: int, args: tuple, kwargs: dict, output: object) -> None:
+        seen[layer].entered, seen[layer].left = input_tensor(args, kwargs), first_tensor(output)
 
-        return keep
+    def child(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        found = first_tensor(output)
+        if found is not None:
+            norms[layer].append((module, found))
 
-    def child(layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            found = first_tensor(output)
-            if found is not None:
-                norms[layer].append((module, found))
-
-        return keep
-
-    def writer(layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen[layer].mixed = args[0] if args else None
-
-        return keep
+    def writer(layer: int, args: tuple, kwargs: dict) -> None:
+        seen[layer].mixed = args[0] if args else None
 
     batch = next(iter(lm.batches([lm.encode("Hello there")])))
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer, module in enumerate(lm.sites.attention):
-            stack.callback(module.register_forward_hook(attention(layer), with_kwargs=True).remove)
+            hooks.calls(module, after=partial(attention, layer))
             for part in module.children():
-                stack.callback(part.register_forward_hook(keep_output).remove)
+                hooks.calls(part, after=partial(keep_output, part))
             for part in lm.sites.blocks[layer].children():
-                stack.callback(part.register_forward_hook(child(layer)).remove)
+                hooks.calls(part, after=partial(child, layer, part))
             out = lm.sites.attention_writer[layer]
             if out is None:
                 raise _unknown(lm, layer, "no output projection")
-            stack.callback(out.register_forward_pre_hook(writer(layer), with_kwargs=True).remove)
-        stack.enter_context(attending(lm, look))
-        lm.forward(batch)
+            hooks.calls(out, before=partial(writer, layer))
+        with attending(lm, look):
+            lm.forward(batch)
     return Heads(
         tuple(_layer(lm, layer, seen[layer], outputs, norms[layer]) for layer in range(len(seen)))
     )

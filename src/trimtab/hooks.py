@@ -7,18 +7,23 @@ restores it bit for bit.
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from trimtab.coverage import Coverage, Place
 from trimtab.errors import TrimtabError
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.hooking import Hooks
+from trimtab.opened import names
 from trimtab.scope import Scope
 from trimtab.sites import Site
 
@@ -86,14 +91,34 @@ def steered(
         yield
         return
     coverage = Coverage(lm, factors)
-    with ExitStack() as stack:
-        # Appended to the hooks that exist, so an outer context has changed the stream before an
-        # inner one does.
-        handle = lm.sites.trunk.register_forward_pre_hook(coverage.prepare, with_kwargs=True)
-        stack.callback(handle.remove)
+    # Appended to the hooks that exist, so an outer context has changed the stream before an inner
+    # one does.
+    with Hooks(elsewhere=_Bystander(lm)) as hooks:
+        hooks.calls(lm.sites.trunk, before=coverage.prepare)
         for edit in active:
-            _install(stack, lm, edit, coverage)
+            _install(hooks, lm, edit, coverage)
         yield
+
+
+class _Bystander:
+    """Warns once of calls in a thread that was started inside the block and inherits nothing."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.name, self.warned = lm.name, False
+        self.older = WeakSet(threading.enumerate())
+
+    def __call__(self) -> None:
+        thread = threading.current_thread()
+        if self.warned or thread in self.older or names() - {"active_batch"}:
+            return
+        self.warned = True
+        warnings.warn(
+            f"{self.name} is called in the thread {thread.name!r}, which was started while a "
+            "steering of another thread was open and is not steered by it. Enter `on` inside the "
+            "thread, or start it with contextvars.copy_context().run.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _all_zero(factors: Tensor) -> bool:
@@ -120,47 +145,27 @@ def _check(lm: LanguageModel, edit: Edit) -> None:
         )
 
 
-def _install(stack: ExitStack, lm: LanguageModel, edit: Edit, coverage: Coverage) -> None:
+def _install(hooks: Hooks, lm: LanguageModel, edit: Edit, coverage: Coverage) -> None:
     """Put one edit's hook in place."""
     tap = lm.sites.writing(edit.site)
-    if edit.site.kind == "resid_mid" and edit.operation != "add":
-        # The middle of a block exists only as a sum: remember the half that the attention does not
-        # write.
-        entries: list[Tensor] = []
-
-        def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = input_tensor(args, kwargs)
-            assert hidden is not None  # the probe saw hidden states here
-            entries[:] = [hidden]
-
-        block = lm.sites.blocks[edit.site.layer]
-        stack.callback(block.register_forward_pre_hook(remember, with_kwargs=True).remove)
-        stack.callback(entries.clear)
-        change = _change(edit, tap.scale, coverage, entries)
-    else:
-        change = _change(edit, tap.scale, coverage, None)
-    if tap.on_input:
-        stack.callback(
-            tap.module.register_forward_pre_hook(_on_input(change), with_kwargs=True).remove
-        )
-    else:
-        stack.callback(tap.module.register_forward_hook(_on_output(change)).remove)
-
-
-def _change(
-    edit: Edit, scale: float, coverage: Coverage, entries: list[Tensor] | None
-) -> Callable[[Tensor], Tensor]:
-    """The function of the hidden states `[batch, seq, d_model]` that one edit is.
-
-    The module's output times `scale` is the site's value, so a change of the site is divided by it.
-    """
     if edit.operation == "add":
-        return _addition(edit, scale, coverage)
-    return _projection(edit, scale, coverage, entries)
+        hooks.at(tap, _addition(edit, tap.scale, coverage))
+        return
+    entry: threading.local | None = None
+    if edit.site.kind == "resid_mid":
+        # The middle of a block exists only as a sum: remember the half that the attention does not
+        # write, for the thread that the call is made in.
+        entry = threading.local()
+        hooks.before(lm.sites.blocks[edit.site.layer], partial(setattr, entry, "hidden"))
+    hooks.at(tap, _projection(edit, tap.scale, coverage, entry))
+
+
+# The functions below take the hidden states `[batch, seq, d_model]` that a module returns; `scale`
+# times those is the site's value, so a change of the site is divided by it.
 
 
 def _addition(edit: Edit, scale: float, coverage: Coverage) -> Callable[[Tensor], Tensor]:
-    scope, table = edit.scope, coverage.table(edit.scope)
+    slot = coverage.slot(edit.scope)
     step = edit.direction.float() * (edit.amount / scale)
     moved: dict[Place, Tensor] = {}
 
@@ -170,26 +175,20 @@ def _addition(edit: Edit, scale: float, coverage: Coverage) -> Callable[[Tensor]
         vector = moved.get(place)
         if vector is None:
             vector = _move(moved, place, step, edit)
-        weight = table.get(place)
-        if weight is None:
-            weight = coverage.weight(scope, place)
-        return torch.addcmul(hidden, weight, vector)
+        return torch.addcmul(hidden, coverage.weight(slot, place), vector)
 
     def add_by_row(hidden: Tensor) -> Tensor:
         place = (torch.float32, hidden.device)
         vector = _move(moved, place, step, edit)
-        weight = table.get(place)
-        if weight is None:
-            weight = coverage.weight(scope, place)
-        return hidden + (weight * vector).to(hidden.dtype)
+        return hidden + (coverage.weight(slot, place) * vector).to(hidden.dtype)
 
     return add if coverage.factors is None else add_by_row
 
 
 def _projection(
-    edit: Edit, scale: float, coverage: Coverage, entries: list[Tensor] | None
+    edit: Edit, scale: float, coverage: Coverage, entry: threading.local | None
 ) -> Callable[[Tensor], Tensor]:
-    scope, table = edit.scope, coverage.table(edit.scope)
+    slot = coverage.slot(edit.scope)
     # The site's (h.c) as a product with a column, and the step back along c.
     direction = edit.direction.float()
     column, step = (direction * scale).unsqueeze(-1), direction * (-edit.amount / scale)
@@ -202,15 +201,12 @@ def _projection(
         place = (torch.float32, hidden.device)
         value = hidden if hidden.dtype == torch.float32 else hidden.float()
         excess = value @ _move(columns, place, column, edit)
-        if entries is not None:
+        if entry is not None:
             # The column of the stream itself, which no multiplier divides.
-            excess = excess + entries[0].to(hidden.device, torch.float32) @ columns[place] / scale
+            excess = excess + entry.hidden.to(hidden.device, torch.float32) @ columns[place] / scale
         if target:
             excess = excess - target
-        weight = table.get(place)
-        if weight is None:
-            weight = coverage.weight(scope, place)
-        excess = excess * weight
+        excess = excess * coverage.weight(slot, place)
         vector = _move(steps, place, step, edit)
         if value is hidden:
             return torch.addcmul(hidden, excess, vector)
@@ -233,25 +229,3 @@ def _move(moved: dict[Place, Tensor], place: Place, value: Tensor, edit: Edit) -
                 "lower the strength, or load the model in bfloat16",
             )
     return found
-
-
-def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., object]:
-    def hook(module: nn.Module, args: tuple, output: object) -> object:
-        # Blocks return a tensor in transformers 5 and a tuple before it; attention modules return a
-        # tuple.
-        if isinstance(output, Tensor):
-            return change(output)
-        hidden = first_tensor(output)
-        assert hidden is not None and isinstance(output, (tuple, list))
-        return (change(hidden), *output[1:])
-
-    return hook
-
-
-def _on_input(change: Callable[[Tensor], Tensor]) -> Callable[..., object]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    return hook

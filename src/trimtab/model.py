@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from trimtab.batch import Batch, make_batches
 from trimtab.chat import Encoded, Insert, Message, Prompt, render
 from trimtab.errors import TrimtabError
 from trimtab.fingerprint import fingerprint
+from trimtab.opened import opened, values
 from trimtab.probe import text_config
 from trimtab.sites import Sites, find_sites
 
@@ -59,10 +60,6 @@ class LanguageModel:
         model: The Hugging Face model; put in eval mode, its `requires_grad` flags left alone.
         tokenizer: Its tokenizer.
         name: Where it came from.
-        system: A system text that every rendered prompt gets, or None.
-        inserts: What else every rendered prompt gets, see `trimtab.chat.Insert`.
-        soft_count: Ids beyond the vocabulary that the embedding answers for just now.
-        active_batch: The batch whose calls are being made (see `calling`), or None.
         source: What `load` loaded it from; None for a model that was made otherwise.
     """
 
@@ -89,10 +86,8 @@ class LanguageModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.system: str | None = None
-        self.inserts: tuple[Insert, ...] = ()
-        self.soft_count = 0
-        self.active_batch: Batch | None = None
+        self._system: str | None = None
+        self._inserts: tuple[Insert, ...] = ()
         self.source: Source | None = None
 
     def __repr__(self) -> str:
@@ -116,6 +111,34 @@ class LanguageModel:
         return next(self.model.get_input_embeddings().parameters()).device
 
     @property
+    def system(self) -> str | None:
+        """A system text that every rendered prompt gets: the innermost open one, or what was set."""
+        return (values(self, "system") or [self._system])[-1]
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = text
+
+    @property
+    def inserts(self) -> tuple[Insert, ...]:
+        """What else every rendered prompt gets, see `trimtab.chat.Insert`; open ones come last."""
+        return (*self._inserts, *values(self, "inserts"))
+
+    @inserts.setter
+    def inserts(self, inserts: tuple[Insert, ...]) -> None:
+        self._inserts = inserts
+
+    @property
+    def soft_count(self) -> int:
+        """Ids beyond the vocabulary that the embedding answers for just now."""
+        return sum(values(self, "soft_count"))
+
+    @property
+    def active_batch(self) -> Batch | None:
+        """The batch whose calls are being made (see `calling`), or None."""
+        return (values(self, "active_batch") or [None])[-1]
+
+    @property
     def known_ids(self) -> int:
         """How many ids the embedding answers for."""
         return next(self.model.get_input_embeddings().parameters()).shape[0] + self.soft_count
@@ -134,10 +157,10 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """A hash of the architecture and every weight; see `trimtab.fingerprint`."""
         state = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if getattr(self, "_fingerprint_state", None) != state:
-            self._fingerprint_state = state
-            self._fingerprint = fingerprint(self.model)
-        return self._fingerprint
+        known = getattr(self, "_fingerprint", None)
+        if known is None or known[0] != state:
+            known = self._fingerprint = (state, fingerprint(self.model))
+        return known[1]
 
     def encode(self, prompt: Prompt, completion: str | None = None) -> Encoded:
         """Render and tokenise a prompt, with `self.system` and `self.inserts`.
@@ -172,17 +195,12 @@ class LanguageModel:
         for batch in make_batches(encoded, generation.pad_id(self.tokenizer), max_tokens, max_rows):
             yield batch.to(self.device)
 
-    @contextmanager
-    def calling(self, batch: Batch) -> Iterator[None]:
+    def calling(self, batch: Batch) -> AbstractContextManager[None]:
         """Tell steering where the prompts end in the calls of the model made inside.
 
         Calls inside may feed the prompt whole, in chunks with `past_key_values`, or token by token.
         """
-        before, self.active_batch = self.active_batch, batch
-        try:
-            yield
-        finally:
-            self.active_batch = before
+        return opened(self, "active_batch", batch)
 
     def forward(self, batch: Batch, logits_to_keep: int = 0) -> Tensor:
         """Logits `[batch, seq, vocab]` of a batch, without a cache.
@@ -259,12 +277,15 @@ class LanguageModel:
     ) -> str | list[str]:
         """Answer one prompt, or each of a list; special tokens are dropped.
 
+        Threads and asyncio tasks may share one model: each gets the answers that it would get
+        alone, steered by the `with` blocks that it entered itself (see `VectorSteering.on`).
+
         Args:
             prompt: A string or a conversation (one answer), or a list of them (a list of answers).
             max_new_tokens: Most tokens of an answer.
             temperature: 0 is greedy; else plain sampling from the softmax at this temperature, with
                 no top-k or top-p, whatever the model's own generation settings say.
-            seed: Of the sampling; the global random state is left untouched.
+            seed: Of the sampling; the global random state is neither read nor changed.
             use_cache: Whether to keep keys and values.
 
         Raises:

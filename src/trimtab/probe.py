@@ -9,15 +9,16 @@ multiplier.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks, first_tensor, input_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,41 +31,6 @@ _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The configuration of the language part of a model."""
     return model.config.get_text_config(decoder=True)
-
-
-def first_tensor(value: object) -> Tensor | None:
-    """The hidden states of a module's output: the tensor itself, or the first of a tuple."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
-        return value[0]
-    return None
-
-
-def input_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    """The hidden states that a module is called with."""
-    return first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
-
-
-def stream_input(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states of a call that is known to be given some."""
-    hidden = input_tensor(args, kwargs)
-    assert hidden is not None
-    return hidden
-
-
-def stream_output(output: object) -> Tensor:
-    """The hidden states of an output that is known to hold some."""
-    hidden = first_tensor(output)
-    assert hidden is not None
-    return hidden
-
-
-def with_stream(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    """The arguments of a call with other hidden states."""
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +149,20 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     def enter_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
         trace.entry.append(_known(input_tensor(args, kwargs), module))
 
-    def leave_block(module: nn.Module, args: tuple, output: object) -> None:
+    def leave_block(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         trace.exit.append(_known(first_tensor(output), module))
 
-    def watch(calls: list[_Call], name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            entered, left = input_tensor(args, kwargs), first_tensor(output)
-            if entered is not None and left is not None:
-                calls.append(_Call(name, module, entered, left))
-
-        return leave
+    def watch(
+        calls: list[_Call],
+        name: str,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        output: object,
+    ) -> None:
+        entered, left = input_tensor(args, kwargs), first_tensor(output)
+        if entered is not None and left is not None:
+            calls.append(_Call(name, module, entered, left))
 
     def watch_norm(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if trace.exit and input_tensor(args, kwargs) is trace.exit[-1]:
@@ -202,17 +172,14 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     device = next(embedding.parameters()).device
     ids = torch.arange(3, device=device)[None] % int(text_config(model).vocab_size)
     training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack, torch.no_grad():
+    with Hooks() as hooks, torch.no_grad():
         for i, block in enumerate(blocks):
-            watched = block.register_forward_pre_hook(enter_block, with_kwargs=True)
-            stack.callback(watched.remove)
-            stack.callback(block.register_forward_hook(leave_block).remove)
+            hooks.calls(block, partial(enter_block, block), partial(leave_block, block))
             for name, child in block.named_children():
-                leave = watch(trace.of_block[i], name)
-                stack.callback(child.register_forward_hook(leave, with_kwargs=True).remove)
+                hooks.calls(child, after=partial(watch, trace.of_block[i], name, child))
         for child in trunk.children():
             if child is not blocks:
-                stack.callback(child.register_forward_hook(watch_norm, with_kwargs=True).remove)
+                hooks.calls(child, after=partial(watch_norm, child))
         try:
             model.eval()
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

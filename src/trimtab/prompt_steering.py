@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.chat import SEPARATORS, SLOTS, Insert
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.opened import opened
 from trimtab.soft_tokens import soft_tokens
 
 if TYPE_CHECKING:
@@ -109,33 +110,30 @@ class PromptSteering:
         """Render every prompt of the `with` block with this in its slot; restored afterwards.
 
         A text in the slot `system` replaces a system text that is already set; everything else is
-        put beside what is there.
+        put beside what is there. It counts for the thread or asyncio task that entered the block,
+        as `VectorSteering.on` says.
 
         Raises:
             TrimtabError: a soft prompt of another width, or made for another model.
         """
-        before = lm.system, lm.inserts
         if self.fingerprint and self.fingerprint != lm.fingerprint:
             raise TrimtabError(
                 asked=f"to steer {lm.name} with a soft prompt made for {self.model_name}",
                 found=f"fingerprint {lm.fingerprint} instead of {self.fingerprint}",
                 advice="use the model the soft prompt was made for",
             )
-        try:
-            if not self.strength:
-                yield
-            elif self.vectors is not None:
-                with soft_tokens(lm, self.vectors) as ids:
-                    lm.inserts = (*lm.inserts, replace(self._insert, ids=ids))
+        if not self.strength:
+            yield
+        elif self.vectors is not None:
+            with soft_tokens(lm, self.vectors) as ids:
+                with opened(lm, "inserts", replace(self._insert, ids=ids)):
                     yield
-            else:
-                if self.slot == "system":
-                    lm.system = self.text
-                else:
-                    lm.inserts = (*lm.inserts, self._insert)
+        elif self.slot == "system":
+            with opened(lm, "system", self.text):
                 yield
-        finally:
-            lm.system, lm.inserts = before
+        else:
+            with opened(lm, "inserts", self._insert):
+                yield
 
     @property
     def _insert(self) -> Insert:

@@ -1,13 +1,13 @@
 """What a forward pass need not do again: blocks that give back what they gave, keys already made.
 
-Only the `forward` of some blocks is replaced, on the instance and for the length of a `with`; masks,
-rotary embeddings, norms and caps stay the model's own.
+Only the `forward` of some blocks is replaced, for the length of a `with` and for the calls made in it;
+masks, rotary embeddings, norms and caps stay the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.hooking import Hooks, first_tensor, input_tensor
 
 
 class Stopped(Exception):
@@ -52,15 +52,15 @@ class Recording:
 @contextmanager
 def recorded(block: nn.Module, recording: Recording) -> Iterator[None]:
     """Keep what a block returns in each pass made inside; the last one stays."""
-    forward = block.forward
 
-    def keep(*args: object, **kwargs: object) -> object:
+    def keep(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         recording.output = forward(*args, **kwargs)
         if recording.stop:
             raise Stopped
         return recording.output
 
-    with forward_as(block, keep):
+    with Hooks() as hooks:
+        hooks.around(block, keep)
         yield
 
 
@@ -73,33 +73,16 @@ def replayed(
     Hooks on the blocks still run, so what they do to block `depth` is done once, here.
     """
 
-    def entered(*args: object, **kwargs: object) -> object:
+    def entered(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         stream = input_tensor(args, kwargs)
         assert stream is not None  # the probe saw hidden states here
         return recording.like(stream)
 
-    def given(*args: object, **kwargs: object) -> object:
-        return recording.like(hidden)
-
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for block in blocks[:depth]:
-            stack.enter_context(forward_as(block, entered))
-        stack.enter_context(forward_as(blocks[depth], given))
+            hooks.around(block, entered)
+        hooks.around(blocks[depth], lambda *_, **__: recording.like(hidden))
         yield
-
-
-@contextmanager
-def forward_as(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Replace `forward` on the instance inside the block; a loader may have put one of its own there."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
 
 
 class KeptLayer(DynamicLayer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.replay import forward_as
+from trimtab.hooking import Hooks
+from trimtab.opened import opened
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -24,7 +25,7 @@ def soft_tokens(lm: LanguageModel, vectors: Tensor) -> Iterator[tuple[int, ...]]
     Gradients flow to `vectors`. Blocks may be nested.
 
     Args:
-        lm: The model; only `forward` of its token embedding is replaced, on the instance.
+        lm: The model; only `forward` of its token embedding is replaced, for calls made inside.
         vectors: `[k, d_model]` in the units of `inputs_embeds`, what the embedding returns.
 
     Yields:
@@ -40,19 +41,17 @@ def soft_tokens(lm: LanguageModel, vectors: Tensor) -> Iterator[tuple[int, ...]]
             "give [tokens, d_model], one vector a token",
         )
     embedding: Any = lm.model.get_input_embeddings()
-    inner = embedding.forward
     count, first = vectors.shape[0], lm.known_ids
 
-    def forward(input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(
+        inner: Callable[..., Tensor], input_ids: Tensor, *args: object, **kwargs: object
+    ) -> Tensor:
         mine = (input_ids >= first) & (input_ids < first + count)
         found = inner(torch.where(mine, 0, input_ids), *args, **kwargs)
         places = (input_ids - first).clamp(0, count - 1)
         own = vectors.to(found.device, found.dtype)[places.to(found.device)]
         return torch.where(mine.to(found.device)[..., None], own, found)
 
-    with forward_as(embedding, forward):
-        lm.soft_count += count
-        try:
-            yield tuple(range(first, first + count))
-        finally:
-            lm.soft_count -= count
+    with Hooks() as hooks, opened(lm, "soft_count", count):
+        hooks.around(embedding, forward)
+        yield tuple(range(first, first + count))

@@ -34,7 +34,7 @@ class Switch(Protocol):
     """What a measurement needs of a lever: to be switched on."""
 
     def on(self, lm: LanguageModel) -> AbstractContextManager[None]:
-        """Steer `lm` inside a `with` block and undo it exactly at the end."""
+        """Steer `lm` inside a `with` block, for the thread or task that entered it; undo it exactly."""
         ...
 
 
@@ -244,6 +244,12 @@ class VectorSteering:
         self, lm: LanguageModel, row_strengths: Sequence[float] | None = None
     ) -> AbstractContextManager[None]:
         """Steer `lm` inside a `with` block; strength 0 installs nothing at all.
+
+        As `torch.no_grad` does, the block acts on the thread or asyncio task that entered it, so
+        several of them may steer one model in different ways at once. What they start with a copy
+        of their context is steered too, while the block is open: asyncio tasks,
+        `asyncio.to_thread`, `contextvars.copy_context().run`; a plain `threading.Thread` is not.
+        Compiled models run eagerly while any block is open.
 
         Args:
             lm: the model this was made for.

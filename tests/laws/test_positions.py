@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from trimtab.batch import Batch
+from trimtab.hooking import first_tensor
 from trimtab.hooks import Edit, steered
 from trimtab.model import LanguageModel
-from trimtab.probe import first_tensor
 from trimtab.scope import Scope
 from trimtab.sites import Site
 

@@ -12,8 +12,9 @@ Source: edge attribution with integrated gradients (EAP-IG), over several tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ from trimtab.explain.circuits.graph import Graph, Node, build_graph
 from trimtab.explain.circuits.record import Record, record
 from trimtab.explain.teacher_forced import Targets, TokenRuns
 from trimtab.find.training import frozen
-from trimtab.probe import stream_input, with_stream
+from trimtab.hooking import Hooks
 from trimtab.tables import Printable, Table, number
 
 if TYPE_CHECKING:
@@ -297,52 +298,34 @@ def _traced(lm: LanguageModel, graph: Graph, start: int) -> Iterator[_Seen]:
     """
     sites, seen, anatomy = lm.sites, _Seen(), anatomy_of(lm)
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = stream_input(args, kwargs)
+    def begin(hidden: Tensor) -> None:
         if not hidden.requires_grad:
             hidden.requires_grad_()
 
-    def stream(kept: dict[int, Tensor], layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kept[layer] = stream_input(args, kwargs).detach()
+    def stream(kept: dict[int, Tensor], layer: int, hidden: Tensor) -> None:
+        kept[layer] = hidden.detach()
 
-        return keep
-
-    def output(key: Key) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-            seen.outputs[key] = output
-
-        return keep
-
-    def apart(key: Key) -> Callable[..., tuple[tuple, dict]]:
+    def apart(key: Key, hidden: Tensor) -> Tensor:
         """A copy of the input, so that its gradient is that of this reader alone."""
+        copy = seen.outputs[key] = hidden.clone()
+        return copy
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            copy = seen.outputs[key] = stream_input(args, kwargs).clone()
-            return with_stream(args, kwargs, copy)
-
-        return keep
-
-    with ExitStack() as stack:
-
-        def before(module: nn.Module, hook: Callable[..., object]) -> None:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-        before(sites.blocks[start], begin)
+    with Hooks() as hooks:
+        hooks.before(sites.blocks[start], begin)
         for layer in range(lm.n_layers):
             if Node("query", layer, 0) in graph.target_at:
-                before(sites.blocks[layer], stream(seen.attention, layer))
+                hooks.before(sites.blocks[layer], partial(stream, seen.attention, layer))
                 owners: dict[nn.Module, Key] = {}
                 for kind in ROLES:
                     module = anatomy[layer].role(kind).module
                     if module not in owners:
                         owners[module] = (kind, layer)
-                        stack.callback(module.register_forward_hook(output((kind, layer))).remove)
+                        hooks.after(module, partial(seen.outputs.__setitem__, (kind, layer)))
                     seen.roles[kind, layer] = owners[module]
             if Node("mlp", layer) in graph.target_at:
                 middle = sites.blocks[layer] if sites.parallel else sites.middle[layer]
-                before(middle, stream(seen.mlp, layer))
-                before(sites.mlp[layer], apart(("mlp", layer)))
+                hooks.before(middle, partial(stream, seen.mlp, layer))
+                hooks.before(sites.mlp[layer], partial(apart, ("mlp", layer)))
         assert sites.final_norm is not None  # the graph was built
-        before(sites.final_norm, apart(("logits", lm.n_layers)))
+        hooks.before(sites.final_norm, partial(apart, ("logits", lm.n_layers)))
         yield seen

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.explain.margin.quantiles import Quantiles, quantiles
+from trimtab.hooking import Hooks
 from trimtab.measure.intervals import clopper_pearson
 from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, gap_of
-from trimtab.probe import first_tensor, text_config
+from trimtab.probe import text_config
 from trimtab.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
@@ -198,16 +199,9 @@ def unembedded(lm: LanguageModel) -> Iterator[list[Tensor]]:
     """Record what the unembedding returns, before any scale or cap `[batch, kept, vocab]`."""
     seen: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple, output: object) -> None:
-        logits = first_tensor(output)
-        assert logits is not None  # an unembedding returns logits
-        seen.append(logits)
-
-    handle = lm.sites.unembedding.register_forward_hook(record)
-    try:
+    with Hooks() as hooks:
+        hooks.after(lm.sites.unembedding, seen.append)
         yield seen
-    finally:
-        handle.remove()
 
 
 def _side(one: Readings, aggregator: str, seed: int) -> GapSide:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.checks import finite
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks
 from trimtab.model import LanguageModel
 
 Writer: TypeAlias = "tuple[str, int]"  # ("attention" or "mlp", layer)
@@ -84,11 +85,10 @@ class LowRankUpdate:
             TrimtabError: another model, or one whose writers have other shapes.
         """
         self.check(lm)
-        with ExitStack() as stack:
+        with Hooks() as hooks:
             for writer in self.left if self.strength else ():
-                module = writer_of(lm, writer)
-                hook = _adding(self.left[writer] * self.strength, self.right[writer])
-                stack.callback(module.register_forward_hook(hook).remove)
+                add = _adding(self.left[writer] * self.strength, self.right[writer])
+                hooks.calls(writer_of(lm, writer), after=add)
             yield
 
     def check(self, lm: LanguageModel) -> None:
@@ -155,14 +155,14 @@ def merged(lm: LanguageModel, update: LowRankUpdate) -> LanguageModel:
 
 
 def _adding(left: Tensor, right: Tensor) -> Callable[..., Tensor]:
-    """A hook that adds left (right x) in float32; factors go to the input's device once."""
+    """A change that adds left (right x) in float32; factors go to the input's device once."""
     places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def add(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0]
         if x.device not in places:
             places[x.device] = (left.T.float().to(x.device), right.T.float().to(x.device))
         b, a = places[x.device]
         return output + ((x.float() @ a) @ b).to(output.dtype)
 
-    return hook
+    return add

@@ -7,15 +7,16 @@ over the tokens of held-out texts. 1 minus it is what the update does that no ve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks
 from trimtab.levers.conversion import Conversion
 from trimtab.levers.low_rank import LowRankUpdate, Writer, writer_of
 from trimtab.levers.rank_one import answered
@@ -157,20 +158,16 @@ def outputs_of(
     mask = torch.empty(0)
     scale = update.strength * lm.sites.residual_multiplier
 
-    def reading(writer: Writer) -> Callable[[nn.Module, tuple], None]:
-        b, a = update.left[writer].double(), update.right[writer].double()
+    factors = {w: (update.left[w].double(), update.right[w].double()) for w in found}
 
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0][mask.to(args[0].device)].double().cpu()
-            found[writer].append(scale * ((x @ a.T) @ b.T))
+    def read(writer: Writer, hidden: Tensor) -> None:
+        b, a = factors[writer]
+        x = hidden[mask.to(hidden.device)].double().cpu()
+        found[writer].append(scale * ((x @ a.T) @ b.T))
 
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(update.on(lm))
+    with update.on(lm), Hooks() as hooks:
         for writer in found:
-            handle = writer_of(lm, writer).register_forward_pre_hook(reading(writer))
-            stack.callback(handle.remove)
+            hooks.before(writer_of(lm, writer), partial(read, writer))
         for batch in lm.batches(encoded):
             mask = batch.attention_mask.bool()
             lm.forward(batch, logits_to_keep=1)

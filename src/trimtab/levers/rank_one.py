@@ -12,16 +12,17 @@ u . x = t for every token. What is reported is on held-out tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.coverage import Coverage
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks
 from trimtab.levers.conversion import Conversion
 from trimtab.levers.low_rank import LowRankUpdate, Writer, weight_of, writer_of
 from trimtab.levers.recovered import Recovered, recovered
@@ -303,21 +304,17 @@ def _moments(
     coverage = Coverage(lm, None)
     mask = torch.empty(0)
 
-    def reading(writer: Writer) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0]
-            t = coverage.weight(vector.scope, (torch.float32, x.device)).expand(*x.shape[:2], 1)
-            inside = mask.to(x.device)
-            found[writer].add(x[inside].float().cpu(), t[..., 0][inside].cpu())
+    slot = coverage.slot(vector.scope)
 
-        return hook
+    def read(writer: Writer, x: Tensor) -> None:
+        t = coverage.weight(slot, (torch.float32, x.device)).expand(*x.shape[:2], 1)
+        inside = mask.to(x.device)
+        found[writer].add(x[inside].float().cpu(), t[..., 0][inside].cpu())
 
-    with ExitStack() as stack:
-        trunk = lm.sites.trunk
-        stack.callback(trunk.register_forward_pre_hook(coverage.prepare, with_kwargs=True).remove)
+    with Hooks() as hooks:
+        hooks.calls(lm.sites.trunk, before=coverage.prepare)
         for writer in found:
-            handle = writer_of(lm, writer).register_forward_pre_hook(reading(writer))
-            stack.callback(handle.remove)
+            hooks.before(writer_of(lm, writer), partial(read, writer))
         for batch in lm.batches(encoded):
             mask = batch.attention_mask.bool()
             lm.forward(batch, logits_to_keep=1)

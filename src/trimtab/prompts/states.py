@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from trimtab.checks import layer_within
 from trimtab.errors import TrimtabError
 from trimtab.generation import answer_ids, decode, end_ids
-from trimtab.probe import first_tensor, input_tensor
+from trimtab.hooking import Hooks
 from trimtab.prompts.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.objective import CrossEntropy, Objective
 from trimtab.prompts.rows import Row, slot_text
 from trimtab.prompts.soft import Progress, Soft, allowed_tokens, descend, starting_vectors
 from trimtab.replay import Stopped
-from trimtab.sites import Site, Tap
+from trimtab.sites import Site
 from trimtab.soft_tokens import soft_tokens
 from trimtab.tables import Printable, Table, number
 
@@ -312,26 +311,15 @@ def _read(lm: LanguageModel, batch: Batch, sites: Sequence[Site]) -> list[Tensor
     """Return the sites' values `[batch, seq, d_model]`, ending the pass once all are there."""
     found: dict[int, Tensor] = {}
 
-    def keep(number: int, hidden: Tensor | None, scale: float) -> None:
-        assert hidden is not None  # the probe saw hidden states here
+    def keep(number: int, scale: float, hidden: Tensor) -> None:
         found[number] = hidden * scale if scale != 1 else hidden
         if len(found) == len(sites):
             raise Stopped
 
-    def watch(number: int, tap: Tap) -> RemovableHandle:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            keep(number, input_tensor(args, kwargs), tap.scale)
-
-        def after(module: nn.Module, args: tuple, output: object) -> None:
-            keep(number, first_tensor(output), tap.scale)
-
-        if tap.on_input:
-            return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-        return tap.module.register_forward_hook(after)
-
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for number, site in enumerate(sites):
-            stack.callback(watch(number, lm.sites.reading(site)).remove)
+            tap = lm.sites.reading(site)
+            hooks.at(tap, partial(keep, number, tap.scale))
         try:
             lm.forward(batch, logits_to_keep=1)
         except Stopped:

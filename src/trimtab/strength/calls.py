@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
-from trimtab.probe import first_tensor
+from trimtab.hooking import Hooks, first_tensor
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -34,22 +33,15 @@ def counting(lm: LanguageModel) -> Iterator[Calls]:
     """Count the calls of the model made inside the block."""
     calls = Calls()
 
-    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def count(args: tuple, kwargs: dict) -> None:
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         calls.rows += next(int(value.shape[0]) for value in given if value is not None)
 
-    def count_derivative(module: nn.Module, args: tuple, output: object) -> None:
+    def count_derivative(args: tuple, kwargs: dict, output: object) -> None:
         hidden = first_tensor(tuple(output.values()) if isinstance(output, dict) else output)
         if hidden is not None and unpack_dual(hidden).tangent is not None:
             calls.rows += int(hidden.shape[0])
 
-    trunk = lm.sites.trunk
-    handles = [
-        trunk.register_forward_pre_hook(count, with_kwargs=True),
-        trunk.register_forward_hook(count_derivative),
-    ]
-    try:
+    with Hooks() as hooks:
+        hooks.calls(lm.sites.trunk, before=count, after=count_derivative)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.batch import Batch
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks
 from trimtab.model import LanguageModel
-from trimtab.probe import first_tensor, input_tensor
 from trimtab.sites import Site
 
 NEUTRAL_PROMPTS: tuple[str, ...] = (
@@ -113,14 +113,9 @@ def calibrate(
             norms = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().double()
             totals[layer] += float(norms[counted].sum()) * taps[layer].scale
 
-        with ExitStack() as stack:
+        with Hooks() as hooks:
             for layer, tap in taps.items():
-                handle = (
-                    tap.module.register_forward_pre_hook(_before(add, layer), with_kwargs=True)
-                    if tap.on_input
-                    else tap.module.register_forward_hook(_after(add, layer))
-                )
-                stack.callback(handle.remove)
+                hooks.at(tap, partial(add, layer))
             lm.forward(batch, logits_to_keep=1)
     if count == 0:
         raise TrimtabError(
@@ -143,21 +138,3 @@ def _counted(batch: Batch, bos: object) -> Tensor:
     real = batch.attention_mask.bool().cpu()
     counted = real & (real.cumsum(1) > 1)
     return counted & (batch.input_ids.cpu() != bos) if isinstance(bos, int) else counted
-
-
-def _before(add: Callable[[int, Tensor], None], layer: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        hidden = input_tensor(args, kwargs)
-        assert hidden is not None  # the probe saw hidden states here
-        add(layer, hidden)
-
-    return hook
-
-
-def _after(add: Callable[[int, Tensor], None], layer: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        hidden = first_tensor(output)
-        assert hidden is not None  # the probe saw hidden states here
-        add(layer, hidden)
-
-    return hook

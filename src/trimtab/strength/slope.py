@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
+from trimtab.hooking import Hooks
 from trimtab.hooks import steered
-from trimtab.probe import input_tensor
 
 if TYPE_CHECKING:
     from trimtab.batch import Batch
@@ -171,14 +171,7 @@ def final_stream(lm: LanguageModel) -> Iterator[list[Tensor]]:
     """Record what enters the final norm `[batch, seq, d_model]`, one entry per call of the model."""
     seen: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = input_tensor(args, kwargs)
-        assert hidden is not None  # the probe saw hidden states here
-        seen.append(hidden)
-
     assert lm.sites.final_norm is not None  # checked by the caller
-    handle = lm.sites.final_norm.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(lm.sites.final_norm, seen.append)
         yield seen
-    finally:
-        handle.remove()

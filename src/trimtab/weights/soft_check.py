@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.chat import Insert, Prompt
 from trimtab.model import LanguageModel
+from trimtab.opened import opened
 from trimtab.soft_tokens import soft_tokens
 from trimtab.weights.draft import Draft
 from trimtab.weights.layout import layout_of
@@ -88,12 +89,9 @@ def _meant(
         plain = lm.encode(given).ids
         start = next(i for i, token in enumerate(ids[0].tolist()) if i >= len(plain) or token != plain[i])  # fmt: skip
         return [*plain[:start], *soft, *plain[start:]]
-    before = lm.inserts
-    lm.inserts = (*before, Insert(prompt.slot, ids=soft, separator=prompt.separator))
-    try:
+    insert = Insert(prompt.slot, ids=soft, separator=prompt.separator)
+    with opened(lm, "inserts", insert):
         return lm.encode(given).ids
-    finally:
-        lm.inserts = before
 
 
 def _inputs(lm: LanguageModel, prompt: SoftPrompt) -> Tensor:

@@ -9,8 +9,9 @@ integral of attribution runs from one of these states to the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from trimtab.explain.anatomy import LayerAnatomy, anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.circuits.record import Record, record
 from trimtab.explain.teacher_forced import Targets, TokenRuns
-from trimtab.probe import stream_input, with_stream
+from trimtab.hooking import Hooks
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -110,9 +111,8 @@ def _metric(
         changes.setdefault(graph.targets[target], []).append(
             (where, sign * recorded.changes[source])
         )
-    with ExitStack() as stack:
-        stack.enter_context(nullcontext() if sign > 0 else runs.vector.on(lm))
-        _install(stack, lm, changes)
+    with nullcontext() if sign > 0 else runs.vector.on(lm), Hooks() as hooks:
+        _install(hooks, lm, changes)
         logits = lm.forward(repeated, logits_to_keep=targets.keep)
     many = Targets(torch.cat([targets.steered] * n), torch.cat([targets.base] * n))
     return many.metric(logits).view(n, rows)
@@ -121,20 +121,14 @@ def _metric(
 Changes = dict[Node, list[tuple[slice, Tensor]]]
 
 
-def _install(stack: ExitStack, lm: LanguageModel, changes: Changes) -> None:
+def _install(hooks: Hooks, lm: LanguageModel, changes: Changes) -> None:
     """Add to what each target reads, in its own rows of the batch."""
     sites, anatomy = lm.sites, anatomy_of(lm)
 
-    def before(module: nn.Module, hook: Callable[..., object]) -> None:
-        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
     streams: dict[tuple[str, int], Tensor] = {}
 
-    def keep(key: tuple[str, int]) -> Callable[..., None]:
-        def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            streams[key] = stream_input(args, kwargs)
-
-        return remember
+    def keep(module: nn.Module, key: tuple[str, int]) -> None:
+        hooks.before(module, partial(streams.__setitem__, key))
 
     def shifted(parts: list[tuple[slice, Tensor]], stream: Tensor) -> Tensor:
         moved = stream.clone()
@@ -142,34 +136,23 @@ def _install(stack: ExitStack, lm: LanguageModel, changes: Changes) -> None:
             moved[where] += change.to(moved)
         return moved
 
-    def final(parts: list[tuple[slice, Tensor]]) -> Callable[..., tuple[tuple, dict]]:
-        def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return with_stream(args, kwargs, shifted(parts, stream_input(args, kwargs)))
-
-        return replace
-
-    def mlp(parts: list[tuple[slice, Tensor]], layer: int) -> Callable[..., tuple[tuple, dict]]:
-        norm = anatomy[layer].heads.mlp_norm
-
-        def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            stream = shifted(parts, streams["mlp", layer])
-            return with_stream(args, kwargs, stream if norm is None else norm(stream))
-
-        return replace
+    def mlp(parts: list[tuple[slice, Tensor]], layer: int, _: Tensor) -> Tensor:
+        norm, stream = anatomy[layer].heads.mlp_norm, shifted(parts, streams["mlp", layer])
+        return stream if norm is None else norm(stream)
 
     def rows(
         parts: list[tuple[slice, Tensor]], node: Node, here: LayerAnatomy
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[[Tensor], Tensor]:
         role, head = here.role(node.kind), node.head
         assert head is not None  # queries, keys and values have one
 
-        def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def replace(output: Tensor) -> Tensor:
             stream = streams["attention", node.layer]
             result = output.clone()
             for where, change in parts:
                 # All outputs are made again, a head's rows of them are used.
                 again = _linear(
-                    module, here.normed(stream[where] + change.to(stream), stream.dtype)
+                    role.module, here.normed(stream[where] + change.to(stream), stream.dtype)
                 )
                 result[where, :, role.rows[head]] = again[..., role.rows[head]]
             return result
@@ -179,16 +162,15 @@ def _install(stack: ExitStack, lm: LanguageModel, changes: Changes) -> None:
     for node, parts in changes.items():
         if node.kind == "logits":
             assert sites.final_norm is not None  # the graph was built
-            before(sites.final_norm, final(parts))
+            hooks.before(sites.final_norm, partial(shifted, parts))
         elif node.kind == "mlp":
             middle = sites.blocks[node.layer] if sites.parallel else sites.middle[node.layer]
-            before(middle, keep(("mlp", node.layer)))
-            before(sites.mlp[node.layer], mlp(parts, node.layer))
+            keep(middle, ("mlp", node.layer))
+            hooks.before(sites.mlp[node.layer], partial(mlp, parts, node.layer))
         else:
-            before(sites.blocks[node.layer], keep(("attention", node.layer)))
+            keep(sites.blocks[node.layer], ("attention", node.layer))
             module = anatomy[node.layer].role(node.kind).module
-            hook = rows(parts, node, anatomy[node.layer])
-            stack.callback(module.register_forward_hook(hook).remove)
+            hooks.after(module, rows(parts, node, anatomy[node.layer]))
 
 
 def _linear(module: nn.Module, values: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from trimtab.batch import Batch
 from trimtab.explain.anatomy import anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.teacher_forced import Targets
-from trimtab.probe import stream_input, stream_output
+from trimtab.hooking import Hooks
 from trimtab.sites import Site
 
 if TYPE_CHECKING:
@@ -91,37 +92,21 @@ def watching(lm: LanguageModel, layers: list[int], streams: Streams) -> Iterator
     """Keep what the layers read and write in each call made inside; the last call's stays."""
     sites = lm.sites
 
-    def entry(kept: dict[int, Tensor], layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kept[layer] = stream_input(args, kwargs)
+    def entry(module: nn.Module, kept: dict[int, Tensor], layer: int) -> None:
+        hooks.before(module, partial(kept.__setitem__, layer))
 
-        return keep
-
-    def leave(layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            streams.mlp_added[layer] = stream_output(output)
-
-        return keep
-
-    def end(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        streams.final = stream_input(args, kwargs)
-
-    with ExitStack() as stack:
-
-        def before(module: nn.Module, hook: Callable[..., None]) -> None:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
+    with Hooks() as hooks:
         for layer in layers:
-            before(sites.blocks[layer], entry(streams.attention, layer))
+            entry(sites.blocks[layer], streams.attention, layer)
             # What attention and MLP read side by side is the block's own input.
             middle = sites.blocks[layer] if sites.parallel else sites.middle[layer]
-            before(middle, entry(streams.mlp, layer))
+            entry(middle, streams.mlp, layer)
             writer, added = sites.attention_writer[layer], sites.mlp_added[layer]
             assert writer is not None  # the heads were found
-            before(writer, entry(streams.mixed, layer))
-            stack.callback(added.register_forward_hook(leave(layer)).remove)
+            entry(writer, streams.mixed, layer)
+            hooks.after(added, partial(streams.mlp_added.__setitem__, layer))
         assert sites.final_norm is not None  # the graph was built
-        before(sites.final_norm, end)
+        hooks.before(sites.final_norm, partial(setattr, streams, "final"))
         yield
 
 
@@ -131,27 +116,16 @@ def pushes(lm: LanguageModel, vector: VectorSteering) -> Iterator[dict[int, Tens
     before: dict[int, Tensor] = {}
     pushed: dict[int, Tensor] = {}
 
-    def hook(layer: int, scale: float, on_input: bool, first: bool) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict, *output: object) -> None:
-            hidden = stream_input(args, kwargs) if on_input else stream_output(output[0])
-            if first:
-                before[layer] = hidden
-            else:
-                pushed[layer] = (hidden.float() - before[layer].float()) * scale
+    taps = {layer: lm.sites.writing(Site(vector.site, layer)) for layer in vector.layers}
 
-        return keep
+    def keep(layer: int, hidden: Tensor) -> None:
+        pushed[layer] = (hidden.float() - before[layer].float()) * taps[layer].scale
 
-    with ExitStack() as stack:
-        # Hooks run in the order in which they were put in place: ours around the steering's.
-        for first in (True, False):
-            for layer in vector.layers:
-                tap = lm.sites.writing(Site(vector.site, layer))
-                keep = hook(layer, tap.scale, tap.on_input, first)
-                if tap.on_input:
-                    handle = tap.module.register_forward_pre_hook(keep, with_kwargs=True)
-                else:
-                    handle = tap.module.register_forward_hook(keep, with_kwargs=True)
-                stack.callback(handle.remove)
-            if first:
-                stack.enter_context(vector.on(lm))
-        yield pushed
+    # Hooks run in the order in which they were put in place: ours around the steering's.
+    with Hooks() as outer:
+        for layer, tap in taps.items():
+            outer.at(tap, partial(before.__setitem__, layer))
+        with vector.on(lm), Hooks() as inner:
+            for layer, tap in taps.items():
+                inner.at(tap, partial(keep, layer))
+            yield pushed

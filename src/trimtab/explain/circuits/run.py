@@ -8,8 +8,7 @@ unsteered one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from trimtab.batch import Batch
 from trimtab.explain.anatomy import ROLES, LayerAnatomy, anatomy_of
 from trimtab.explain.circuits.graph import Graph, Node
 from trimtab.explain.circuits.record import Record
-from trimtab.probe import stream_input, stream_output, with_stream
+from trimtab.hooking import Hooks
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -40,8 +39,8 @@ def run_circuit(
         keep: how many last logits.
     """
     run = _Run(lm, graph, (chosen & graph.edges).to(recorded.changes.device), recorded)
-    with ExitStack() as stack:
-        run.install(stack)
+    with Hooks() as hooks:
+        run.install(hooks)
         return lm.forward(batch, logits_to_keep=keep)
 
 
@@ -70,81 +69,57 @@ class _Run:
         change = weights[:, :used] @ self.changes[:used].flatten(1)
         return base.float() + change.view(count, *base.shape).to(base.device)
 
-    def install(self, stack: ExitStack) -> None:
+    def install(self, hooks: Hooks) -> None:
         """Put the hooks in place."""
         sites, targets = self.lm.sites, self.graph.target_at
-
-        def before(module: nn.Module, hook: Callable[..., object]) -> None:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-        def after(module: nn.Module, hook: Callable[..., object]) -> None:
-            stack.callback(module.register_forward_hook(hook).remove)
-
         for layer, anatomy in enumerate(self.anatomy):
             if Node("query", layer, 0) in targets:
-                before(sites.attention[layer], self._attention(layer, anatomy))
+                hooks.before(sites.attention[layer], partial(self._attention, layer, anatomy))
                 roles = {anatomy.role(kind).module for kind in ROLES}
                 for module in roles:
-                    after(module, self._projection)
-                before(anatomy.heads.output, self._heads(layer, anatomy))
+                    hooks.after(module, partial(self._projection, module))
+                hooks.before(anatomy.heads.output, partial(self._heads, layer, anatomy))
             if Node("mlp", layer) in targets:
-                before(sites.mlp[layer], self._mlp(layer, anatomy))
-                after(sites.mlp_added[layer], self._mlp_added(layer))
+                hooks.before(sites.mlp[layer], partial(self._mlp, layer, anatomy))
+                hooks.after(sites.mlp_added[layer], partial(self._mlp_added, layer))
         assert sites.final_norm is not None  # the graph was built
-        before(sites.final_norm, self._final)
+        hooks.before(sites.final_norm, self._final)
 
-    def _attention(self, layer: int, anatomy: LayerAnatomy) -> Callable[..., None]:
+    def _attention(self, layer: int, anatomy: LayerAnatomy, _: Tensor) -> None:
         """Before an attention: compute every head's queries, keys and values from its own stream."""
+        base = self.recorded.base.attention[layer]
+        self.projections.clear()
+        for kind in ROLES:
+            role = anatomy.role(kind)
+            first = self.graph.target_at[Node(kind, layer, 0)]
+            streams = self.read(first, role.rows.shape[0], base)
+            made = anatomy.projected(kind, streams).flatten(2)
+            self.projections.setdefault(role.module, []).append((role.rows.flatten(), made))
 
-        def prepare(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            base = self.recorded.base.attention[layer]
-            self.projections.clear()
-            for kind in ROLES:
-                role = anatomy.role(kind)
-                streams = self.read(
-                    self.graph.target_at[Node(kind, layer, 0)], role.rows.shape[0], base
-                )
-                made = anatomy.projected(kind, streams).flatten(2)
-                self.projections.setdefault(role.module, []).append((role.rows.flatten(), made))
-
-        return prepare
-
-    def _projection(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _projection(self, module: nn.Module, output: Tensor) -> Tensor:
         result = output.clone()
         for rows, made in self.projections[module]:
             result[..., rows] = made.to(result.dtype)
         return result
 
-    def _heads(self, layer: int, anatomy: LayerAnatomy) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            mixed = stream_input(args, kwargs)
-            parts = anatomy.contributions(mixed)
-            parts = parts - anatomy.contributions(self.recorded.base.mixed[layer])
-            start = self.graph.source_at[Node("head", layer, 0)]
-            self.changes[start : start + len(parts)] = parts.to(self.changes.device)
+    def _heads(self, layer: int, anatomy: LayerAnatomy, mixed: Tensor) -> None:
+        parts = anatomy.contributions(mixed)
+        parts = parts - anatomy.contributions(self.recorded.base.mixed[layer])
+        start = self.graph.source_at[Node("head", layer, 0)]
+        self.changes[start : start + len(parts)] = parts.to(self.changes.device)
 
-        return keep
+    def _mlp(self, layer: int, anatomy: LayerAnatomy, hidden: Tensor) -> Tensor:
+        row = self.graph.target_at[Node("mlp", layer)]
+        stream = self.read(row, 1, self.recorded.base.mlp[layer])[0].to(hidden.dtype)
+        norm = anatomy.heads.mlp_norm
+        return stream if norm is None else norm(stream)
 
-    def _mlp(self, layer: int, anatomy: LayerAnatomy) -> Callable[..., tuple[tuple, dict]]:
-        def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = stream_input(args, kwargs)
-            row = self.graph.target_at[Node("mlp", layer)]
-            stream = self.read(row, 1, self.recorded.base.mlp[layer])[0].to(hidden.dtype)
-            norm = anatomy.heads.mlp_norm
-            return with_stream(args, kwargs, stream if norm is None else norm(stream))
+    def _mlp_added(self, layer: int, added: Tensor) -> None:
+        change = added.float() - self.recorded.base.mlp_added[layer].float()
+        row = self.graph.source_at[Node("mlp", layer)]
+        change = change * self.lm.sites.residual_multiplier
+        self.changes[row] = change.to(self.changes.device)
 
-        return replace
-
-    def _mlp_added(self, layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            change = stream_output(output).float() - self.recorded.base.mlp_added[layer].float()
-            row = self.graph.source_at[Node("mlp", layer)]
-            change = change * self.lm.sites.residual_multiplier
-            self.changes[row] = change.to(self.changes.device)
-
-        return keep
-
-    def _final(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _final(self, _: Tensor) -> Tensor:
         base = self.recorded.base.final
-        row = len(self.graph.targets) - 1
-        return with_stream(args, kwargs, self.read(row, 1, base)[0].to(base.dtype))
+        return self.read(len(self.graph.targets) - 1, 1, base)[0].to(base.dtype)

@@ -26,8 +26,9 @@ Everything works with a KV cache, because both lanes keep one. Source: the freez
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,8 +39,8 @@ from trimtab.coverage import Coverage
 from trimtab.errors import TrimtabError
 from trimtab.explain.anatomy import anatomy_of
 from trimtab.heads import HeadLayer, heads_of
+from trimtab.hooking import Hooks
 from trimtab.hooks import steered
-from trimtab.probe import first_tensor, stream_input
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -129,13 +130,12 @@ def holding(
             advice=f"ask for the null of {', '.join(h for h in HOLDS if h not in WITHOUT_NULL)}",
         )
     held = _Held(lm, vector, names, factors, null_seed)
-    with ExitStack() as stack:
-        held.install(stack)
-        # Always, so that runs with and without a hold differ in nothing else.
-        stack.enter_context(attending(lm, held.attend))
+    # Attention is always seen, so that runs with and without a hold differ in nothing else.
+    with Hooks() as hooks, attending(lm, held.attend):
+        held.install(hooks)
         # After the hooks that hold: a push at a module that is held is added to what is held.
-        stack.enter_context(steered(lm, vector.edits(), row_factors=factors))
-        yield
+        with steered(lm, vector.edits(), row_factors=factors):
+            yield
 
 
 @dataclass(eq=False)
@@ -153,29 +153,23 @@ class _Held:
     def __post_init__(self) -> None:
         self.first = min(self.vector.layers)
         self.coverage = Coverage(self.lm, self.factors.float())
+        self.slot = self.coverage.slot(self.vector.scope)
 
-    def install(self, stack: ExitStack) -> None:
+    def install(self, hooks: Hooks) -> None:
         """Put the hooks on values and MLPs in place."""
         found = heads_of(self.lm).layers
         if self.names & {"svv", "mlp_direct"}:
-            prepare = self.lm.sites.trunk.register_forward_pre_hook(
-                self.coverage.prepare, with_kwargs=True
-            )
-            stack.callback(prepare.remove)
-            stack.callback(self._streams.clear)
+            hooks.calls(self.lm.sites.trunk, before=self.coverage.prepare)
         for layer in range(self.first, self.lm.n_layers):
             if "svv" in self.names:
-                share = self._share(stack, layer, "attention", found[layer].norm)
-                hook = _value_hook(found[layer], share)
-                stack.callback(found[layer].value.module.register_forward_hook(hook).remove)
+                share = self._share(hooks, layer, "attention", found[layer].norm)
+                hooks.after(found[layer].value.module, _less_value(found[layer], share))
             mlp = self.lm.sites.mlp[layer]
             if "mlp_direct" in self.names:
-                share = self._share(stack, layer, "mlp", found[layer].mlp_norm)
-                stack.callback(
-                    mlp.register_forward_pre_hook(_input_hook(share), with_kwargs=True).remove
-                )
+                share = self._share(hooks, layer, "mlp", found[layer].mlp_norm)
+                hooks.before(mlp, _less_input(share))
             if "mlp" in self.names:
-                stack.callback(mlp.register_forward_hook(self._mlp_hook(layer)).remove)
+                hooks.after(mlp, partial(self._base, what="mlp", layer=layer))
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """Handle one attention."""
@@ -214,7 +208,7 @@ class _Held:
         return values[..., order] * signs.to(values.dtype)
 
     def _share(
-        self, stack: ExitStack, layer: int, part: str, norm: nn.Module | None
+        self, hooks: Hooks, layer: int, part: str, norm: nn.Module | None
     ) -> Callable[[], Tensor]:
         """Return a function that gives x_s of the current call's steered lane `[n, seq, d_model]`."""
         push = push_before(self.lm, self.vector, layer, part)
@@ -222,16 +216,15 @@ class _Held:
         form = forms.norm if part == "attention" else forms.mlp_norm
         if norm is not None:
 
-            def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                self._streams[part, layer] = stream_input(args, kwargs)
+            def remember(hidden: Tensor) -> None:
+                self._streams[part, layer] = hidden
 
-            handle = norm.register_forward_pre_hook(remember, with_kwargs=True)
-            stack.callback(handle.remove)
+            hooks.before(norm, remember)
 
         def share() -> Tensor:
             stream = self._streams[part, layer].chunk(2)[1] if form is not None else None
-            device = self.coverage.positions.device if stream is None else stream.device
-            weight = self.coverage.weight(self.vector.scope, (torch.float32, device))
+            device = self.coverage.device if stream is None else stream.device
+            weight = self.coverage.weight(self.slot, (torch.float32, device))
             base, mine = weight.chunk(2)
             pushed = (mine - base) * push.to(device)
             if form is not None and stream is not None:
@@ -240,20 +233,6 @@ class _Held:
 
         return share
 
-    def _mlp_hook(self, layer: int) -> Callable[..., object]:
-        def hook(module: nn.Module, args: tuple, output: object) -> object:
-            left = first_tensor(output)
-            assert left is not None  # the probe saw hidden states here
-            kept = self._base(left, "mlp", layer)
-            return kept if isinstance(output, Tensor) else (kept, *_rest(output))
-
-        return hook
-
-
-def _rest(output: object) -> tuple:
-    assert isinstance(output, (tuple, list))
-    return tuple(output[1:])
-
 
 def _less(both: Tensor, share: Tensor) -> Tensor:
     """Subtract a share `[n, seq or 1, width]` from the steered lane of `[2n, seq, width]`."""
@@ -261,23 +240,18 @@ def _less(both: Tensor, share: Tensor) -> Tensor:
     return torch.cat([base, (mine.float() - share.to(mine.device)).to(mine.dtype)])
 
 
-def _value_hook(layer: HeadLayer, share: Callable[[], Tensor]) -> Callable[..., object]:
+def _less_value(layer: HeadLayer, share: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
     rows = layer.value.rows.flatten()
     weights = layer.value.weights().detach().flatten(0, 1).float()  # [kv_heads * head_dim, d_model]
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def change(output: Tensor) -> Tensor:
         at = rows.to(output.device)
         changed = output.clone()
         changed[..., at] = _less(output[..., at], share() @ weights.T)
         return changed
 
-    return hook
+    return change
 
 
-def _input_hook(share: Callable[[], Tensor]) -> Callable[..., object]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (_less(args[0], share()), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _less(kwargs["hidden_states"], share())}
-
-    return hook
+def _less_input(share: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: _less(hidden, share())

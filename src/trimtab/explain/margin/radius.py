@@ -9,19 +9,19 @@ give every layer. It is a radius to first order only: close.py pushes for real.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.explain.gap import check_finite
 from trimtab.explain.margin.quantiles import Quantiles, quantiles
 from trimtab.find.training import frozen
+from trimtab.hooking import Hooks
 from trimtab.measure.readout import ReadoutTokens, gap_of
-from trimtab.probe import first_tensor
 from trimtab.sites import Site
 from trimtab.tables import Printable, Table, number
 
@@ -170,15 +170,12 @@ def traced_streams(lm: LanguageModel) -> Iterator[list[Tensor]]:
     """Collect what every block hands on, `[batch, seq, d_model]`, as nodes of the graph."""
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple, output: object) -> None:
-        hidden = first_tensor(output)
-        assert hidden is not None  # the probe saw hidden states here
+    def keep(hidden: Tensor) -> None:
         if not hidden.requires_grad:
             hidden.requires_grad_()  # the first block's: with frozen weights the graph starts here
         seen.append(hidden)
 
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer in range(lm.n_layers):
-            block = lm.sites.writing(Site("resid_post", layer)).module
-            stack.callback(block.register_forward_hook(keep).remove)
+            hooks.after(lm.sites.writing(Site("resid_post", layer)).module, keep)
         yield seen

@@ -14,20 +14,19 @@ effect of s. Only k depends on the input: what u says does not. Source: arXiv 26
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab import generation
 from trimtab.coverage import Coverage
 from trimtab.explain.anatomy import anatomy_of
 from trimtab.explain.held.holding import push_before
 from trimtab.heads import heads_of
+from trimtab.hooking import Hooks
 from trimtab.norm_form import NormForm
-from trimtab.probe import input_tensor
 from trimtab.scope import Scope
 
 if TYPE_CHECKING:
@@ -83,24 +82,23 @@ def head_scales(
     coverage = Coverage(lm, None)
 
     def size(key: tuple[int, str], form: NormForm, scope: Scope):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stream = input_tensor(args, kwargs)
-            assert stream is not None  # a norm is called with hidden states
+        slot = coverage.slot(scope)
+
+        def add(stream: Tensor) -> None:
             values = form.centre(stream.float())
             inverse = (values.square().mean(-1, keepdim=True) + form.eps).rsqrt()
-            weight = coverage.weight(scope, (torch.float32, stream.device)).expand_as(inverse)
+            weight = coverage.weight(slot, (torch.float32, stream.device)).expand_as(inverse)
             total, count = sums.get(key, (0.0, 0.0))
             sums[key] = total + float((inverse * weight).sum()), count + float(weight.sum())
 
-        return hook
+        return add
 
     asked = [lm.encode(prompt) for prompt in prompts]
     with vector.on(lm):
         answers = generation.answer_ids(lm, asked, max_new_tokens)
     encoded = [replace(e, ids=[*e.ids, *ids]) for e, ids in zip(asked, answers, strict=True)]
-    with ExitStack() as stack:
-        trunk = lm.sites.trunk
-        stack.callback(trunk.register_forward_pre_hook(coverage.prepare, with_kwargs=True).remove)
+    with Hooks() as hooks:
+        hooks.calls(lm.sites.trunk, before=coverage.prepare)
         for layer in readers:
             forms = anatomy_of(lm)[layer]
             places = (
@@ -109,11 +107,10 @@ def head_scales(
             )
             for where, norm, form, scope in places:
                 if norm is not None and form is not None:
-                    hook = size((layer, where), form, scope)
-                    stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(vector.on(lm))
-        for batch in lm.batches(encoded):
-            lm.forward(batch, logits_to_keep=1)
+                    hooks.before(norm, size((layer, where), form, scope))
+        with vector.on(lm):
+            for batch in lm.batches(encoded):
+                lm.forward(batch, logits_to_keep=1)
     scales = dict.fromkeys(readers, 1.0)
     for (layer, _), (total, count) in sums.items():
         scales[layer] *= total / max(count, 1.0)

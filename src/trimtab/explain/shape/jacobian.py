@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -25,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trimtab.batch import Batch
 from trimtab.explain.margin.radius import TINY, TOKENS_PER_BATCH
 from trimtab.find.training import frozen
+from trimtab.hooking import Hooks
 from trimtab.measure.readout import ReadoutTokens, gap_of
-from trimtab.probe import first_tensor, input_tensor
 from trimtab.replay import Recording, Stopped, recorded, replayed
 from trimtab.sites import Site
 from trimtab.strength.slope import DIFFERENCE
@@ -174,15 +175,12 @@ def pulled_back(
         attention: False holds what every attention adds as it is: what is left is the path along
             the stream and through the MLPs, which never leaves its position.
     """
-    with ExitStack() as stack:
-        stack.enter_context(frozen(lm.model))
-        streams = stack.enter_context(_entry(lm, traced=True))
+    with frozen(lm.model), _entry(lm, traced=True) as streams, Hooks() as hooks:
         for block in lm.sites.blocks:
-            handle = block.register_forward_hook(lambda *a: streams.append(_stream(a[2])))
-            stack.callback(handle.remove)
+            hooks.after(block, streams.append)
         if not attention:
             for module in lm.sites.attention_added:
-                stack.callback(module.register_forward_hook(_held).remove)
+                hooks.after(module, Tensor.detach)
         logits = lm.forward(batch, logits_to_keep=1)[:, -1]
         gaps = gap_of(logits.float(), tokens, aggregator)
         # The rows of a batch do not see each other: the gradient of the sum is each row's own.
@@ -215,20 +213,15 @@ def _run(
     seen = [hidden[:, -1]]
     last = lm.n_layers - 1
 
-    def keep(layer: int, output: object) -> None:
+    def keep(layer: int, stream: Tensor) -> None:
         if layer >= depth:
-            seen.append(_stream(output)[:, -1])
+            seen.append(stream[:, -1])
         if layer == last:
             raise Stopped  # nobody reads the logits
 
-    with ExitStack() as stack:
+    with Hooks() as hooks, _entering(lm, course, depth, hidden):
         for layer, block in enumerate(lm.sites.blocks):
-
-            def hook(module: nn.Module, args: tuple, output: object, layer: int = layer) -> None:
-                keep(layer, output)
-
-            stack.callback(block.register_forward_hook(hook).remove)
-        stack.enter_context(_entering(lm, course, depth, hidden))
+            hooks.after(block, partial(keep, layer))
         try:
             lm.forward(_repeated(course.batch, copies), logits_to_keep=1)
         except Stopped:
@@ -245,16 +238,9 @@ def _entering(lm: LanguageModel, course: Course, depth: int, hidden: Tensor) -> 
             yield
         return
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-    handle = blocks[0].register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(blocks[0], lambda _: hidden)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -262,36 +248,19 @@ def _entry(lm: LanguageModel, traced: bool = False) -> Iterator[list[Tensor]]:
     """Collect what enters block 0; as a node of the graph if `traced`."""
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = input_tensor(args, kwargs)
-        assert hidden is not None  # the probe saw hidden states here
+    def keep(hidden: Tensor) -> None:
         if traced and not hidden.requires_grad:
             hidden.requires_grad_()  # with frozen weights the graph starts here
         seen.append(hidden)
 
-    handle = lm.sites.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(lm.sites.blocks[0], keep)
         yield seen
-    finally:
-        handle.remove()
-
-
-def _stream(output: object) -> Tensor:
-    hidden = first_tensor(output)
-    assert hidden is not None  # the probe saw hidden states here
-    return hidden
 
 
 def _wide(x: Tensor) -> Tensor:
     """On the CPU, half precision in float32."""
     return x.cpu().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _held(module: nn.Module, args: tuple, output: object) -> object:
-    if isinstance(output, Tensor):
-        return output.detach()
-    assert isinstance(output, (tuple, list))
-    return (_stream(output).detach(), *output[1:])
 
 
 def _repeated(batch: Batch, copies: int) -> Batch:

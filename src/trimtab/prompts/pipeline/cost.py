@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+from trimtab.hooking import Hooks
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -39,15 +40,15 @@ def costing(lm: LanguageModel) -> Iterator[Cost]:
     """Count what is fed to the model inside the block."""
     cost, began = Cost(), time.perf_counter()
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         fed = next(value for value in given if isinstance(value, torch.Tensor))
         cost.calls += 1
         cost.tokens += fed.shape[0] * fed.shape[1] * (1 + BACKWARD * torch.is_grad_enabled())
 
-    handle = lm.sites.trunk.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield cost
-    finally:
-        handle.remove()
-        cost.seconds = time.perf_counter() - began
+    with Hooks() as hooks:
+        hooks.calls(lm.sites.trunk, before=count)
+        try:
+            yield cost
+        finally:
+            cost.seconds = time.perf_counter() - began

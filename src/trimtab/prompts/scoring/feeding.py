@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab.batch import Batch
 from trimtab.chat import Encoded
 from trimtab.generation import pad_id
+from trimtab.hooking import Hooks
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.room import out_of_memory
 from trimtab.replay import KeptCache
@@ -114,11 +115,9 @@ def _whole_rows(lm: LanguageModel) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-    try:
+    with Hooks() as hooks:
+        hooks.before(head, Tensor.contiguous)
         yield
-    finally:
-        handle.remove()
 
 
 def beginning(ids: Sequence[int]) -> Encoded:
