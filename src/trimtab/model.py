@@ -9,24 +9,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab import generation
 from trimtab.batch import Batch, make_batches
 from trimtab.chat import Encoded, Insert, Message, Prompt, render
 from trimtab.errors import TrimtabError
 from trimtab.fingerprint import fingerprint
+from trimtab.loading import load_weights
 from trimtab.opened import opened, values
 from trimtab.probe import text_config
 from trimtab.sites import Sites, find_sites
@@ -359,7 +354,7 @@ def load(
         trust_remote_code: Run code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        TrimtabError: There is no such model, or it cannot be loaded safely.
+        TrimtabError: There is no such model, it cannot be loaded safely, or tensors are missing.
     """
     name = os.fspath(name_or_path)
     source = os.path.expanduser(name)
@@ -371,19 +366,19 @@ def load(
         raise TrimtabError(
             f"the model {name!r}", "no such folder", "give a folder with config.json, or a hub id"
         )
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with generation.quiet():
             config = AutoConfig.from_pretrained(source, **common)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                **common,
-            )
+        model = load_weights(
+            source,
+            name,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            **common,
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrimtabError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from trimtab.errors import TrimtabError
 from trimtab.fingerprint import fingerprint
+from trimtab.loading import load_weights
 from trimtab.serve.registry import UNCHECKED, Served
 
 FINGERPRINT = "TRIMTAB_FINGERPRINT"
@@ -32,12 +32,12 @@ def served_model(config: Any) -> Served:
 def _fingerprint(model: Any) -> str:
     """Of the checkpoint on disk: what vLLM holds is fused, cut and perhaps quantised."""
     try:
-        found = AutoModelForCausalLM.from_pretrained(
+        found = load_weights(
             model.model,
+            str(model.model),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype="auto",
-            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise TrimtabError(

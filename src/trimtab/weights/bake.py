@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trimtab.baked import RECORD
 from trimtab.behavior import Behavior
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
@@ -26,7 +27,7 @@ from trimtab.weights.checkpoint import Checkpoint, open_checkpoint
 from trimtab.weights.draft import Draft
 from trimtab.weights.layout import layout_of
 from trimtab.weights.plan import Plan, prepare, refused_plan
-from trimtab.weights.record import RECORD, record_of
+from trimtab.weights.record import record_of
 from trimtab.weights.report import BakeReport
 from trimtab.weights.slices import write_slices
 from trimtab.weights.staging import staged

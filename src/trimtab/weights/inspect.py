@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.baked import read_record
 from trimtab.errors import TrimtabError
 from trimtab.tables import Printable, Table
 from trimtab.weights.checkpoint import Checkpoint, open_checkpoint
 from trimtab.weights.draft import stray_tensors
 from trimtab.weights.layout import layout_of
-from trimtab.weights.record import read_record
 
 _SHOWN = 8
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
+from trimtab.baked import read_record
 from trimtab.steering import VectorSteering
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
-
-RECORD = "trimtab_bake.json"
 
 
 def record_of(
@@ -46,12 +44,3 @@ def record_of(
         "checked": facts,
         "earlier": read_record(base),
     }
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a checkpoint folder, or None where there is none that can be read."""
-    try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

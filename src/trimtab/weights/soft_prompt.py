@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from trimtab.baked import RECORD
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
@@ -30,7 +31,6 @@ from trimtab.tables import write_json
 from trimtab.weights.base import Model, folder_of, save_model
 from trimtab.weights.checkpoint import DTYPES, open_checkpoint
 from trimtab.weights.draft import Draft, start_draft
-from trimtab.weights.record import RECORD
 from trimtab.weights.soft_check import check_prompt
 from trimtab.weights.soft_template import add_to_template
 from trimtab.weights.soft_value import PromptReport, SoftPrompt

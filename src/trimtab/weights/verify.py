@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from trimtab.behavior import Behavior
 from trimtab.chat import Prompt
 from trimtab.errors import TrimtabError
-from trimtab.generation import quiet
+from trimtab.loading import read_weights
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 from trimtab.weights.checkpoint import open_checkpoint
@@ -256,19 +256,9 @@ def load_model(base: Base, folder: Path, target: Path) -> Any:
     """Load weights; every key must be known, found and of the right shape."""
     options = {} if base.attention is None else {"attn_implementation": base.attention}
     try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=base.dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
+        model, faults = read_weights(folder, dtype=base.dtype, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise unequal(target, f"it cannot be loaded: {str(error).splitlines()[0]}") from error
-    model, info = loaded
-    faults = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if faults:
         raise unequal(target, f"loading faults: {faults}")
     return model.eval()
