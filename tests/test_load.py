@@ -276,6 +276,9 @@ def test_baked_tensors_that_are_gone_with_their_switch(llama, tmp_path):
     found = refusal(folder)
     assert "12 tensors of a baked steering that are in none of its files" in found
     assert "model.layers.0.mlp.down_proj.bias" in found
+    for nothing in (7, [[], 7], {}):  # a record that was written by hand claims nothing either
+        (folder / "trimtab_bake.json").write_text(json.dumps({"changed_tensors": nothing}))
+        load(folder)
     (folder / "trimtab_bake.json").unlink()
     assert load(folder).fingerprint == llama.fingerprint  # now it claims nothing
 

@@ -50,7 +50,8 @@ def lost_steering(
     record = read_record(folder)
     if record is None:
         return None
-    changed: set[str] = set(record.get("changed_tensors") or ())
+    listed = record.get("changed_tensors")  # a soft prompt's record has none
+    changed = {n for n in listed if isinstance(n, str)} if isinstance(listed, list) else set[str]()
     if dropped:
         # Those of mixtures of experts have other names once they are loaded than on disk.
         return "that config.json does not switch on", sorted(changed & set(dropped) or dropped)
