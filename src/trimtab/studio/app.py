@@ -31,6 +31,7 @@ from trimtab.steering_file import load_steering
 from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk
 from trimtab.studio.lever import Bounds
+from trimtab.studio.uploads import Page
 from trimtab.studio.workshop import Bench, Workshop, written_behavior
 from trimtab.tables import clean
 
@@ -110,7 +111,7 @@ def application(workshop: Workshop, root: Path, host: str = "127.0.0.1") -> Fast
 def build(workshop: Workshop, root: Path) -> gr.Blocks:
     """Lay the page out and connect it."""
     act = Actions(workshop, root)
-    with gr.Blocks(
+    with Page(
         title="Trimtab Studio", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)
     ) as page:
         desk = gr.State(None, time_to_live=None, delete_callback=clear)
