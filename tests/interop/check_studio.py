@@ -263,7 +263,7 @@ def test_hostile_text_is_inert(
     page.click("#tt-behavior input")
     page.click("li[role=option] >> text=from a file")
     page.set_input_files("input[type=file][accept*=yaml]", file)
-    page.wait_for_selector("text=own.yaml")
+    page.get_by_label("own.yaml").wait_for()  # shown as a stem and an ending
     page.set_input_files("input[type=file][accept*=safetensors]", vectors["refusal"])
     page.wait_for_selector("#tt-answers [data-done='1']")
     page.wait_for_selector("#tt-tokens .tt-tokens span")
