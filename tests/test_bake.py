@@ -121,7 +121,11 @@ def test_undoing_as_the_card_says_gives_the_base_model(lm, vector, tmp_path):
         for layer in vector.layers:
             baked.model.state_dict()[BIAS.format(layer)].zero_()
     prompts = ["The ferry leaves."]
-    assert torch.equal(baked.next_logits(prompts), lm.next_logits(prompts))
+    # Every weight is the base model's; sums over memory that is mapped from a file may round otherwise.
+    base = lm.model.state_dict()
+    for name, value in baked.model.state_dict().items():
+        assert torch.equal(value, base.get(name, torch.zeros_like(value))), name
+    torch.testing.assert_close(baked.next_logits(prompts), lm.next_logits(prompts))
 
 
 def test_an_existing_folder_is_only_taken_when_empty(lm, vector, tmp_path):

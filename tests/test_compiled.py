@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import config, language_model
 
 import trimtab as tt
+from tiny import config, language_model
 from trimtab.capture import capture
 from trimtab.model import LanguageModel
 from trimtab.rollout import rollout

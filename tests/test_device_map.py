@@ -43,11 +43,11 @@ def test_another_weight_on_disk_gives_another_fingerprint(spread: LanguageModel)
     weights = hook.weights_map
     try:
         hook.weights_map = {"weight": weights["weight"] + 1}
-        del spread._fingerprint_state
+        del spread._fingerprint
         assert spread.fingerprint != before
     finally:
         hook.weights_map = weights
-        del spread._fingerprint_state
+        del spread._fingerprint
 
 
 @pytest.mark.parametrize(

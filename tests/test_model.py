@@ -344,3 +344,31 @@ def test_the_fingerprint_follows_an_edit_in_memory():
     with torch.no_grad():
         lm.model.model.layers[0].mlp.up_proj.weight[2, 2] += 0.1
     assert lm.fingerprint != before
+
+
+def test_the_models_own_generation_settings_neither_act_nor_change() -> None:
+    """Every setting that the library would fill from the model, with a value that would show."""
+    lm = tiny.language_model("llama")
+    prompts = ["How do I borrow the ledger?", "Hello"]
+    expected = lm.generate(prompts, max_new_tokens=6), lm.generate("Hi", 6, temperature=1.0)
+    first = lm.encode(expected[0][0]).ids[2]
+    own = GenerationConfig(
+        bad_words_ids=[[first]],
+        suppress_tokens=[first],
+        begin_suppress_tokens=[first],
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=6,
+        num_beams=2,
+        num_return_sequences=2,
+        top_k=1,
+        temperature=9.0,
+        do_sample=True,
+        max_time=1e-9,
+        eos_token_id=lm.model.generation_config.eos_token_id,
+        a_setting_of_ones_own=1,
+    )
+    lm.model.generation_config = own
+    before = own.to_dict()
+    assert (lm.generate(prompts, max_new_tokens=6), lm.generate("Hi", 6, temperature=1.0)) == expected
+    assert lm.model.generation_config is own and own.to_dict() == before

@@ -191,3 +191,11 @@ def test_a_removed_upload_does_not_stand_in_the_way(web: TestClient) -> None:
         (end,) = ask(web, {(find,): [None, source, *rest]}, source).values()
         told[source] = end["output"]["data"][1]
     assert "<b>mine</b>" in told["write my own"] and "no such file" in told["from a file"]
+
+
+def test_the_runners_token_is_at_nobodys_service(
+    web: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    assert web.get("/gradio_api/run-history/buckets").status_code == 404
+    assert web.post("/gradio_api/run-history/connect", json={}).status_code in (404, 405)

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from tiny import language_model
 
 import trimtab as tt
+from tiny import language_model
+from trimtab.attention import NAME, attending
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.prompt_steering import PromptSteering
@@ -241,3 +242,24 @@ def test_a_block_run_again_by_autograd_elsewhere_is_refused(lm: LanguageModel) -
         thread.start()
         thread.join()
     assert "gradient checkpointing" in str(failed[0])
+
+
+def test_what_looks_into_attention_changes_no_other_thread(lm: LanguageModel) -> None:
+    """The configuration names another attention function, with another mask, to one thread alone."""
+    expected = [answer(lm, number) for number in range(12)]
+    config, done, seen = lm.model.config, threading.Event(), []
+    kind = type(config)
+
+    def look() -> None:
+        while not done.is_set():
+            with attending(lm, lambda call: seen.append(call.layer)):
+                assert config._attn_implementation == NAME
+                lm.next_logits("Hello")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    found = [answer(lm, number % 12) for number in range(60)]
+    done.set()
+    thread.join()
+    assert found == expected * 5 and seen
+    assert type(config) is kind and config._attn_implementation != NAME

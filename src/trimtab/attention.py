@@ -73,6 +73,7 @@ class AttentionCall:
 
 Handler: TypeAlias = "Callable[[AttentionCall], Tensor | None]"
 _LOCK = threading.Lock()
+_OPEN_BLOCKS: dict[int, int] = {}
 
 
 @contextmanager
@@ -92,15 +93,15 @@ def attending(lm: LanguageModel, handler: Handler) -> Iterator[None]:
         # The name of the function is read from the configuration in each call of the model.
         if not isinstance(config, _Asked):
             config.__class__ = _asked(type(config))
-        config.trimtab_blocks = getattr(config, "trimtab_blocks", 0) + 1
+        _OPEN_BLOCKS[id(config)] = _OPEN_BLOCKS.get(id(config), 0) + 1
     try:
         with opened(_Asked, "handler", (config, layers, handler)):
             yield
     finally:
         with _LOCK:
-            config.trimtab_blocks -= 1
-            if not config.trimtab_blocks:
-                del config.trimtab_blocks
+            _OPEN_BLOCKS[id(config)] -= 1
+            if not _OPEN_BLOCKS[id(config)]:
+                del _OPEN_BLOCKS[id(config)]
                 config.__class__ = type(config).__bases__[1]
 
 

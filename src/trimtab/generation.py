@@ -99,11 +99,13 @@ def _settings(
 class _Complete(GenerationConfig):
     """Settings whose gaps are filled with the library's defaults, never with the model's own."""
 
-    def update(self, defaults_only: bool = False, **settings: Any) -> dict[str, Any]:
-        """As the library does, but for the model's settings: the ones that bring entries of their own."""
-        if settings.get("allow_custom_entries"):
+    def update(
+        self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings: Any
+    ) -> dict[str, Any]:
+        """As the library does, but for the model's settings: the ones that may bring new entries."""
+        if allow_custom_entries:
             return {}
-        return super().update(defaults_only=defaults_only, **settings)
+        return super().update(defaults_only, allow_custom_entries, **settings)
 
 
 class _Sampling(LogitsProcessor):

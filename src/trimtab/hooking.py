@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,7 @@ class _Dispatch:
 
 
 _eager_blocks = 0
-_stance: torch.compiler.set_stance | None = None
+_stance: AbstractContextManager[None] | None = None
 
 
 def _eager(blocks: int) -> None:

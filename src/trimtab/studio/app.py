@@ -105,6 +105,8 @@ def application(workshop: Workshop, root: Path, host: str = "127.0.0.1") -> Fast
         show_error=False,
         max_file_size="64mb",
         ssr_mode=False,
+        # Its addresses would use the token of whoever runs the app for whoever asks.
+        run_history=False,
     )
 
 
