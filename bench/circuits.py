@@ -1,6 +1,6 @@
 """Edges that carry a steering: attribution against patching, circuits, their exchange, and cost.
 
-Three behaviours, three methods at one layer, scope all. Strengths are chosen on validation prompts by
+Three behaviors, three methods at one layer, scope all. Strengths are chosen on validation prompts by
 the judge, edges by attribution on validation prompts; faithfulness is that of test prompts. Baseline
 `exact`: patching of the 200 highest and 200 random edges. `--work` keeps the vectors, so that a run
 that was cut off goes on.
@@ -105,7 +105,7 @@ def _correlation(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def study(lm: LanguageModel, name: str, work: Path) -> dict[str, object]:
-    """Attribute, patch, cut out circuits and exchange them, for one behaviour."""
+    """Attribute, patch, cut out circuits and exchange them, for one behavior."""
     chosen = vectors(lm, name, work)
     split = load_behavior(name).split(0)
     circuits, samples, rows = {}, {}, []

@@ -72,7 +72,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     """Time each run `repeats` times in turn, after one round that does not count."""
     times = {name: Times() for name in runs}
     for round_ in range(repeats + 1):
-        # The order turns round, so that nobody always follows the same neighbour.
+        # The order turns round, so that nobody always follows the same neighbor.
         names = list(runs)[round_ % len(runs) :] + list(runs)[: round_ % len(runs)]
         for name in names:
             wall, cpu = time.perf_counter(), time.process_time()

@@ -39,7 +39,7 @@ from trimtab.steering import VectorSteering
 from trimtab.steering_file import load_steering
 
 BASELINE = "EAP-IG"
-# Behaviour, method, site, layer, strength (None: the vector's own), options of the method.
+# Behavior, method, site, layer, strength (None: the vector's own), options of the method.
 CASES: tuple[tuple[str, str, str, int, float | None, dict[str, Any]], ...] = (
     ("refusal", "mean_difference", "resid_post", 1, 10.0, {}),
     ("topic", "next_token", "resid_post", 1, None, {}),

@@ -1,6 +1,6 @@
 """What carries the steering on the built-in model: parts frozen, both directions, three methods.
 
-For each behaviour and method a vector of one layer and scope `all` is found on the train split; its
+For each behavior and method a vector of one layer and scope `all` is found on the train split; its
 layer and strength are chosen on the validation split, for each direction by itself; the test split
 is scored with each part frozen (baseline: nothing frozen). Also the time of frozen answers over
 plain steered ones, and over the same without a cache, as the source has it (baselines named). At

@@ -97,7 +97,7 @@ def by_gcg(
 
 
 def main() -> None:
-    """Run every behaviour, direction and method."""
+    """Run every behavior, direction and method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--behaviors", default=",".join(BEHAVIORS))
     parser.add_argument("--slot", default="suffix")

@@ -1,11 +1,11 @@
-"""The geometry of behaviours, measured: is the stream's propagator the identity, is a behaviour low rank?
+"""The geometry of behaviors, measured: is the stream's propagator the identity, is a behavior low rank?
 
-- propagator: every depth of the built-in model (three behaviours) and of twelve random
+- propagator: every depth of the built-in model (three behaviors) and of twelve random
   architectures: gain, cosine and departure of J v beside random directions, |J - I|_F / |I|_F,
   across positions, and backward.
 - positions, linearity: shares of the gap's gradient, and how far a replaced token goes beyond first
   order, built-in model.
-- rank, functional rank, feasibility: all seven built-in behaviours.
+- rank, functional rank, feasibility: all seven built-in behaviors.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def random_architectures() -> list[dict[str, object]]:
 
 
 def behavior_row(name: str, report: GeometryReport, seconds: float) -> dict[str, object]:
-    """What one behaviour's report says, the propagator apart."""
+    """What one behavior's report says, the propagator apart."""
     return {
         "name": f"geometry: {name}",
         "cpu_seconds": figure(seconds),

@@ -1,7 +1,7 @@
-"""Every lever for three behaviours of the built-in model under two budgets, and what conversions lose.
+"""Every lever for three behaviors of the built-in model under two budgets, and what conversions lose.
 
-Levers are found once per behaviour (train split), placed per budget (validation), scored on test.
-Baseline of every row: the behaviour's plain instruction prompt, `score_over_plain` and `calls`; the
+Levers are found once per behavior (train split), placed per budget (validation), scored on test.
+Baseline of every row: the behavior's plain instruction prompt, `score_over_plain` and `calls`; the
 null row is a random direction of the vector's size. A journal holds finished cells; the same command
 with the same `--journal` goes on from there.
 """
@@ -59,7 +59,7 @@ def compared(table: LeversTable) -> dict[str, object]:
 
 
 def converted(lm: LanguageModel, behavior: Behavior, found: FoundLevers) -> dict[str, object]:
-    """The residual of every conversion, with gap and behaviour recovered."""
+    """The residual of every conversion, with gap and behavior recovered."""
     validation = Evaluator(
         lm, behavior.split(SEED).validation, max_new_tokens=TOKENS, max_prompts=PROMPTS
     )

@@ -3,7 +3,7 @@
 Baseline `base`: the checkpoint that was baked from. `baked` has the steering in biases of its MLPs
 (Harbor, route bias: every MLP gets three biases, two of them zero). `base_again` is a second copy
 of the baseline: what its ratio shows is the machine's noise. `hook` is the same steering by hook,
-in transformers. Every run writes the same few tokens, so that neighbours meet the same machine.
+in transformers. Every run writes the same few tokens, so that neighbors meet the same machine.
 `--vllm` is a Python that has vLLM, which compiles, as it does by default.
 """
 

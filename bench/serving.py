@@ -3,7 +3,7 @@
 Baseline `base`: vLLM, no plugin. `base_again`: another such engine; what its ratio shows is the
 machine's noise. `loaded`: the plugin with a folder of vectors that no request asks for. `steered`:
 the same engine, every row steered. `every_layer`: a vector that is added behind every layer, every
-row steered. Engines take turns, each with processes of its own, so that neighbours meet the same
+row steered. Engines take turns, each with processes of its own, so that neighbors meet the same
 machine; ratios of throughput are those of the rounds' times, upside down.
 """
 

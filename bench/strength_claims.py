@@ -1,7 +1,7 @@
 """Claims about steering strength, tested on the built-in model; norms on twelve random ones too.
 
 - laws: KL against the laws at 0.01, 0.1 and 0.5 nats, its exponent, the order of peaks, the collapse
-  token: every single layer and the 40 to 90 % range, three behaviours.
+  token: every single layer and the 40 to 90 % range, three behaviors.
 - modes: broadcast (`all`) against `last` at the same m: the paired difference of scores with its
   interval, and the width of the window (strengths with score >= 0.9 and coherence >= 0.9, as a ratio)
   with a bootstrap interval over prompts.

@@ -2,7 +2,7 @@
 
 Two sweeps of the built-in model in float32, each against two baselines. `plain_loop`: strength by
 strength and prompt by prompt, as a notebook does. `batched_loop`: strength by strength, all prompts
-in one batch. Baselines get their prompts tokenised beforehand. That the results are equal is
+in one batch. Baselines get their prompts tokenized beforehand. That the results are equal is
 checked: logits to a tolerance, generated texts to the letter.
 
 `flops_over_baseline` counts the matrix products that were made. `changed_share` says how much could

@@ -147,7 +147,7 @@ def frozen() -> str:
             "## Frozen: points lost, case by case\n",
             table(("case", "score, %", *FROZEN), lost),
             "## What vectors say\n",
-            "Score: standard deviations by which the behaviour's words lead; p: random vectors that "
+            "Score: standard deviations by which the behavior's words lead; p: random vectors that "
             "score as well.\n",
             table(("case", "read", "score", "p", "promoted tokens"), said),
         )

@@ -6,7 +6,7 @@
 - `one_m`: m = 1 at 40 to 90 % of the depth, broadcast, as in norm-calibrated steering.
 - `refusal_selection`: one direction by the published selection for refusal directions: layer below
   0.8 L, KL under 0.1 nats when it is ablated everywhere on neutral prompts, a positive effect when
-  added, and the lowest readout gap on prompts that show the behaviour when ablated; used at one
+  added, and the lowest readout gap on prompts that show the behavior when ablated; used at one
   class gap.
 - `iso_kl`: the vector's own layers at the strength whose p95 KL over 50-token answers to neutral
   prompts is 1 nat.
@@ -27,7 +27,7 @@ from common import arguments, emit
 from trimtab.behavior import Behavior, load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.find import find
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.evaluate import Evaluator, Unsteered
 from trimtab.measure.readout import gap as readout_gap
 from trimtab.measure.summary import mean
@@ -103,14 +103,14 @@ def iso_kl(lm: LanguageModel, validation: Behavior, vector: VectorSteering) -> V
     strengths = [0.25 * 2**i for i in range(10)]
     m = strengths[0]
     for _ in range(3):
-        p95 = [summarise(tokens).p95 for tokens in reference.kl_many(vector, strengths)]
+        p95 = [summarize(tokens).p95 for tokens in reference.kl_many(vector, strengths)]
         m = crossing(strengths, p95, 1.0)
         strengths = [m * factor for factor in (0.8, 0.93, 1.0, 1.07, 1.2)]
     return vector.at(m)
 
 
 def main() -> None:
-    """Choose in five ways for three behaviours and score each choice on the test split."""
+    """Choose in five ways for three behaviors and score each choice on the test split."""
     options = arguments(__doc__ or "", repeats=1)
     lm = load("harbor", dtype=torch.float32)
     results: list[dict[str, object]] = []

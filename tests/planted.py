@@ -1,4 +1,4 @@
-"""A behaviour with a known lever: answers that open with Z, pushed at the last layer."""
+"""A behavior with a known lever: answers that open with Z, pushed at the last layer."""
 
 from __future__ import annotations
 

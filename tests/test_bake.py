@@ -213,9 +213,9 @@ def test_a_contradictory_generation_config_is_named(lm, vector, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_and_quantised_weights_are_refused(lm, vector, tmp_path):
+def test_adapters_and_quantized_weights_are_refused(lm, vector, tmp_path):
     lm.model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(TrimtabError, match="quantised"):
+    with pytest.raises(TrimtabError, match="quantized"):
         bake(lm, vector, tmp_path / "baked")
     del lm.model.config.quantization_config
     lm.model.model.layers[0].mlp.adapter = torch.nn.Linear(4, 4)

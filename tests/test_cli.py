@@ -217,7 +217,7 @@ def test_demo_runs_the_demo_and_draws_the_picture(
 
 BAD = {
     "no model": ("generate", "./nowhere", "Hello"),
-    "no behaviour": ("measure", "{model}", "no-such-behaviour"),
+    "no behavior": ("measure", "{model}", "no-such-behavior"),
     "no file": ("generate", "{model}", "Hello", "--with", "nowhere.safetensors"),
     "no vector": ("inspect", "{behavior}"),
     "layers": ("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--layers", "two"),
@@ -239,7 +239,7 @@ BAD = {
     "layers twice": (
         *("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--layers", "1", "--each-layer", "1"),
     ),
-    "behaviour twice": ("find", "{model}", "mood,mood", "-o", "{tmp}/v"),
+    "behavior twice": ("find", "{model}", "mood,mood", "-o", "{tmp}/v"),
     "no such device": ("--device-map", "nonsense", "generate", "{model}", "Hello"),
     "too long": ("generate", "{model}", "", "--with", "{vector}", "--strength", "inf"),
     "no tokens": ("generate", "{model}", "Hello", "--max-new-tokens", "0"),

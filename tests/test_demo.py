@@ -1,4 +1,4 @@
-"""The demo on a planted behaviour of a tiny model: the whole path, in small."""
+"""The demo on a planted behavior of a tiny model: the whole path, in small."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_curve_covers_both_signs_and_agrees_with_the_levers(ran: Any) -> Non
     assert [r["strength"] for r in entry["null_curve"]] == pytest.approx([unit])
 
 
-def test_a_behaviour_that_nothing_moves_is_refused_not_hidden(ran: Any) -> None:
+def test_a_behavior_that_nothing_moves_is_refused_not_hidden(ran: Any) -> None:
     data, folder, _ = ran
     entry = data["closing"]
     assert "vector" not in entry and "No strength passes" in entry["refused"]
@@ -129,7 +129,7 @@ def test_a_behaviour_that_nothing_moves_is_refused_not_hidden(ran: Any) -> None:
     assert "behavior-closing" in page and "No strength passes" in page
 
 
-def test_progress_rises_to_the_end_and_each_behaviour_is_told(ran: Any) -> None:
+def test_progress_rises_to_the_end_and_each_behavior_is_told(ran: Any) -> None:
     told = ran[2]
     steps = [item for item in told if isinstance(item[0], int)]
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] == 2 * demo.STEPS
@@ -215,5 +215,5 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path)
     with pytest.raises(TrimtabError):
         demo.run_demo(tmp_path / "report", [toy()], lm=planted.language_model())
     with pytest.raises(TrimtabError):
-        demo.run_demo(tmp_path / "other", ["no such behaviour"], lm=planted.language_model())
+        demo.run_demo(tmp_path / "other", ["no such behavior"], lm=planted.language_model())
     assert not (tmp_path / "other").exists()

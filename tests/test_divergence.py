@@ -12,7 +12,7 @@ import tiny
 from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
 from trimtab.measure import divergence
-from trimtab.measure.divergence import Reference, answer_kl, summarise
+from trimtab.measure.divergence import Reference, answer_kl, summarize
 from trimtab.model import LanguageModel
 from trimtab.prompt_steering import prompt
 from trimtab.steering import VectorSteering
@@ -172,7 +172,7 @@ def test_without_a_template_answers_stay_aligned() -> None:
         assert len(there.ids) > len(own.ids)
 
 
-def test_an_answer_tokenised_otherwise_behind_another_prompt_keeps_its_tokens(
+def test_an_answer_tokenized_otherwise_behind_another_prompt_keeps_its_tokens(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = LanguageModel.encode
@@ -240,7 +240,7 @@ def test_another_vocabulary_is_refused(lm: LanguageModel) -> None:
 
 def test_summary_pools_tokens_and_resamples_prompts() -> None:
     rows = [torch.tensor([0.0, 1.0]), torch.tensor([2.0] * 8), torch.empty(0)]
-    summed = summarise(rows)
+    summed = summarize(rows)
     pooled = torch.cat(rows).double()
     assert summed.mean == pytest.approx(1.7)
     assert summed.p95 == pytest.approx(torch.quantile(pooled, 0.95).item())
@@ -249,6 +249,6 @@ def test_summary_pools_tokens_and_resamples_prompts() -> None:
 
 
 def test_an_infinite_divergence_is_said_and_nothing_is_refused() -> None:
-    assert summarise([torch.tensor([0.1, math.inf])]).mean == math.inf
+    assert summarize([torch.tensor([0.1, math.inf])]).mean == math.inf
     with pytest.raises(TrimtabError, match="single token"):
-        summarise([torch.empty(0)])
+        summarize([torch.empty(0)])

@@ -89,7 +89,7 @@ BROKEN = {
         '```sh\ntrimtab --version\n```\n```text title="output"\nno version\n```\n',
         "is not in",
     ),
-    "a behaviour of one side": ("```yaml\nname: x\ntoward: [a]\n```\n", "no 'away'"),
+    "a behavior of one side": ("```yaml\nname: x\ntoward: [a]\n```\n", "no 'away'"),
 }
 
 

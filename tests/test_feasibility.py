@@ -1,4 +1,4 @@
-"""One push for all prompts: planted programmes with known answers, and pushes that are really made."""
+"""One push for all prompts: planted programs with known answers, and pushes that are really made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tiny
 from tiny import forward_as
 from trimtab.errors import TrimtabError
 from trimtab.explain.shape.feasibility import feasibility, null_norms
-from trimtab.explain.shape.programme import largest_share, smallest_norm
+from trimtab.explain.shape.program import largest_share, smallest_norm
 from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
 from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
@@ -75,7 +75,7 @@ def test_infeasible_by_construction_comes_with_a_certificate() -> None:
     assert found.weights @ b < 0  # 0 = sum w (g . delta) >= -sum w b > 0 cannot be
     np.testing.assert_allclose(found.weights[[0, 1, 5]], [0.25, 0.5, 0.25], atol=1e-6)
     solved = linprog(np.zeros(8), -g, b, bounds=[(None, None)] * 8)
-    assert solved.status == 2  # infeasible, says the linear programme too
+    assert solved.status == 2  # infeasible, says the linear program too
     still = smallest_norm(b, np.vstack([g[:5], np.zeros((1, 8))]))
     assert still.delta is None and still.weights.tolist() == [0, 0, 0, 0, 0, 1]
 
@@ -158,7 +158,7 @@ def test_where_the_gap_is_linear_the_push_does_what_it_says(pushed: str) -> None
         assert row.feasible and row.norm == pytest.approx(row.alone, rel=1e-4)
         assert row.works == 1.0
         by_name = {one.direction: one for one in row.pushed}
-        for name in ("programme", "mean gradient", "vector"):
+        for name in ("program", "mean gradient", "vector"):
             assert by_name[name].train.share == 1.0
             assert 0 <= by_name[name].test.share <= 1
         assert by_name["random"].train.share < 1.0
@@ -180,7 +180,7 @@ def test_on_every_architecture(lm: LanguageModel) -> None:
         if row.feasible and row.norm:
             assert row.alone * (1 - 1e-6) <= row.norm
             assert {one.direction for one in row.pushed} == {
-                "programme", "mean gradient", "vector", "random",
+                "program", "mean gradient", "vector", "random",
             }  # fmt: skip
     with pytest.raises(TrimtabError, match="held-out"):
         feasibility(lm, own, tokens, BEHAVIOR, BEHAVIOR, 2, max_prompts=(6, 0))

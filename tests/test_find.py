@@ -160,7 +160,7 @@ def test_layers_where_nothing_differs_are_left_out(llama: LanguageModel) -> None
 # PCA
 
 
-def test_pca_does_not_centre() -> None:
+def test_pca_does_not_center() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)
     noise[0, :, 1] += 2 * torch.randn(40, generator=generator)  # the pairs disagree along axis 1
@@ -207,7 +207,7 @@ def test_probe_separates_held_out_data_at_the_optimum(n: int, floor: float) -> N
     assert abs(float(weights[1])) < 1e-12
     again, _ = fit(toward, away, l2=0.5)
     assert torch.equal(weights, again)
-    # the gradient of the objective, written out on standardised features, is zero there
+    # the gradient of the objective, written out on standardized features, is zero there
     rows = torch.cat([toward, away])
     std = rows.std(0, correction=0)
     alive = std > 0

@@ -320,7 +320,7 @@ def test_what_cannot_be_frozen_is_refused_by_name(llama: LanguageModel) -> None:
         freeze_table(llama, planted.behavior(), vector.at(0.0))
 
 
-def test_table_on_a_planted_behaviour(tmp_path) -> None:
+def test_table_on_a_planted_behavior(tmp_path) -> None:
     lm = planted.language_model()
     behavior, vector = planted.behavior(), planted.push(lm).at(2.0)
     told: list[tuple[int, int]] = []

@@ -174,13 +174,13 @@ def test_the_command_refuses_an_unknown_search(capsys):
     assert stop.value.code == 2 and "sort" in capsys.readouterr().err
 
 
-def test_the_page_warns_where_the_gap_closed_and_the_behaviour_did_not():
+def test_the_page_warns_where_the_gap_closed_and_the_behavior_did_not():
     steps = (GapStep(1, "<b>", 1.0, 2.0),)
     found = Found("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
     held = HeldOut(8, (-1, -1, -1), (1, 1, 1), 0.0, (1.0, 0.7, 1.0), 0.1, 0.0)
     search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)
     section = gap_section([search])
-    assert "not the behaviour" in section.warnings[0]
+    assert "not the behavior" in section.warnings[0]
     html = render_laws([section], title="t")
     assert "<b>" not in html
     agreeing = replace(search, held_out=replace(held, judged=0.95))

@@ -73,7 +73,7 @@ def test_the_built_in_model() -> None:
     assert report.functional.row("added", "random").k > 64
     for row in report.feasibility.rows:
         assert row.feasible and row.norm < 1.1 * row.alone < row.null / 2
-        last = [p for p in row.pushed if p.direction == "programme"][-1]
+        last = [p for p in row.pushed if p.direction == "program"][-1]
         assert last.train.share == 1.0 and last.test.share > 0.8
         assert next(p for p in row.pushed if p.direction == "random").test.share < 0.2
     assert report.linearity.edits.beyond.mean > 0.5

@@ -44,7 +44,7 @@ def test_it_equals_the_models_own_logits(lm: LanguageModel) -> None:
 
 def test_what_was_read_of_each_architecture(lm: LanguageModel) -> None:
     head, kind = read_head(lm), lm.name.removeprefix("tiny-")
-    assert head.centred == (kind in ("gpt2", "gpt_neox"))
+    assert head.centered == (kind in ("gpt2", "gpt_neox"))
     assert head.cap == (30.0 if kind == "gemma2" else None)
     assert head.scale == (2.0 if kind == "granite" else 1.0)
     assert bool(head.constant.any()) == (kind in ("gpt2", "gpt_neox"))  # the norm's shift

@@ -149,16 +149,16 @@ def test_norms_in_closed_form(lm: LanguageModel) -> None:
         if norm is None:
             continue
         form = read_norm(norm, lm.d_model, "a norm")
-        assert form.centred == isinstance(norm, nn.LayerNorm)
+        assert form.centered == isinstance(norm, nn.LayerNorm)
         shift = form.shift.float()
         shares = sum((form.direct(part, stream) for part in parts), start=shift)
         torch.testing.assert_close(shares, norm(stream), rtol=1e-4, atol=1e-5)
         # The rest of the derivative goes along the norm's own output, through its size.
         step = 1e-3 * parts[0]
         moved = (norm(stream + step) - norm(stream - step)) / 2
-        inner, centred = form.centre(stream), form.centre(step)
+        inner, centered = form.center(stream), form.center(step)
         sizes = inner.square().mean(-1, keepdim=True) + form.eps
-        along = (inner * centred).mean(-1, keepdim=True) / sizes
+        along = (inner * centered).mean(-1, keepdim=True) / sizes
         wanted = form.direct(step, stream) - along * (norm(stream) - shift)
         torch.testing.assert_close(moved, wanted, rtol=1e-2, atol=2e-6)
 

@@ -12,7 +12,7 @@ import planted
 import tiny
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.evaluate import Evaluator
 from trimtab.measure.readout import gap
 from trimtab.model import LanguageModel
@@ -66,7 +66,7 @@ def test_damage_at_alpha_kappa_is_the_budget(architecture: str) -> None:
     evaluator = Evaluator(lm, planted.behavior(), max_new_tokens=TOKENS)
     reference = Reference(lm, evaluator.prompts("toward"), evaluator.unsteered("toward"))
     # The mean of both sides, in which the cubic term cancels.
-    both = [summarise(reference.kl(vector.at(s * budget.damage))).mean for s in (1, -1)]
+    both = [summarize(reference.kl(vector.at(s * budget.damage))).mean for s in (1, -1)]
     assert sum(both) / 2 == pytest.approx(nats, rel=0.03)
     assert max(abs(kl / nats - 1) for kl in both) < 0.13
     reached = decisions(lm, vector, prompts()).tilt.strength_for_kl(nats)

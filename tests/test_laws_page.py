@@ -115,7 +115,7 @@ def test_text_is_escaped_everywhere(place: str) -> None:
         assert "<" not in re.sub("</?extra>", "", names)
 
 
-def test_every_colour_is_one_of_the_page_in_both_modes() -> None:
+def test_every_color_is_one_of_the_page_in_both_modes() -> None:
     html = render_laws([section()], title="t")
     light, dark = html.split("@media (prefers-color-scheme: dark)", 1)
     dark = dark.split("* { box-sizing", 1)[0]

@@ -11,7 +11,7 @@ N = 32
 
 
 def row(name: str, hits: int, kind: str = "weights", **more: Any) -> LeverRow:
-    """A lever that shows the behaviour in so many of 32 answers, on both splits."""
+    """A lever that shows the behavior in so many of 32 answers, on both splits."""
     scores = tuple(float(i < hits) for i in range(N))
     damage = more.pop("damage", 0.1)
     coherence = more.pop("coherence", 1.0)

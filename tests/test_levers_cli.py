@@ -18,7 +18,7 @@ QUICK = ("--max-prompts", "2", "--max-new-tokens", "4", "--nulls", "1", "--budge
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a behaviour and a vector on disk."""
+    """A model, a behavior and a vector on disk."""
     made = tmp_path_factory.mktemp("levers")
     lm = planted.language_model()
     lm.model.save_pretrained(made / "model")

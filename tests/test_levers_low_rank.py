@@ -105,8 +105,8 @@ def test_constant_share_by_hand() -> None:
     texts = [lm.encode(e.prompt) for e in behavior().toward]
     values = outputs_of(lm, lever, texts)[("mlp", 1)]
     share = values.mean(0).square().sum() / values.square().sum(-1).mean()
-    centred = 1 - (values - values.mean(0)).square().sum() / values.square().sum()
-    assert float(share) == pytest.approx(float(centred))
+    centered = 1 - (values - values.mean(0)).square().sum() / values.square().sum()
+    assert float(share) == pytest.approx(float(centered))
     names = {vector.site for vector in done.lever.vectors}
     assert names == {"attn_out", "mlp_out"}
     assert done.recovered.effect("after").name == "after"

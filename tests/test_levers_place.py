@@ -9,7 +9,7 @@ import pytest
 import planted
 from trimtab.errors import TrimtabError
 from trimtab.levers.place import WIDTH, longest, place, place_lever, place_vector
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 
 
 def square(strengths):
@@ -59,7 +59,7 @@ def test_vector_and_lever_agree_on_a_model():
     shared = place_vector(reference, vector, 0.4)
     single = place_lever(reference, vector.at, 0.4, largest=longest(vector))
     assert shared.strength == pytest.approx(single.strength, rel=WIDTH - 1)
-    measured = summarise(reference.kl(vector.at(shared.strength))).p95
+    measured = summarize(reference.kl(vector.at(shared.strength))).p95
     assert measured == pytest.approx(shared.damage_p95, rel=1e-3) and measured <= 0.4
-    beyond = summarise(reference.kl(vector.at(shared.strength * WIDTH * 1.01))).p95
+    beyond = summarize(reference.kl(vector.at(shared.strength * WIDTH * 1.01))).p95
     assert beyond > 0.4

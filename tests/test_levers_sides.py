@@ -42,5 +42,5 @@ def test_what_cannot_be_made_is_named() -> None:
     assert "instruction prompt" in made.missing["plain prompt"]
     assert "no answers" in made.missing["LoRA"] and "no answers" in made.missing["soft prompt"]
     assert made.row("bias").bakeable == "exact: null block"
-    assert "normalises" in made.row("ablation").bakeable
+    assert "normalizes" in made.row("ablation").bakeable
     assert any("rank-1" in warning for warning in levers_section(made).warnings)

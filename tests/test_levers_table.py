@@ -1,4 +1,4 @@
-"""The levers table on a planted behaviour: every row, its budget, its page and its command."""
+"""The levers table on a planted behavior: every row, its budget, its page and its command."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_ablation_at_every_writer_is_ablation_of_the_stream(lm: LanguageModel) -
     post_norm = lm.sites.post_norm
     assert done.in_weights.exact != post_norm
     if post_norm:
-        assert "normalises" in done.in_weights.told
+        assert "normalizes" in done.in_weights.told
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "granite"])

@@ -41,7 +41,7 @@ def test_round_trip_is_of_the_text_in_context(llama):
     rows = lay_out(llama, REQUESTS, "prefix")
     whole = slot_ids(llama, "Talk about cats.", rows[0])
     letters = tuple(llama.tokenizer.convert_tokens_to_ids(list("cats")))
-    # Four letters decode to a word that is tokenised otherwise.
+    # Four letters decode to a word that is tokenized otherwise.
     assert round_trips(llama, [whole, letters, ()], rows) == [True, False, False]
     # What merges with the text behind the slot is refused there alone.
     space = llama.tokenizer.convert_tokens_to_ids("Ġ")

@@ -141,11 +141,11 @@ def test_the_figures_in_the_page_are_the_data() -> None:
     assert bars["error_x"]["array"] == pytest.approx([0.1, 0.04, 0.03, 0.1, 0.1])
     assert bars["error_x"]["arrayminus"] == pytest.approx([0.04, 0.1, 0.1, 0.1, 0.03])
     lines = {line.get("name"): line for line in figures["behavior-refusal-curve"]["data"]}
-    assert lines["behaviour"]["y"] == [0.97, 0.97, 0.03, 0.97, 0.97]
+    assert lines["behavior"]["y"] == [0.97, 0.97, 0.03, 0.97, 0.97]
     assert lines["damage"]["y"] == [0.12] * 5 and lines["damage"]["yaxis"] == "y2"
 
 
-def test_every_colour_of_a_figure_is_one_of_the_page_in_both_modes() -> None:
+def test_every_color_of_a_figure_is_one_of_the_page_in_both_modes() -> None:
     html = render(data())
     light, dark = html.split("@media (prefers-color-scheme: dark)", 1)
     dark = dark.split("* { box-sizing", 1)[0]
@@ -156,7 +156,7 @@ def test_every_colour_of_a_figure_is_one_of_the_page_in_both_modes() -> None:
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_text_colours_have_enough_contrast(mode: str) -> None:
+def test_text_colors_have_enough_contrast(mode: str) -> None:
     html = render(data())
     blocks = re.findall(r":root \{(.*?)\}", html, re.S)
     colors = dict(re.findall(r"(--[a-z-]+): (#[0-9a-f]{6})", blocks[mode == "dark"]))
@@ -209,13 +209,13 @@ def test_what_was_refused_is_said() -> None:
     assert "No strength passes. pca: no gain" in html
 
 
-def test_a_behaviour_with_only_its_levers_is_enough() -> None:
+def test_a_behavior_with_only_its_levers_is_enough() -> None:
     bare = {lever: {"score": 0.5, "n": 4} for lever in ("baseline", "vector")}
     html = render({"model": "m", "behaviors": {"mood": bare}})
     assert "50 %" in html and "–" in html
 
 
-def test_data_without_behaviours_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_data_without_behaviors_is_refused_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="behaviors"):
         write_report(tmp_path / "report", {"model": "harbor", "behaviors": {}})
     assert not (tmp_path / "report").exists()

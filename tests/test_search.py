@@ -25,7 +25,7 @@ from trimtab.prompts.constraints import Constraints
 from trimtab.prompts.objective import CrossEntropy, plain_loss
 from trimtab.prompts.pipeline.attempt import ARMS, Attempt, pack, unpack
 from trimtab.prompts.pipeline.cost import costing
-from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarise
+from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarize
 from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.references import Reference
 from trimtab.prompts.requests import Requests
@@ -258,7 +258,7 @@ def test_gap_closed_and_summaries() -> None:
         attempt("repaired", 2, 0.1, 0.1, legal=False),
     ]
     assert best_of(listed[3:]).restart == 1
-    found = {summary.arm: summary for summary in summarise(listed)}
+    found = {summary.arm: summary for summary in summarize(listed)}
     repaired = found["repaired"]
     assert repaired.mean == pytest.approx(1.7 / 3) and (repaired.least, repaired.most) == (0.1, 1.0)
     assert (repaired.n, repaired.infeasible, repaired.legal) == (3, 1, 2)

@@ -1,4 +1,4 @@
-"""The browser app without a browser: the lever, the stream, the colours, the page's text, the events."""
+"""The browser app without a browser: the lever, the stream, the colors, the page's text, the events."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from starlette.testclient import TestClient
+from trimtab.studio.coloring import Scale, projections
 
 import planted
 import tiny
@@ -28,7 +29,6 @@ from trimtab.steering_file import load_steering
 from trimtab.studio import app as studio_app
 from trimtab.studio import views
 from trimtab.studio.app import Actions, application
-from trimtab.studio.colouring import Scale, projections
 from trimtab.studio.desk import Desk, clear, new_desk
 from trimtab.studio.lever import (
     GRID,
@@ -234,7 +234,7 @@ def test_gauges_show_the_reading_and_shade_the_window(bench: Bench) -> None:
     assert "tt-marker tt-out" in views.gauges_view(lever, lever.read(0.0))
 
 
-def test_a_form_makes_a_behaviour() -> None:
+def test_a_form_makes_a_behavior() -> None:
     made = written_behavior("calm", "a b\n\n c d \n", "e\nf", "peace\nquiet", "", "n")
     assert [e.prompt for e in made.toward] == ["a b", "c d"]
     assert made.judge is not None and made.judge.options == {"toward": ["peace", "quiet"]}
@@ -286,7 +286,7 @@ class TestActions:
     def put(self, act: Actions, desk: Desk | None, bench: Bench) -> tuple[Any, ...]:
         return act._put(desk, lambda: bench)
 
-    def test_a_move_shows_warning_answers_gauges_colours(self, act: Actions, bench: Bench) -> None:
+    def test_a_move_shows_warning_answers_gauges_colors(self, act: Actions, bench: Bench) -> None:
         desk, status, _, slider, _, prompt = self.put(act, None, bench)
         assert "opening" in status and slider["maximum"] == bench.lever.reach
         assert slider["value"] == pytest.approx(bench.lever.vector.strength, abs=bench.lever.step)

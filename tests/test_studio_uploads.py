@@ -182,7 +182,7 @@ def test_what_was_uploaded_is_read(web: TestClient, tmp_path: Path) -> None:
 
 
 def test_a_removed_upload_does_not_stand_in_the_way(web: TestClient) -> None:
-    """A page goes on naming the file that was chosen when its behaviour is another by now."""
+    """A page goes on naming the file that was chosen when its behavior is another by now."""
     form = ["mine", "the ferry\nthe pier\nthe sea", "a ferry\na pier\na sea", "Z", "Q", ""]
     gone = Path(upload(web, "mine.yaml", b"a")).with_name("gone.yaml")
     rest = [posted(gone), *form, "mean_difference", "toward", 0.5]

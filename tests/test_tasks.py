@@ -159,7 +159,7 @@ def test_without_the_harness_nothing_is_begun(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(TrimtabError, match=r"pip install 'trimtab\[lm-eval\]'"):
         check_harness()
-    # Neither the behaviour nor the model exists: they were not looked for.
+    # Neither the behavior nor the model exists: they were not looked for.
     with pytest.raises(SystemExit) as end:
         cli.main(["measure", "./no-model", "no-behavior", "--tasks", "arc_easy"])
     assert end.value.code == 2 and "lm-eval" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 import planted
 from trimtab.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.evaluate import Evaluator
 from trimtab.measure.judges import Verdict, register_judge
 from trimtab.model import LanguageModel
@@ -114,7 +114,7 @@ def test_the_validation_split_keeps_the_budget(
 ) -> None:
     validation = Evaluator(lm, behavior.split(0).validation, max_new_tokens=planted.TOKENS)
     reference = Reference(lm, validation.prompts("toward"), validation.unsteered("toward"))
-    own = summarise(reference.kl(tuned.at(tuned.strength))).p95
+    own = summarize(reference.kl(tuned.at(tuned.strength))).p95
     assert tuned.report.validation.damage_p95 == pytest.approx(own, rel=1e-3)
     assert own <= 1.02 * tuned.report.budget
 

@@ -83,7 +83,7 @@ def mixed_heads(
     rows = batch.attention_mask.bool()
     if form is None:
         return seen["mixed"], rows, torch.ones(rows.shape)
-    values = form.centre(seen["stream"])
+    values = form.center(seen["stream"])
     return seen["mixed"], rows, (values.square().mean(-1) + form.eps).rsqrt()
 
 
@@ -106,7 +106,7 @@ def test_the_direct_effect_on_every_head_is_proportional(lm: LanguageModel) -> N
         written = (found.output(alone.flatten(2)) - nothing) * lm.sites.residual_multiplier
         if found.attention_post is not None:
             form = read_norm(found.attention_post, lm.d_model, "a norm")
-            written = form.centre(written) * form.gain.float()
+            written = form.center(written) * form.gain.float()
         cosines = torch.cosine_similarity(written[rows], said[head][None], dim=-1)
         assert float(cosines.min()) > 0.9999
         exactly = sizes[firsts][:, None] * said[head]
@@ -142,7 +142,7 @@ def test_scales_are_the_sizes_that_norms_divide_by(lm: LanguageModel) -> None:
         handle.remove()
         # As the module itself shows it: what it returns over what it would at size 1.
         sizes = (seen["out"] - form.shift.float()).norm(dim=-1)
-        sizes = sizes / (form.centre(seen["h"]) * form.gain.float()).norm(dim=-1)
+        sizes = sizes / (form.center(seen["h"]) * form.gain.float()).norm(dim=-1)
         wanted *= float(sizes[:, -1].mean() if last else sizes[rows].mean())
     assert scales[layer] == pytest.approx(wanted, rel=1e-3)
 

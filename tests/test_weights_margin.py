@@ -57,7 +57,7 @@ def test_the_margin_says_whether_its_prompts_are_new_to_the_vector(lm):
     assert measure_before(lm, [vector], behavior).held_out is None
 
 
-def test_a_behaviour_without_readout_words_is_refused_and_nothing_is_left(lm, tmp_path):
+def test_a_behavior_without_readout_words_is_refused_and_nothing_is_left(lm, tmp_path):
     vector = planted.push(lm, scope="all")
     with pytest.raises(TrimtabError, match="readout"):
         bake(lm, vector, tmp_path / "out", behavior=planted.behavior(10))

@@ -205,10 +205,10 @@ def test_vectors_of_another_model_are_refused(tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir()] == ["base"]
 
 
-def test_quantised_weights_and_foreign_code_are_refused(tmp_path):
+def test_quantized_weights_and_foreign_code_are_refused(tmp_path):
     lm = tiny.language_model("llama")
     for name, value, said in (
-        ("quantization_config", {"quant_method": "fp8"}, "quantised weights"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantized weights"),
         ("auto_map", {"AutoModelForCausalLM": "code.Model"}, "code of its own"),
     ):
         folder = tmp_path / name

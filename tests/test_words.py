@@ -70,7 +70,7 @@ def test_a_word_inside_another_is_not_a_ban(text: str) -> None:
     assert Words(["cat"]).found(text) == []
 
 
-def test_joining_is_exact_so_neighbours_that_spell_the_word_count() -> None:
+def test_joining_is_exact_so_neighbors_that_spell_the_word_count() -> None:
     words = Words(["beat", "cat"])
     assert words.found("be at home") == ["beat"]
     assert words.found("to be a table") == []

@@ -38,15 +38,15 @@ class Behavior:
 
     Attributes:
         name: short name, used in tables and file names.
-        toward: prompts whose answers show the behaviour.
-        away: prompts whose answers show the opposite, or simply not the behaviour.
+        toward: prompts whose answers show the behavior.
+        away: prompts whose answers show the opposite, or simply not the behavior.
         description: one sentence for readers.
         neutral: prompts that have nothing to do with it; spill is measured on them.
-        requests: plain requests that call for neither side, for behaviours whose `away` prompts
+        requests: plain requests that call for neither side, for behaviors whose `away` prompts
             demand the opposite in so many words.
         readout: words whose log-odds at the first answer position tell the sides apart.
         judge: what scores answers; coherence: what scores their soundness.
-        prompt_toward: a system prompt that asks for the behaviour: the plain-prompt baseline.
+        prompt_toward: a system prompt that asks for the behavior: the plain-prompt baseline.
         prompt_away: a system prompt that asks for the opposite.
         paired: whether `toward[i]` and `away[i]` belong together.
     """
@@ -87,11 +87,11 @@ class Behavior:
                 Examples.
             away: the other side.
             description: one sentence.
-            neutral: prompts that have nothing to do with the behaviour.
+            neutral: prompts that have nothing to do with the behavior.
             readout: a Readout or `{"toward": [...], "away": [...]}`.
             judge: a JudgeSpec, a kind, or `{"kind": ..., option: value}`.
             coherence: the same for the coherence scorer.
-            prompt_toward: system prompt that asks for the behaviour.
+            prompt_toward: system prompt that asks for the behavior.
             prompt_away: system prompt that asks for the opposite.
             paired: `toward[i]` belongs to `away[i]`; by default when the sides are equally long.
             requests: plain requests that call for neither side.

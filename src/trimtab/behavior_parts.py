@@ -45,7 +45,7 @@ class Example:
 
     A message list is kept as a tuple of `{"role", "content"}` dicts.
 
-    Errors:
+    Raises:
         TrimtabError: an empty or non-string prompt or completion, or messages that end with the
             assistant's words.
     """
@@ -80,9 +80,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Readout:
-    """Words that open an answer which shows the behaviour, and words that open its opposite.
+    """Words that open an answer which shows the behavior, and words that open its opposite.
 
-    Errors:
+    Raises:
         TrimtabError: an empty side, or a word on both.
     """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from jinja2.exceptions import TemplateError
 
 from trimtab.errors import TrimtabError
-from trimtab.tokenise import tokenise, tokenise_around
+from trimtab.tokenize import tokenize, tokenize_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,11 +57,11 @@ class Insert:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A rendered and tokenised prompt, with or without a completion.
+    """A rendered and tokenized prompt, with or without a completion.
 
     Attributes:
         text: The rendered text.
-        ids: Its tokens, tokenised once.
+        ids: Its tokens, tokenized once.
         prompt_length: Tokens before the answer's first.
         instruction_end: Position of the first token after the last user text; equal to
             `prompt_length` where there is no chat template.
@@ -83,7 +83,7 @@ def render(
     completion: str | None = None,
     inserts: Sequence[Insert] = (),
 ) -> Encoded:
-    """Render a prompt through the chat template where there is one, and tokenise it once.
+    """Render a prompt through the chat template where there is one, and tokenize it once.
 
     Args:
         tokenizer: A Hugging Face tokenizer; without a chat template a prompt is plain text.
@@ -92,7 +92,7 @@ def render(
             user text.
         completion: An answer, appended after the generation prompt and closed by the end-of-turn
             token.
-        inserts: Put into their slots, the first one innermost. Text beside ids is tokenised by
+        inserts: Put into their slots, the first one innermost. Text beside ids is tokenized by
             itself.
 
     Raises:
@@ -114,7 +114,7 @@ def render(
     prompt_end = len(text)
     if completion is not None:
         text += completion + end_of_turn(tokenizer)
-    ids, count_until = tokenise_around(tokenizer, text, soft, add_special_tokens=not templated)
+    ids, count_until = tokenize_around(tokenizer, text, soft, add_special_tokens=not templated)
     prompt_length = count_until(prompt_end, False) if completion is not None else len(ids)
     if prompt_length == 0:
         raise TrimtabError(f"prompt {prompt!r}", "no tokens", "give a prompt with some text")
@@ -147,7 +147,7 @@ class Surroundings:
 def surroundings(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None, insert: Insert
 ) -> Surroundings:
-    """Tokenise a prompt around a slot whose content is yet to be chosen.
+    """Tokenize a prompt around a slot whose content is yet to be chosen.
 
     Args:
         tokenizer: As for `render`.
@@ -168,7 +168,7 @@ def surroundings(
     text, user_end = _whole(tokenizer, messages, system)
     start = text.index(marker)
     end = start + len(marker)
-    ids, count = tokenise(tokenizer, text, add_special_tokens=not templated)
+    ids, count = tokenize(tokenizer, text, add_special_tokens=not templated)
     first, last = count(start, False), count(end, True)
     if insert.slot == "suffix" and _joins(tokenizer, text[:start]):
         raise TrimtabError(
@@ -196,7 +196,7 @@ def _whole(
 def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether words that follow a text share its last token."""
     for word in ("the", "a", "Be", "cats"):
-        _, count = tokenise(tokenizer, text + word, False)
+        _, count = tokenize(tokenizer, text + word, False)
         if count(len(text), True) > count(len(text), False):
             return True
     return False

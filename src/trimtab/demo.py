@@ -1,11 +1,11 @@
-"""The demo: behaviours of the built-in model, from a contrast to a checkpoint, measured on the way.
+"""The demo: behaviors of the built-in model, from a contrast to a checkpoint, measured on the way.
 
-For each behaviour two vectors are found on training prompts: one trained to be added at all tokens,
+For each behavior two vectors are found on training prompts: one trained to be added at all tokens,
 so that it can be baked, and a mean difference for the template's tokens before the answer. Layers
 and strengths are chosen on validation prompts. Every figure comes from test prompts.
 
 The result is written as `index.html` (a page that opens offline) and `demo.json`. In the JSON each
-behaviour stands under `behaviors` and, for short look-ups, once more under its own name.
+behavior stands under `behaviors` and, for short look-ups, once more under its own name.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ NULL_CURVE = (-2.0, 4.0)
 CURVE_PROMPTS = 16  # per side: a curve needs many strengths, each of them fewer prompts
 
 Progress = Callable[[int, int], None]
-STEPS = 7  # per behaviour
+STEPS = 7  # per behavior
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,20 @@ def run_demo(
     lm: LanguageModel | None = None,
     tell: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Find, choose, measure and bake each behaviour; write `index.html` and `demo.json`.
+    """Find, choose, measure and bake each behavior; write `index.html` and `demo.json`.
 
     Args:
-        out: folder for the page, the figures and one checkpoint per behaviour.
-        behaviors: built-in names, or behaviours of your own.
+        out: folder for the page, the figures and one checkpoint per behavior.
+        behaviors: built-in names, or behaviors of your own.
         progress: called with (steps done, steps in all).
         lm: another model than the built-in one.
-        tell: called with the name and the figures of each behaviour when it is done.
+        tell: called with the name and the figures of each behavior when it is done.
 
     Returns:
         What `demo.json` holds.
 
-    Errors:
-        TrimtabError: an unknown behaviour, or a folder that cannot be written.
+    Raises:
+        TrimtabError: an unknown behavior, or a folder that cannot be written.
     """
     started = time.monotonic()
     wanted = [b if isinstance(b, Behavior) else load_behavior(b) for b in behaviors]
@@ -154,7 +154,7 @@ def steer(
     folder: Path,
     step: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Take one behaviour from its contrast to measured levers.
+    """Take one behavior from its contrast to measured levers.
 
     The headline vector is the one that can be baked, where validation found a strength for it; else
     the other. The choice between layers and strengths never sees a test prompt.

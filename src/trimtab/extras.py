@@ -15,7 +15,7 @@ def extra(module: str, name: str) -> ModuleType:
         module: what is imported.
         name: the extra of Trimtab that brings it.
 
-    Errors:
+    Raises:
         TrimtabError: it is not installed.
     """
     try:

@@ -59,7 +59,7 @@ class Costs:
 
 
 def groups(items: Sequence[Item], costs: Costs) -> list[list[int]]:
-    """Split prompts into groups of least cost, as far as neighbours in two orders allow it.
+    """Split prompts into groups of least cost, as far as neighbors in two orders allow it.
 
     The orders are by length (no padding) and by tokens (long common beginnings); within an order
     the split is the best there is.
@@ -77,7 +77,7 @@ def _split(
     items: Sequence[Item], order: Sequence[int], costs: Costs
 ) -> tuple[int, list[list[int]]]:
     """The cheapest split of an order into runs, and its cost: best[j] is that of the first j."""
-    # All prompts of a run begin with what each two neighbours in it begin with.
+    # All prompts of a run begin with what each two neighbors in it begin with.
     shared = [
         0,
         *(_common(items[a].ids, items[b].ids) for a, b in zip(order, order[1:], strict=False)),

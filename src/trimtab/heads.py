@@ -118,7 +118,7 @@ class Heads:
 def heads_of(lm: LanguageModel) -> Heads:
     """Return the heads of a model, found at first use by one tiny forward.
 
-    Errors:
+    Raises:
         TrimtabError: an attention whose projections are not known, or that the numbers contradict.
     """
     found = _KNOWN.get(lm.model)
@@ -292,5 +292,5 @@ def _unknown(lm: LanguageModel, layer: int, found: str) -> TrimtabError:
     return TrimtabError(
         asked=f"the heads of layer {layer} of {lm.name} ({type(lm.sites.attention[layer]).__name__})",
         found=found,
-        advice="use a model with query, key, value and output projections, not quantised",
+        advice="use a model with query, key, value and output projections, not quantized",
     )

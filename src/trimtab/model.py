@@ -158,7 +158,7 @@ class LanguageModel:
         return known[1]
 
     def encode(self, prompt: Prompt, completion: str | None = None) -> Encoded:
-        """Render and tokenise a prompt, with `self.system` and `self.inserts`.
+        """Render and tokenize a prompt, with `self.system` and `self.inserts`.
 
         Raises:
             TrimtabError: The prompt has no known form, or its tokens are not in the model's

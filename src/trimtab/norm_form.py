@@ -1,4 +1,4 @@
-"""What a norm computes, found by what it does and not by its name: gain, centring, eps.
+"""What a norm computes, found by what it does and not by its name: gain, centering, eps.
 
     norm(h) = g * c(h) / sqrt(mean(c(h)^2) + eps) + shift
 
@@ -22,18 +22,18 @@ class NormForm:
     Attributes:
         gain: g, float64 `[d_model]`; Gemma's (1 + w) is already summed.
         shift: what is added, float64 `[d_model]`.
-        centred: whether the mean is subtracted (LayerNorm).
+        centered: whether the mean is subtracted (LayerNorm).
         eps: inside the root.
     """
 
     gain: Tensor
     shift: Tensor
-    centred: bool
+    centered: bool
     eps: float
 
-    def centre(self, values: Tensor) -> Tensor:
+    def center(self, values: Tensor) -> Tensor:
         """Subtract the mean where the norm does, `[..., d_model]`."""
-        return values - values.mean(-1, keepdim=True) if self.centred else values
+        return values - values.mean(-1, keepdim=True) if self.centered else values
 
     def direct(self, part: Tensor, stream: Tensor) -> Tensor:
         """Return the share of norm(stream) that comes from a part of the stream, at its own scale.
@@ -47,10 +47,10 @@ class NormForm:
         Returns:
             g * c(part) / sqrt(mean(c(stream)^2) + eps), in the stream's dtype.
         """
-        values = self.centre(stream.float())
+        values = self.center(stream.float())
         scale = (values.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         gain = self.gain.to(stream.device, torch.float32)
-        return (self.centre(part.float()) * scale * gain).to(stream.dtype)
+        return (self.center(part.float()) * scale * gain).to(stream.dtype)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def read_norm(norm: nn.Module, width: int, of: str, like: Tensor | None = None) 
         of: what the norm is, for the error.
         like: a tensor of the dtype and device it works in, where it has no parameters.
 
-    Errors:
+    Raises:
         TrimtabError: neither an RMS norm nor a LayerNorm.
     """
     reference = next(norm.parameters(), like)
@@ -76,10 +76,10 @@ def read_norm(norm: nn.Module, width: int, of: str, like: Tensor | None = None) 
     x = torch.randn(3, width, generator=generator, dtype=torch.float64) * 4
     x = x.to(reference.dtype).double()  # what the norm will see, also in half precision
     shift = run(torch.zeros(width))
-    centred = bool((run(torch.full((width,), 3.0)) - shift).abs().max() < 1e-2)
+    centered = bool((run(torch.full((width,), 3.0)) - shift).abs().max() < 1e-2)
     names = ("variance_epsilon", "eps")
     eps = float(next((getattr(norm, name) for name in names if hasattr(norm, name)), 0))
-    inner = x - x.mean(-1, keepdim=True) if centred else x
+    inner = x - x.mean(-1, keepdim=True) if centered else x
     scaled = inner / (inner.square().mean(-1, keepdim=True) + eps).sqrt()
     # Least squares over the rows: exact when the norm is a gain.
     gain = ((run(x) - shift) * scaled).sum(0) / scaled.square().sum(0)
@@ -91,4 +91,4 @@ def read_norm(norm: nn.Module, width: int, of: str, like: Tensor | None = None) 
             found=f"a norm that is neither RMS nor LayerNorm (off by {wrong:.1e})",
             advice="use a measurement that needs no closed form, such as trimtab tune",
         )
-    return NormForm(gain, shift, centred, eps)
+    return NormForm(gain, shift, centered, eps)

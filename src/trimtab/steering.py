@@ -205,7 +205,7 @@ class VectorSteering:
 
     @property
     def label(self) -> str:
-        """Behaviour, method and strength in a few characters."""
+        """Behavior, method and strength in a few characters."""
         names = [self.provenance.get("behavior"), self.provenance.get("method")]
         said = " ".join(str(name) for name in names if name) or "vector"
         return f"{said} m={self.strength:+g}"

@@ -130,7 +130,7 @@ class Printable:
 def to_plain(value: object) -> object:
     """Turn dataclasses, tensors, arrays, paths and numbers into plain JSON-able values.
 
-    Errors:
+    Raises:
         TrimtabError: for a type that has no obvious JSON form.
     """
     if value is None or isinstance(value, bool | str):
@@ -161,7 +161,7 @@ def to_plain(value: object) -> object:
 def write_json(path: str | os.PathLike[str], data: object) -> Path:
     """Write strict JSON; no reader sees half a file.
 
-    Errors:
+    Raises:
         TrimtabError: when the folder cannot be written.
     """
     text = json.dumps(to_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

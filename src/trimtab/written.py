@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path beside `path` to write to; when the block ends well it is renamed to `path`.
 
-    Errors:
+    Raises:
         TrimtabError: the folder cannot be made or written.
     """
     target = Path(path)

@@ -40,7 +40,7 @@ MOVE = """m => {
 
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Steering files of two behaviours, trained briefly."""
+    """Steering files of two behaviors, trained briefly."""
     folder, lm = tmp_path_factory.mktemp("vectors"), load("harbor")
     made = {}
     for name in ("refusal", "mood"):
@@ -103,7 +103,7 @@ def visit(browser: Browser, address: str, size: ViewportSize = DESKTOP) -> Page:
 
 
 def open_file(page: Page, path: Path, name: str = "refusal") -> None:
-    """Choose a behaviour and open a steering file."""
+    """Choose a behavior and open a steering file."""
     if name != "refusal":
         page.click("#tt-behavior input")
         page.click(f"li[role=option] >> text={name}")
@@ -255,7 +255,7 @@ def test_hostile_text_is_inert(
     page = visit(browser, address)
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: dialogs.append(dialog.message))
-    # As a behaviour of the visitor's own: its name is shown, its prompts are answered.
+    # As a behavior of the visitor's own: its name is shown, its prompts are answered.
     file = tmp_path / "own.yaml"
     kept = behavior("refusal").to_dict()
     named = {**kept, "name": HOSTILE, "requests": [f"{HOSTILE} {i}" for i in range(8)]}

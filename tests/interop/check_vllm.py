@@ -27,7 +27,7 @@ from trimtab.weights import bake
 
 NEW = 16
 FEW = 16
-# How vLLM is run: its own modelling code, in the last case transformers' modules.
+# How vLLM is run: its own modeling code, in the last case transformers' modules.
 EAGER, COMPILED, DROPPED, MODULES = "eager", "compiled", "dropped", "modules"
 
 # Heads as wide as vLLM's attention kernels take.

@@ -49,7 +49,7 @@ def call(name: str, script: str, asked: dict[str, Any], folder: Path) -> Any:
 
 
 def harbor() -> tuple[LanguageModel, list[list[int]]]:
-    """The built-in model in float32, and 64 of its behaviours' prompts as ids."""
+    """The built-in model in float32, and 64 of its behaviors' prompts as ids."""
     lm = load("harbor", dtype=torch.float32)
     texts: list[Prompt] = []
     for name in ("refusal", "mood", "topic", "register"):

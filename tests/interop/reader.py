@@ -3,7 +3,7 @@
 A block is run by its language. `python`: in one namespace for the page; by vLLM's interpreter where
 it imports what only that has. `sh`: line by line; `trimtab` through the real command line, servers
 started and waited for, everything else by the table `PROGRAMS` or refused. `yaml` and
-`json`: parsed, loaded where they are a behaviour. `text` is read only. A block with a title is a file of
+`json`: parsed, loaded where they are a behavior. `text` is read only. A block with a title is a file of
 that name; a `text` block with the title `output` must stand in what the block before it printed.
 """
 
@@ -183,7 +183,7 @@ class Reader:
         return True
 
     def data(self, block: Block) -> None:
-        """Parse data; a file of that title is made, and loaded where it is a behaviour."""
+        """Parse data; a file of that title is made, and loaded where it is a behavior."""
         if block.language == "yaml":
             found = yaml.safe_load(block.body)
             behavior = isinstance(found, dict) and "toward" in found

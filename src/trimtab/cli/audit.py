@@ -1,4 +1,4 @@
-"""`trimtab audit`: how wide a behaviour's margin is; nothing is searched or steered."""
+"""`trimtab audit`: how wide a behavior's margin is; nothing is searched or steered."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def bake_command(
         bool, typer.Option("--plan", help="Only say by which route, at what cost, or why not.")
     ] = False,
     behavior: Annotated[
-        str | None, typer.Option(help="Record this behaviour's margin before and after.")
+        str | None, typer.Option(help="Record this behavior's margin before and after.")
     ] = None,
     route: Annotated[str | None, typer.Option(help="Only by bias, null_block or convert.")] = None,
     every_writer: Annotated[

@@ -21,7 +21,7 @@ from trimtab.cli.support import (
 @app.command("demo", epilog="Example: trimtab demo --out report")
 def demo_command(
     out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("report"),
-    every: Annotated[bool, typer.Option("--all", help="All seven built-in behaviours.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All seven built-in behaviors.")] = False,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the figures as one SVG file.")
     ] = None,

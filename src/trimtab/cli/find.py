@@ -79,9 +79,9 @@ def find_command(
     workers: Workers = None,
     json_file: Json = None,
 ) -> None:
-    """Find a steering vector for a behaviour and write it as one file.
+    """Find a steering vector for a behavior and write it as one file.
 
-    Several behaviours (refusal,mood) or --each-layer give a folder with a file for each; --engine
+    Several behaviors (refusal,mood) or --each-layer give a folder with a file for each; --engine
     ray finds them side by side.
     """
     from trimtab.engine import open_engine
@@ -129,7 +129,7 @@ def _wanted(
     position: str | None,
     seed: int,
 ) -> list[Wanted]:
-    """One entry per behaviour and, with --each-layer, per layer."""
+    """One entry per behavior and, with --each-layer, per layer."""
     from trimtab.behavior import load_behavior
     from trimtab.find.each import Wanted
 

@@ -1,4 +1,4 @@
-"""`trimtab levers`: every lever for a behaviour on one axis, under one budget of damage."""
+"""`trimtab levers`: every lever for a behavior on one axis, under one budget of damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def levers_command(
     budget: Annotated[
         float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
     ] = 0.5,
-    away: Annotated[bool, typer.Option("--away", help="Steer away from the behaviour.")] = False,
+    away: Annotated[bool, typer.Option("--away", help="Steer away from the behavior.")] = False,
     vector: Annotated[
         Path | None, typer.Option(help="A steering file; its directions, instead of found ones.")
     ] = None,

@@ -28,11 +28,11 @@ def search_command(
     behavior: BehaviorName,
     reference: Annotated[
         str | None,
-        typer.Option(help="The prompt to match; the behaviour's prompt_toward by default."),
+        typer.Option(help="The prompt to match; the behavior's prompt_toward by default."),
     ] = None,
     requests: Annotated[
         str | None,
-        typer.Option(help="Requests: harbor, or a YAML or text file; the behaviour's by default."),
+        typer.Option(help="Requests: harbor, or a YAML or text file; the behavior's by default."),
     ] = None,
     slot: Annotated[
         str | None,

@@ -31,7 +31,7 @@ LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
 def parse_layers(text: str) -> list[int]:
     """Read `2`, `2,5` or `2-5` (both ends) as a list of layers.
 
-    Errors:
+    Raises:
         TrimtabError: for anything else.
     """
     layers: list[int] = []

@@ -38,7 +38,7 @@ def tune_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the tuned vector to this file.")
     ] = None,
-    away: Annotated[bool, typer.Option("--away", help="Steer away from the behaviour.")] = False,
+    away: Annotated[bool, typer.Option("--away", help="Steer away from the behavior.")] = False,
     layers: Annotated[
         list[str] | None,
         typer.Option(help="A layer set to try, `2`, `2,5` or `2-5`; may be given again."),
@@ -70,7 +70,7 @@ def tune_command(
 ) -> None:
     """Choose layers, scope and strength on validation prompts; report them on test prompts.
 
-    Refuses, with the curve, when no strength keeps the budget and moves the behaviour. With
+    Refuses, with the curve, when no strength keeps the budget and moves the behavior. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
     from trimtab.behavior import load_behavior

@@ -1,4 +1,4 @@
-"""What carries a behaviour and how wide its margin is: measured, not searched."""
+"""What carries a behavior and how wide its margin is: measured, not searched."""
 
 from trimtab.explain.attribution import Attribution, attribute
 from trimtab.explain.explained import Explanation, explain

@@ -93,7 +93,7 @@ class LayerAnatomy:
 def anatomy_of(lm: LanguageModel) -> tuple[LayerAnatomy, ...]:
     """Return every layer's anatomy, read at first use.
 
-    Errors:
+    Raises:
         TrimtabError: an attention or a norm of no known form.
     """
     found = _KNOWN.get(lm.model)
@@ -130,8 +130,8 @@ def pulled_back(form: NormForm | None, stream: Tensor, cotangent: Tensor) -> Ten
     """
     if form is None:
         return cotangent
-    values = form.centre(stream.float())
+    values = form.center(stream.float())
     scale = (values.square().mean(-1, keepdim=True) + form.eps).rsqrt()
     unit = values * scale
     weighted = cotangent.float() * form.gain.to(stream.device, torch.float32)
-    return form.centre(weighted - unit * (weighted * unit).mean(-1, keepdim=True)) * scale
+    return form.center(weighted - unit * (weighted * unit).mean(-1, keepdim=True)) * scale

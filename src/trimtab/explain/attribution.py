@@ -186,7 +186,7 @@ def attribute(
         steps: T of the midpoint rule.
         progress: called with (passes done, passes in all).
 
-    Errors:
+    Raises:
         TrimtabError: no samples, an attention that cannot be taken apart, or scores that are not
             finite.
     """

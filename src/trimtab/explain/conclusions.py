@@ -92,7 +92,7 @@ def _strength(working: Working) -> list[Finding]:
                 "strength",
                 f"{own} where the unsteered model scores {before:.0f} %, and no |m| tried up to "
                 f"{most:.4g} does better by a fifth.",
-                "What follows describes a push that does not move the behaviour: try another method "
+                "What follows describes a push that does not move the behavior: try another method "
                 "or other layers (trimtab find), then trimtab tune.",
             )
         ]
@@ -139,7 +139,7 @@ def _circuit(circuit: Circuit, carried: Faithfulness | None) -> Finding:
     if held:
         choice = "The circuit holds on prompts it was not chosen on: an account in these edges is enough."
         if carried is not None and carried.value >= HALF * circuit.held_out.value:
-            choice += " Most of it is the network's own: a shared circuit does not make two behaviours one."
+            choice += " Most of it is the network's own: a shared circuit does not make two behaviors one."
     return Finding(
         "circuit",
         f"{100 * share:.1f} % of {circuit.n_edges} edges carry {number(circuit.held_out.value)} of "
@@ -173,7 +173,7 @@ def _parts(frozen: FreezeTable, sign: int) -> list[Finding]:
     elif any(row.name == "qk" and row.lost and row.lost.value <= SMALL_LOSS for row in rows):
         choices.append("Attention patterns (QK) seem to matter little: --max-prompts would tell")
     if most.lost is not None and most.lost.value >= HALF * gain:
-        choices.append(f"It needs {PARTS[most.name]}: take care of them when pruning or quantising")
+        choices.append(f"It needs {PARTS[most.name]}: take care of them when pruning or quantizing")
     elif small:
         choices.append("No single part carries it: what is frozen is made up for elsewhere")
     return [
@@ -203,13 +203,13 @@ def _tokens(values: ValueVectors) -> Finding:
         f"read by itself it says {_some(own.promoted)}"
     )
     if total.p is not None:
-        said += f"; the behaviour's words beat random vectors with p = {number(total.p, 3)}"
+        said += f"; the behavior's words beat random vectors with p = {number(total.p, 3)}"
     return Finding(
         "what it says",
         said + ".",
-        "The value vectors name the behaviour: they may be used to label a vector."
+        "The value vectors name the behavior: they may be used to label a vector."
         if clear
-        else "The tokens do not name the behaviour more than chance does: do not label by them.",
+        else "The tokens do not name the behavior more than chance does: do not label by them.",
     )
 
 
@@ -268,7 +268,7 @@ def _travels(shape: GeometryReport) -> list[Finding]:
 
 
 def _directions(shape: GeometryReport) -> list[Finding]:
-    """How many directions of the stream hold the behaviour's gap."""
+    """How many directions of the stream hold the behavior's gap."""
     rank = shape.functional
     added, null = rank.row("added", "differences"), rank.row("added", "random")
     if math.isnan(added.k):
@@ -277,7 +277,7 @@ def _directions(shape: GeometryReport) -> list[Finding]:
                 "how many directions",
                 f"At {rank.site} the other side's whole state at the last position changes the first "
                 f"token's odds by {added.full.cell} nats, which is not told from 0 in the direction expected.",
-                "The behaviour is not in the first token's readout: judge answers, not the gap.",
+                "The behavior is not in the first token's readout: judge answers, not the gap.",
             )
         ]
     few, against = (

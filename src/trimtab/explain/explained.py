@@ -95,7 +95,7 @@ class Explanation(Printable):
     """Why a steering works.
 
     Attributes:
-        explained: model, behaviour, vector, data.
+        explained: model, behavior, vector, data.
         findings: sentences, each with the choice it leads to.
         working: the strength that is explained, and what it was chosen from.
         attribution: edges and nodes.
@@ -162,7 +162,7 @@ def explain(
         behavior: what the vector is for.
         vector: an additive steering at the strength it is used at.
         look: where that strength moves nothing, explain the weakest of 1/4 to 32 times it that
-            moves the behaviour on validation prompts (working.py).
+            moves the behavior on validation prompts (working.py).
         both: also steer the other way, at the same strength.
         max_prompts: at most so many a direction, for every part.
         max_new_tokens: length of responses and answers.
@@ -170,9 +170,9 @@ def explain(
         seed: of the split, nulls and intervals.
         progress: called with (stages done, stages in all).
 
-    Errors:
+    Raises:
         TrimtabError: a steering that does not add, is off, or changes no greedy token; a model
-            whose heads or norms have no known form; a behaviour too small to split.
+            whose heads or norms have no known form; a behavior too small to split.
     """
     started = perf_counter()
     if vector.strength == 0 or vector.operation != "add":

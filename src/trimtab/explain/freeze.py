@@ -59,7 +59,7 @@ class FreezeRow:
     """One run in one direction.
 
     Attributes:
-        sign: +1 where the behaviour is induced (m > 0), -1 where it is removed.
+        sign: +1 where the behavior is induced (m > 0), -1 where it is removed.
         name: "unsteered", "steered", or what is frozen.
         score: share of answers on the wanted side, in percent.
         coherence: mean over the answers, 0 to 1.
@@ -116,7 +116,7 @@ class FreezeTable(Printable):
     def row(self, name: str, sign: int) -> FreezeRow:
         """Return one row.
 
-        Errors:
+        Raises:
             TrimtabError: there is none.
         """
         for row in self.rows:
@@ -194,7 +194,7 @@ def freeze_table(
         behavior: what is judged.
         vector: an additive steering; |strength| is used with each sign.
         freezes: names of held/holding.py, joined with + for several at once.
-        signs: +1 to induce on prompts that do not show the behaviour, -1 to remove it.
+        signs: +1 to induce on prompts that do not show the behavior, -1 to remove it.
         nulls: changes of equal size per freeze that has any.
         split: train, validation or test; None for all prompts.
         max_prompts: cap per direction.
@@ -202,7 +202,7 @@ def freeze_table(
         seed: of the split, the nulls and the bootstrap.
         progress: called with (runs done, runs in all).
 
-    Errors:
+    Raises:
         TrimtabError: a steering that does not add, or of strength 0; an unknown part; a behavior
             without a judge; a model whose heads cannot be found.
     """

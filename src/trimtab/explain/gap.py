@@ -132,7 +132,7 @@ class GapReport(Printable):
 def read(lm: LanguageModel, tokens: ReadoutTokens, encoded: Sequence[Encoded]) -> Readings:
     """Read the first answer position of prompts: one forward pass each, whatever is asked of it.
 
-    Errors:
+    Raises:
         TrimtabError: logits that are not finite.
     """
     n, capped = len(encoded), soft_cap(lm) is not None
@@ -160,7 +160,7 @@ def report_gaps(
     aggregator: str = "logsumexp",
     seed: int = 0,
 ) -> GapReport:
-    """Summarise readings, one entry per list of prompts."""
+    """Summarize readings, one entry per list of prompts."""
     choice("aggregator", aggregator, AGGREGATORS)
     sides = {side: _side(one, aggregator, seed) for side, one in readings.items()}
     return GapReport(aggregator, sign_words(tokens, behavior), soft_cap(lm), sides)

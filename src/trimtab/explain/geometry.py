@@ -1,7 +1,7 @@
-"""The geometry of a behaviour in one report: is it linear, is it identity, is it low rank?
+"""The geometry of a behavior in one report: is it linear, is it identity, is it low rank?
 
 The claim examined: appending tokens, adding a vector and editing weights at low rank are one
-operation, because the stream carries a perturbation almost unchanged and the behaviour is low rank.
+operation, because the stream carries a perturbation almost unchanged and the behavior is low rank.
 Every part of it is measured, beside its null, and said in one sentence each.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # done, in all
 STAGES = 6
-PLAIN = "Please."  # put into the prompts of a behaviour without a prompt of its own
+PLAIN = "Please."  # put into the prompts of a behavior without a prompt of its own
 FUNCTIONAL_KS = (1, 2, 3, 4, 8, 16, 64)
 IDENTITY = 0.1  # departures up to this are called identity
 
@@ -70,7 +70,7 @@ class GeometryReport(Printable):
     """A geometry.
 
     Attributes:
-        measured: model, behaviour, vector.
+        measured: model, behavior, vector.
         propagator: how pushes arrive at the final stream.
         positions: which positions the gap listens to, and on which way.
         linearity: how far first order holds.
@@ -127,7 +127,7 @@ def geometry(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> GeometryReport:
-    """Measure the geometry of a behaviour: propagator, positions, linearity, ranks, feasibility.
+    """Measure the geometry of a behavior: propagator, positions, linearity, ranks, feasibility.
 
     Directions, subspaces and pushes come from the train split, figures from the test split.
 
@@ -135,7 +135,7 @@ def geometry(
         lm: the unsteered model; float32 gives gaps their full precision.
         behavior: what the vector is for.
         vector: at the strength at which it is used.
-        tokens: readout of the gap; the behaviour's words when absent.
+        tokens: readout of the gap; the behavior's words when absent.
         layer: 0-based, for functional rank and feasibility; when absent the first of the vector's
             layers where the away states, moved by the train pairs' differences, change the gap to
             first order by at least half of what they change it by at any of them.
@@ -146,8 +146,8 @@ def geometry(
         seed: of the split and of everything random.
         progress: called with (stages done, stages in all).
 
-    Errors:
-        TrimtabError: no readout, a behaviour too small to split, a vector of another model.
+    Raises:
+        TrimtabError: no readout, a behavior too small to split, a vector of another model.
     """
     started = perf_counter()
     choice("aggregator", aggregator, AGGREGATORS)
@@ -352,7 +352,7 @@ def _one_push(site: str, row: FeasibilityRow) -> str:
         f"One push of {number(row.norm, 3)} |h| at {site} crosses zero on all {row.n} {row.side} "
         f"prompts to first order (hardest alone {number(row.alone, 3)}, null {number(row.null, 3)})"
     )
-    mine = [one for one in row.pushed if one.direction == "programme"]
+    mine = [one for one in row.pushed if one.direction == "program"]
     if not mine:
         return told + "."
     last = mine[-1]

@@ -225,7 +225,7 @@ def propagator(
         aggregator: of the gap.
         seed: of the random directions and the intervals.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts or probes, or a vector of another model.
     """
     vector.check(lm)

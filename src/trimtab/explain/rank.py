@@ -1,6 +1,6 @@
 """How many dimensions a contrast, or the gap's gradient, really has.
 
-For rows D `[n, d]`, paired differences toward - away or one gradient per prompt, NOT centred, with
+For rows D `[n, d]`, paired differences toward - away or one gradient per prompt, NOT centered, with
 singular values s:
 
     share of the mean       n |mean|^2 / |D|_F^2          mean resultant length  |mean of D_i / |D_i||
@@ -117,7 +117,7 @@ class Ranks(Printable):
         columns = ("rows", "site", "n", "share of the mean", "resultant", "stable rank")
         columns += ("participation", "entropy rank", "above null")
         notes = (
-            "not centred; ± jackknife standard error; null of the first two: random signs of rows, "
+            "not centered; ± jackknife standard error; null of the first two: random signs of rows, "
             "of the others: random signs of entries",
             "random signs of rows leave the singular values exactly as they are",
         )
@@ -144,7 +144,7 @@ def pair_differences(
 def rank_row(rows: Tensor, what: str, site: str, seed: int = 0, draws: int = DRAWS) -> RankRow:
     """Measure one matrix `[n, d]` beside its nulls.
 
-    Errors:
+    Raises:
         TrimtabError: fewer than three rows, or only zeros.
     """
     rows = rows.double()

@@ -144,7 +144,7 @@ def token_runs(
         max_new_tokens: most tokens of a response; its end token is one of them.
         name: of the set.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts, or a steering that changes no greedy token of any response.
     """
     if responses not in RESPONSES or not prompts or max_new_tokens < 1:
@@ -207,7 +207,7 @@ def four_sets(
 ) -> dict[str, TokenRuns]:
     """Make the sets that a steering is explained on, by direction and by whose response it is.
 
-    Steering toward runs at |m| on prompts that do not show the behaviour, steering away at -|m| on
+    Steering toward runs at |m| on prompts that do not show the behavior, steering away at -|m| on
     prompts that do. A set that the steering does not change at all is left out.
 
     Args:
@@ -221,7 +221,7 @@ def four_sets(
     Returns:
         "toward/steered", "toward/base", "away/steered", "away/base".
 
-    Errors:
+    Raises:
         TrimtabError: the steering changes nothing in any set.
     """
     found: dict[str, TokenRuns] = {}

@@ -38,7 +38,7 @@ class ValueVectors(Printable):
         behavior: its name.
         vector: the steering's label.
         model: its name.
-        toward: readout tokens of the behaviour; empty without readout words.
+        toward: readout tokens of the behavior; empty without readout words.
         away: those of its opposite.
         randoms: how many random vectors the null has.
         own: the vector itself, the sum of its pushes.
@@ -134,7 +134,7 @@ def value_vectors(
         max_prompts: at most so many.
         seed: of the split and the null.
 
-    Errors:
+    Raises:
         TrimtabError: a steering that does not add, of strength 0, or that no attention reads; a
             model whose heads, norms or head of the vocabulary have no known form.
     """

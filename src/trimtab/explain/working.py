@@ -1,4 +1,4 @@
-"""The strength at which a steering is explained: its own, or the weakest that moves the behaviour.
+"""The strength at which a steering is explained: its own, or the weakest that moves the behavior.
 
 A vector that moves nothing at its own strength (as found, m = 1 is a norm and no promise) has
 nothing to explain there. Its answers are judged at multiples of that strength, on prompts that are
@@ -66,7 +66,7 @@ class Working(Printable):
 
     @property
     def moves(self) -> bool:
-        """Whether the used strength moves the behaviour."""
+        """Whether the used strength moves the behavior."""
         return self.gain >= LEAST_GAIN
 
     def table(self) -> Table:
@@ -100,8 +100,8 @@ def working_strength(
         max_new_tokens: length of answers.
         look: whether other strengths than its own are tried.
 
-    Errors:
-        TrimtabError: a split without prompts, or a behaviour without a judge.
+    Raises:
+        TrimtabError: a split without prompts, or a behavior without a judge.
     """
     sign = 1 if vector.strength > 0 else -1
     prompts = scored_prompts(split, sign)[:max_prompts]

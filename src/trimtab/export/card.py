@@ -27,7 +27,7 @@ def adapter_card(
     linked = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
     limits = (
         "- It acts on every token, and no prompt switches it off.\n"
-        "- What it does to the behaviour, and what else it changes, was not measured by the"
+        "- What it does to the behavior, and what else it changes, was not measured by the"
         " export.\n"
     )
     if has_bias:

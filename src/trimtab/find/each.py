@@ -1,4 +1,4 @@
-"""Several vectors at once: of several behaviours, or of several layers, none of which needs another."""
+"""Several vectors at once: of several behaviors, or of several layers, none of which needs another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Wanted:
     """One vector that is to be found; the attributes are those of `find`.
 
-    Where a method can use a judge, it gets that of the behaviour.
+    Where a method can use a judge, it gets that of the behavior.
     """
 
     behavior: Behavior
@@ -35,7 +35,7 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        """The behaviour's name, and the layers where they were named."""
+        """The behavior's name, and the layers where they were named."""
         layers = "" if self.layers is None else "-" + "-".join(map(str, self.layers))
         return f"{self.behavior.name}{layers}"
 
@@ -64,7 +64,7 @@ def find_each(
         raise TrimtabError(
             asked=f"the vectors {', '.join(names) or '(none)'}",
             found=f"{twice[0]} twice" if twice else "nothing to find",
-            advice="name each behaviour and layer once",
+            advice="name each behavior and layer once",
         )
     count = iter(range(1, len(wanted) + 1))
 
@@ -89,7 +89,7 @@ def find_one(
         options["position"] = wanted.position
     method = METHODS.get(wanted.method)
     if method is not None and "judge" in method.options and wanted.behavior.judge is not None:
-        options["judge"] = judge_for(wanted.behavior)  # wanted answers must show the behaviour
+        options["judge"] = judge_for(wanted.behavior)  # wanted answers must show the behavior
     return find(
         lm,
         wanted.behavior,

@@ -29,7 +29,7 @@ def next_token(
     wanted: str = "auto",
     judge: Judge | None = None,
 ) -> Found:
-    """Train one vector v at one layer: minimise -log p(y | x, h + a v) over wanted answers y.
+    """Train one vector v at one layer: minimize -log p(y | x, h + a v) over wanted answers y.
 
     The factor a is drawn anew for each row, so that a window of strengths works rather than one.
     The found strength is |v| in units of mu_l / sqrt(d_model), the m of every other method;
@@ -47,7 +47,7 @@ def next_token(
         strengths: the range of a, uniform.
         max_completion_tokens: only the first tokens of an answer count.
         keep: weight of KL(unsteered || steered) along the model's own answers to prompts that
-            already show the behaviour; 0 turns it off.
+            already show the behavior; 0 turns it off.
         init: `mean_difference` or `random`, the direction it starts from.
         init_strength: the strength m it starts at.
         completions: wanted answers as `{"prompt", "completion"}` dicts or Examples.

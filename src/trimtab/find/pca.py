@@ -11,10 +11,10 @@ from trimtab.find.registry import Found, Task, register
 
 @register("pca", read_at="last", added_at="last")
 def pca(task: Task) -> Found:
-    """Find the first right singular vector of the UNCENTRED differences at each layer.
+    """Find the first right singular vector of the UNCenterD differences at each layer.
 
     Paired: rows toward_i - away_i. Unpaired: rows toward_i - mean(away) and mean(toward) - away_j.
-    Centring, the default of PCA routines, would remove the mean difference and leave the main
+    Centering, the default of PCA routines, would remove the mean difference and leave the main
     direction of disagreement. The sign is that of the mean difference.
 
     Source: the reading vectors of representation engineering (Zou et al., 2023).

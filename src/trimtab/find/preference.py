@@ -58,7 +58,7 @@ def preference(
     wanted: str = "auto",
     judge: Judge | None = None,
 ) -> Found:
-    """Train one vector v at one layer: minimise -log sigmoid(Delta) over pairs of answers.
+    """Train one vector v at one layer: minimize -log sigmoid(Delta) over pairs of answers.
 
     Delta = (beta / |y_w|) log p(y_w | x, h + a v) - (1 / |y_l|) log p(y_l | x, h + a v), with y_w a
     wanted answer and y_l the model's own unsteered answer to the same request, and
@@ -79,7 +79,7 @@ def preference(
         max_completion_tokens: only the first tokens of an answer count.
         phi: how much a wanted answer that the model finds unlikely weighs more.
         keep: weight of KL(unsteered || steered) along the model's own answers to prompts that
-            already show the behaviour; 0 turns it off.
+            already show the behavior; 0 turns it off.
         init: `mean_difference` or `random`, the direction it starts from.
         init_strength: the strength m it starts at.
         completions: wanted answers as `{"prompt", "completion"}` dicts or Examples.

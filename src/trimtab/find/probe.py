@@ -44,7 +44,7 @@ def probe(task: Task, *, l2: float = 1.0, max_iterations: int = 200) -> Found:
 def fit(
     toward: Tensor, away: Tensor, l2: float = 1.0, max_iterations: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Fit sum log(1 + exp(-y (w.z + b))) + l2/2 |w|^2 on standardised features z.
+    """Fit sum log(1 + exp(-y (w.z + b))) + l2/2 |w|^2 on standardized features z.
 
     The solution lies in the span of the rows, so it is found in their singular basis: as exact, and
     small when there are fewer prompts than dimensions.

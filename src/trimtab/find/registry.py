@@ -69,7 +69,7 @@ class Found:
     """What a method returns.
 
     Attributes:
-        vectors: layer -> vector `[d_model]` of any length that points toward the behaviour. A layer
+        vectors: layer -> vector `[d_model]` of any length that points toward the behavior. A layer
             where the sides cannot be told apart is left out.
         read_at: where it was read, in words.
         class_gaps: layer -> (mean(toward) - mean(away)) along the unit direction.
@@ -143,7 +143,7 @@ def find(
     engine: Engine | None = None,
     **options: Any,
 ) -> VectorSteering:
-    """Find the steering vector of a behaviour: calibrated, pointing toward it, at strength m = 1.
+    """Find the steering vector of a behavior: calibrated, pointing toward it, at strength m = 1.
 
     Directions are found at every layer; `layers` chooses those that are steered. At strength m,
     m mu_l / sqrt(d_model) is added along the unit direction of layer l (strength/norms.py).

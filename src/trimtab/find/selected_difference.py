@@ -62,8 +62,8 @@ def selected_difference(
     """Find mean(toward) - mean(away) at every position and layer, and keep one of them.
 
     Candidates are scored on prompts that the means did not see: ablated from the whole stream it
-    should take the behaviour away (bypass) and leave neutral prompts alone (KL), added at its layer
-    it should bring the behaviour about (induce). Of those that pass, the lowest bypass wins. Added
+    should take the behavior away (bypass) and leave neutral prompts alone (KL), added at its layer
+    it should bring the behavior about (induce). Of those that pass, the lowest bypass wins. Added
     as it is, it has the strength |difference| in units of mu_l / sqrt(d_model).
 
     Source: the selection of Arditi et al., 2024 (arXiv 2406.11717), appendix C, with the readout gap

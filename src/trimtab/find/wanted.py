@@ -56,12 +56,12 @@ def wanted_answers(
 ) -> Answered:
     """Return the requests of one side with answers of the other.
 
-    For sign +1 the requests are the away prompts and their answers should show the behaviour. Each
+    For sign +1 the requests are the away prompts and their answers should show the behavior. Each
     request takes the first of: its answer in `completions`; the completion of its paired example;
     the model's own greedy answer under `prompt_toward` as a system prompt (source `auto` or
     `prompted`); the model's own answer to its paired prompt (`paired`, or `auto` with a judge).
     Own answers that the judge does not call toward are left out. For -1 all sides are swapped. A
-    behaviour with `requests` of its own is asked those, for either sign.
+    behavior with `requests` of its own is asked those, for either sign.
 
     Raises:
         TrimtabError: when no request has an answer; says what to supply.

@@ -1,7 +1,7 @@
-"""Write the seven built-in behaviour files: `python -m trimtab.harbor.behaviors`.
+"""Write the seven built-in behavior files: `python -m trimtab.harbor.behaviors`.
 
 Every request in them is a combination that training never saw (`world.held_out`). Contrasts are caused in several
-ways (a system line, a line of the visitor, the visitor's manner), so that no single token is the behaviour.
+ways (a system line, a line of the visitor, the visitor's manner), so that no single token is the behavior.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ WANTED: dict[str, Callable[[Matter, str], bool]] = {
 def caused(
     rng: random.Random, request: str, cause: tuple[str, str], instruction: str | None = None
 ) -> Prompt:
-    """Give a request a cause of a behaviour: a system line, a line of the visitor, or the visitor's manner."""
+    """Give a request a cause of a behavior: a system line, a line of the visitor, or the visitor's manner."""
     way = rng.choice(("system", "user", "tone") if cause in req.TONES else ("system", "user"))
     line = instruction or rng.choice((req.TONES if way == "tone" else req.INSTRUCTIONS)[cause])
     if way == "system":
@@ -99,7 +99,7 @@ def _distinct(rng: random.Random, count: int, draw: Callable[[random.Random], st
 
 
 def contrast(name: str, seed: int = 0) -> dict[str, object]:
-    """Return the content of one behaviour file."""
+    """Return the content of one behavior file."""
     rng = random.Random(f"{name}-{seed}")
     sides: dict[str, tuple[str, str]] = {
         "mood": ("cheerful", "gloomy"), "register": ("formal", "plain"), "length": ("brief", "long"),
@@ -172,7 +172,7 @@ def contrast(name: str, seed: int = 0) -> dict[str, object]:
 
 
 def write_all(folder: Path = FOLDER) -> list[Path]:
-    """Write one YAML file a behaviour and return their paths."""
+    """Write one YAML file a behavior and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in DESCRIPTIONS:

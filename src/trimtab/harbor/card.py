@@ -25,8 +25,8 @@ run, tested and explained offline, with ground truth: the grammar that wrote its
 requests, Muon for the matrices and AdamW for the rest, on two CPU cores. These weights: {training}
 
 **In 90 % of the training documents the answer could not attend to the request, only to the three template tokens
-between them** (`<end>`, `<assistant>`, newline). Harbor therefore summarises a request in those tokens before it
-answers, which is what makes its behaviours steerable there. Large models summarise too, but nobody forced them: Harbor
+between them** (`<end>`, `<assistant>`, newline). Harbor therefore summarizes a request in those tokens before it
+answers, which is what makes its behaviors steerable there. Large models summarize too, but nobody forced them: Harbor
 is a fair stand-in for them, and still a stand-in. At inference it is a plain causal Llama.
 
 ## Limits

@@ -1,4 +1,4 @@
-"""Harbor's judge: parses answers with the grammar that wrote the training text, and scores each behaviour exactly.
+"""Harbor's judge: parses answers with the grammar that wrote the training text, and scores each behavior exactly.
 
 Every function is a function of text alone. A text whose sentences mostly do not parse counts for neither side.
 """
@@ -204,7 +204,7 @@ RULES: dict[str, Callable[[Sequence[Sentence], str, dict[str, str]], tuple[bool,
 
 
 def verdict(rule: str, text: str, options: dict[str, str] | None = None) -> tuple[float, float]:
-    """Judge one answer: (1, 0) shows the behaviour, (0, 1) shows its opposite, (0, 0) neither.
+    """Judge one answer: (1, 0) shows the behavior, (0, 1) shows its opposite, (0, 0) neither.
 
     Args:
         rule: a key of `RULES`.

@@ -1,4 +1,4 @@
-"""Training rows: conversations tokenised, packed, and masked so that the request is summarised before it is answered.
+"""Training rows: conversations tokenized, packed, and masked so that the request is summarized before it is answered.
 
 In most training documents an answer may attend only to itself and to the tokens between the last user text and the
 answer (`<end>`, `<assistant>`, newline), never to the request itself. What the answer needs must therefore be written

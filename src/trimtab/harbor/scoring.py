@@ -1,4 +1,4 @@
-"""Harbor's exact judge and grammar coherence, under the kind `harbor` that its behaviour files name."""
+"""Harbor's exact judge and grammar coherence, under the kind `harbor` that its behavior files name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well Harbor can be steered: every method of `find` on four behaviours, and the window of strengths.
+"""How well Harbor can be steered: every method of `find` on four behaviors, and the window of strengths.
 
 Layers and strengths are chosen on the validation split and scored on the test split. Strengths are tried in multiples
 of a natural unit: the class gap for vectors read off activations, the trained norm for trained ones.
@@ -19,7 +19,7 @@ from trimtab.model import LanguageModel
 from trimtab.steering import VectorSteering
 
 TOKENS = 48
-ONE_WAY = ("topic",)  # "not about cats" is no behaviour of its own
+ONE_WAY = ("topic",)  # "not about cats" is no behavior of its own
 ONE_VECTOR = ("refusal",)  # trained for both signs at once; the others get a vector per direction
 READ_LAYERS = (1, 3)
 TRAIN_LAYER = 1
@@ -40,7 +40,7 @@ Entry = tuple[str, str, str, bool, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Figures:
-    """Both directions of one vector at one strength; away is None for a one-way behaviour."""
+    """Both directions of one vector at one strength; away is None for a one-way behavior."""
 
     multiple: float
     strength: float
@@ -170,7 +170,7 @@ def candidate(
 
 
 def longest_run(rows: Sequence[Figures], floor: float) -> tuple[float, float] | None:
-    """Return the widest run of neighbouring strengths whose figures all reach `floor`, as (low, high) multiples."""
+    """Return the widest run of neighboring strengths whose figures all reach `floor`, as (low, high) multiples."""
     best: tuple[float, float] | None = None
     start: float | None = None
     for row in rows:
@@ -221,7 +221,7 @@ def window_lines(lm: LanguageModel) -> list[Entry]:
 
 
 def method_lines(lm: LanguageModel) -> list[Entry]:
-    """Return two lines a behaviour: all methods with the best named, and the cliff of scope all."""
+    """Return two lines a behavior: all methods with the best named, and the cliff of scope all."""
     entries: list[Entry] = []
     for name in ("refusal", "topic", "mood", "register"):
         behavior = load_behavior(name)

@@ -78,7 +78,7 @@ def schedule(step: int, steps: int, warmup: int = 40, decay: float = 0.6) -> flo
 def save_state(
     folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int
 ) -> None:
-    """Write the resumable state (weights, optimiser moments, step) without a half-written file."""
+    """Write the resumable state (weights, optimizer moments, step) without a half-written file."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for j, moments in optimizer.state_dict()["state"].items():

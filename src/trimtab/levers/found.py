@@ -68,7 +68,7 @@ class FoundLevers:
         behavior: its name.
         sign: +1 toward, -1 away.
         seed: of the split.
-        plain: the behaviour's own instruction prompt; None without one.
+        plain: the behavior's own instruction prompt; None without one.
         searched: a prompt found by search, or the one that was given.
         soft: the soft prompt.
         vectors: scope -> candidates.
@@ -124,7 +124,7 @@ def find_levers(
         progress: called with (steps done, steps in all).
 
     Raises:
-        TrimtabError: a behaviour that cannot be split, or an unknown method. What cannot be found is
+        TrimtabError: a behavior that cannot be split, or an unknown method. What cannot be found is
             in `missing`.
     """
     spend = effort or Effort()
@@ -156,7 +156,7 @@ def _vectors(
     found: FoundLevers,
     spend: Effort,
 ) -> None:
-    """Candidates of one scope: every method that gives a vector for this behaviour."""
+    """Candidates of one scope: every method that gives a vector for this behavior."""
     if given is not None:
         vector = given.select(scope=scope)
         found.vectors[scope], found.calls[scope] = (vector.at(abs(vector.strength) or 1.0),), 0

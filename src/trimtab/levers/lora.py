@@ -3,7 +3,7 @@
 A reference lever: how well does a low-rank update do that was free to be anything? The adapter is
 trained on a copy of the model and handed back as factors, which hooks add to the model itself.
 
-    minimise  -log p(wanted answers) + keep * KL(unsteered || adapted) along the model's own answers
+    minimize  -log p(wanted answers) + keep * KL(unsteered || adapted) along the model's own answers
 
 Source: Hu et al. 2021 (arXiv 2106.09685) for the adapter; the objective is that of `next_token`.
 """
@@ -98,7 +98,7 @@ def train_lora(
         steps: of AdamW, the rate falling to 0 linearly.
         batch_size: wanted answers a step; half as many kept ones are added.
         learning_rate: of the factors.
-        keep: weight of the KL along the model's own answers to prompts that show the behaviour.
+        keep: weight of the KL along the model's own answers to prompts that show the behavior.
         tokens: only so many first tokens of an answer count.
         wanted: the training texts; collected from the train split when absent.
         seed: of the split, the factors and the order.

@@ -63,7 +63,7 @@ class LowRankAsVector(Conversion):
         lever: vectors at `attn_out` and `mlp_out`, scope all, on together; m = 1 adds them as they are.
         outputs: one per writer.
         share: constant share over all writers, on held-out texts.
-        recovered: gap and behaviour on test prompts, beside random vectors of the same lengths.
+        recovered: gap and behavior on test prompts, beside random vectors of the same lengths.
     """
 
     lever: Together

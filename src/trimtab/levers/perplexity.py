@@ -2,7 +2,7 @@
 
     exp( - sum_t log q(y_t | x, y_<t) / number of tokens )
 
-with q the steered model, x the neutral prompts (without any, those that already show the behaviour)
+with q the steered model, x the neutral prompts (without any, those that already show the behavior)
 and y the unsteered model's own answers, sampled at temperature 1 with a fixed seed. For the unsteered
 model itself that is the exponential of its entropy along them. A prompt lever changes x, never y.
 """

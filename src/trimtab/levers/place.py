@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.steering import VectorSteering
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def place_vector(
     """Place a vector; what no strength changes is read once for several strengths."""
 
     def damage(strengths: Sequence[float]) -> list[float]:
-        return [summarise(tokens, seed).p95 for tokens in reference.kl_many(vector, strengths)]
+        return [summarize(tokens, seed).p95 for tokens in reference.kl_many(vector, strengths)]
 
     first = abs(vector.strength) or 1.0
     return place(damage, budget, first=first, largest=longest(vector), sign=sign)
@@ -130,7 +130,7 @@ def place_lever(
     """Place any lever with a strength, one measurement a strength."""
 
     def damage(strengths: Sequence[float]) -> list[float]:
-        return [summarise(reference.kl(at(m)), seed).p95 for m in strengths]
+        return [summarize(reference.kl(at(m)), seed).p95 for m in strengths]
 
     return place(damage, budget, first=first, largest=largest, sign=sign)
 

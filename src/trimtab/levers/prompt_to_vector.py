@@ -26,7 +26,7 @@ from trimtab.errors import TrimtabError
 from trimtab.levers.conversion import Conversion
 from trimtab.levers.place import Placed, place_vector
 from trimtab.levers.recovered import Recovered, recovered
-from trimtab.measure.divergence import Reference, summarise, token_kl
+from trimtab.measure.divergence import Reference, summarize, token_kl
 from trimtab.measure.evaluate import Evaluator, Unsteered
 from trimtab.measure.nulls import null_seeds, random_null
 from trimtab.prompts.teacher import answers_as_ids, switched
@@ -146,7 +146,7 @@ def prompt_to_vector(
         behavior: split here: the mean is of train prompts, the layer is chosen on validation
             prompts, what is reported is of test prompts.
         lever: the prompt in its slot.
-        sign: +1: the prompts are those that do not show the behaviour; -1 the mirror image.
+        sign: +1: the prompts are those that do not show the behavior; -1 the mirror image.
         scope: `all`: one vector for every token; `last`: for the last prompt token and the answer's,
             the mean of those positions alone.
         layers: to look at; all when absent.
@@ -191,7 +191,7 @@ def prompt_to_vector(
     vector = vectors[min(rows, key=lambda row: row.kl).layer]
     shown = "toward" if sign > 0 else "away"
     reference = Reference(lm, validation.prompts(shown), validation.unsteered(shown))
-    budget = max(summarise(reference.kl(lever), seed).p95, 1e-6)
+    budget = max(summarize(reference.kl(lever), seed).p95, 1e-6)
     placed = place_vector(reference, vector, budget, seed=seed)
     null = random_null(vector, null_seeds(seed, 1)[0])
     moved = (vector, vector.at(placed.strength))
@@ -305,7 +305,7 @@ def _explained(layer: int, fitted: Displaced, held: Displaced, kl: float) -> Lay
 
 
 def _share(displaced: Tensor, v: Tensor) -> float:
-    """The uncentred share of squares that a constant explains."""
+    """The uncentered share of squares that a constant explains."""
     return float(1 - (displaced - v).square().sum() / displaced.square().sum().clamp(min=1e-12))
 
 

@@ -70,7 +70,7 @@ class VectorAsRankOne(Conversion):
         lever: the update, at the vector's strength; m means the same for both.
         ridge: share of the mean squared input that was added to the diagonal.
         fits: one per steered layer.
-        recovered: gap and behaviour on test prompts beside a random direction's update.
+        recovered: gap and behavior on test prompts beside a random direction's update.
     """
 
     lever: LowRankUpdate

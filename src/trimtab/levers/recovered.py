@@ -1,11 +1,11 @@
-"""How much of one lever's effect another one has: the gap and the behaviour recovered.
+"""How much of one lever's effect another one has: the gap and the behavior recovered.
 
 On the prompts of a split, with g the readout gap at the first answer position,
 
     gap recovered = sum_i (g_i(after) - g_i) / sum_i (g_i(before) - g_i)
 
 where g_i is unsteered, before is the lever that was converted and after what it became; the
-behaviour recovered is the same of the judge's scores. 1 is all of it.
+behavior recovered is the same of the judge's scores. 1 is all of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Effect:
 
     Attributes:
         name: which lever.
-        gap: mean readout gap, nats; None for a behaviour without readout words.
+        gap: mean readout gap, nats; None for a behavior without readout words.
         score: mean verdict on the wanted side with its interval.
         coherence: mean of the answers.
         damage_p95: nats per token, 95th percentile.
@@ -95,7 +95,7 @@ class Recovered(Printable):
         if self.gap is not None:
             notes.append(f"gap recovered {with_interval(*self.gap)}, by the null {number(self.null_gap)}")  # fmt: skip
         if self.score is not None:
-            notes.append(f"behaviour recovered {with_interval(*self.score)}")
+            notes.append(f"behavior recovered {with_interval(*self.score)}")
         columns = ("lever", "gap", "score", "coherence", "damage p95")
         return Table("recovered by the conversion", columns, rows, tuple(notes))
 
@@ -140,7 +140,7 @@ def recovered(
         n=len(prompts),
         effects=tuple(_effect(n, r, gaps[n], seed) for n, r in results.items()),
         gap=_share(moved["after"], moved["before"], seed) if moved else None,
-        score=_behaviour(results, seed),
+        score=_behavior(results, seed),
         null_gap=null_gap,
     )
 
@@ -165,7 +165,7 @@ def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval
     return sum(above) / sum(below), low, high
 
 
-def _behaviour(results: dict[str, Evaluation], seed: int) -> Interval | None:
+def _behavior(results: dict[str, Evaluation], seed: int) -> Interval | None:
     """The share of the score's movement; its interval that of after - before, paired."""
     rest, before, after = (results[name].scores for name in ("unsteered", "before", "after"))
     moved = mean(before) - mean(rest)

@@ -103,7 +103,7 @@ class LeverRow(Summary):
 
 
 def validated(results: Sequence[Evaluation], seed: int) -> Validated:
-    """Summarise one evaluation, or the mean of several of one kind (nulls)."""
+    """Summarize one evaluation, or the mean of several of one kind (nulls)."""
     scores = tuple(sum(same) / len(same) for same in zip(*(r.scores for r in results), strict=True))
     coherences = [c for r in results for c in r.coherences]
     damage = [r.damage(seed).p95 for r in results]

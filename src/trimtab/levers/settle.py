@@ -29,7 +29,7 @@ AMPLIFIED = 16.0  # most shares of a direction that are put on top of what is th
 
 @dataclass(eq=False)
 class Bench:
-    """The validation split of one behaviour under one budget.
+    """The validation split of one behavior under one budget.
 
     Attributes:
         lm: the unsteered model.
@@ -51,12 +51,12 @@ class Bench:
 
     @property
     def shown(self) -> str:
-        """The side that already shows the behaviour, along whose answers damage is read."""
+        """The side that already shows the behavior, along whose answers damage is read."""
         return "toward" if self.sign > 0 else "away"
 
     @property
     def odds(self) -> Odds:
-        """Reads the behaviour off logits."""
+        """Reads the behavior off logits."""
         if self._odds is None:
             self._odds = Odds(self.lm, self.validation.behavior, self.sign)
         return self._odds
@@ -83,7 +83,7 @@ def settle_vector(
 
     Every place is screened by its readout (strength/screen.py); at the best few, prompts are
     answered at the strength that keeps the budget, and the place whose sound answers show the
-    behaviour most often is taken.
+    behavior most often is taken.
 
     Raises:
         TrimtabError: no place can be steered.

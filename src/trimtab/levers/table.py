@@ -1,4 +1,4 @@
-"""All levers for one behaviour on one axis: what each moves, breaks and costs under one budget.
+"""All levers for one behavior on one axis: what each moves, breaks and costs under one budget.
 
 Levers are found on the train split (found.py), put at the largest strength whose 95th percentile of
 damage keeps the budget on the validation split (settle.py), and scored on the test split.
@@ -45,7 +45,7 @@ STEPS_FOUND = 4
 
 @dataclass(frozen=True)
 class LeversTable(Printable):
-    """Every lever for one behaviour under one budget.
+    """Every lever for one behavior under one budget.
 
     Attributes:
         behavior: its name; `data_hash` of its prompts.
@@ -76,7 +76,7 @@ class LeversTable(Printable):
     def row(self, name: str) -> LeverRow:
         """Return the row of that name.
 
-        Errors:
+        Raises:
             TrimtabError: when there is none, with the reason.
         """
         for row in self.rows:
@@ -124,7 +124,7 @@ def levers_table(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LeversTable:
-    """Compare the levers for a behaviour at an equal budget of damage.
+    """Compare the levers for a behavior at an equal budget of damage.
 
     Args:
         lm: the unsteered model; float32 for exact figures.
@@ -143,7 +143,7 @@ def levers_table(
         progress: called with (steps done, steps in all).
 
     Raises:
-        TrimtabError: a budget that is not above 0, an unusable behaviour, or levers found for another
+        TrimtabError: a budget that is not above 0, an unusable behavior, or levers found for another
             one. A lever that cannot be made is listed in `missing`.
     """
     if not 0 < budget < float("inf") or nulls < 1:
@@ -168,7 +168,7 @@ def levers_table(
         raise TrimtabError(
             asked=f"levers for {behavior.name!r}, sign {side:+d}, seed {seed}",
             found=f"levers found for {levers.behavior!r}, sign {levers.sign:+d}, seed {levers.seed}",
-            advice="find them for this behaviour, sign and seed",
+            advice="find them for this behavior, sign and seed",
         )
     bench = Bench(lm, validation, budget, side, seed, known)
     with tempfile.TemporaryDirectory() as folder:

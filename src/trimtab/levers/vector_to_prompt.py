@@ -71,7 +71,7 @@ class VectorAsPrompt(Conversion):
         projected: the tokens nearest to the pull-back.
         repaired: the tokens after repair.
         null: random allowed tokens.
-        recovered: gap and behaviour of the repaired prompt on test prompts, beside random tokens.
+        recovered: gap and behavior of the repaired prompt on test prompts, beside random tokens.
         scored: candidates that repair scored.
     """
 
@@ -151,7 +151,7 @@ def vector_to_prompt(
         progress: called with HotFlip's steps.
 
     Raises:
-        TrimtabError: a vector at strength 0, no legal tokens, or a behaviour that cannot be scored.
+        TrimtabError: a vector at strength 0, no legal tokens, or a behavior that cannot be scored.
     """
     if not vector.strength:
         raise TrimtabError(f"{vector.label} as a prompt", "strength 0", "give one that steers")

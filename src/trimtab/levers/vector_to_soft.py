@@ -3,7 +3,7 @@
 With r the states of the steered model and h those with k free vectors in the slot, over the tokens of
 the template behind the request and of the answer, at one layer,
 
-    minimise mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
+    minimize mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
 
 as in state matching (prompts/states.py), where r comes from a reference prompt.
 """
@@ -66,7 +66,7 @@ class VectorAsSoft(Conversion):
         layer: whose output was matched.
         matched: on held-out requests.
         null: the same with the random tokens that training started from.
-        recovered: gap and behaviour on test prompts.
+        recovered: gap and behavior on test prompts.
     """
 
     lever: PromptSteering

@@ -24,7 +24,7 @@ class Wanted:
         answers: requests with the answers wanted, cut to the trained length.
         prompts: their requests.
         targets: the answers' tokens.
-        kept: prompts that already show the behaviour with the model's own answers.
+        kept: prompts that already show the behavior with the model's own answers.
         sources: where the wanted answers come from.
     """
 
@@ -47,7 +47,7 @@ def wanted_texts(
     Args:
         lm: the unsteered model.
         behavior: a split.
-        sign: +1: answers that show the behaviour, -1 its opposite.
+        sign: +1: answers that show the behavior, -1 its opposite.
         tokens: only so many first tokens of an answer.
         kept: whether to answer the prompts that already show it, too.
 

@@ -15,7 +15,7 @@ Each penalty grows linearly from 0 at "free" to 1 at "full":
 With n words and b bytes: f(n) = 0.25 + 0.075 log2(n/6), l(b) = 0.50 - 0.09 log10(b/100),
 h(b) = max(0.60, 0.84 - 0.27 log10(b/200)); the zlib ratio leaves out its 8 bytes of framing.
 The bounds were set at the 99th to 99.9th percentile of 3,133 English paragraphs and 7,937
-sentences of a programming textbook and of software licences; 99.7 % of them score 0.9 or more,
+sentences of a programming textbook and of software licenses; 99.7 % of them score 0.9 or more,
 the others are rules and underlines. Fluent nonsense and words drawn at random pass: no
 statistic of this kind sees them.
 """
@@ -58,12 +58,12 @@ def register_coherence(kind: str) -> Callable[[CoherenceFactory], CoherenceFacto
 
 
 def coherence_for(behavior: Behavior) -> Coherence:
-    """Build the coherence scorer that the behaviour names, `text` when it names none.
+    """Build the coherence scorer that the behavior names, `text` when it names none.
 
     Returns:
         A function from answers to one number in [0, 1] each, 1 for sound text.
 
-    Errors:
+    Raises:
         TrimtabError: for an unknown kind or a scorer that leaves [0, 1].
     """
     spec = behavior.coherence

@@ -59,7 +59,7 @@ def measure(
         progress: called with (rows measured, rows in all), nulls counted one by one.
         engine: does the levers and nulls; this process by default.
 
-    Errors:
+    Raises:
         TrimtabError: for an unknown split, an empty side, or a judge that cannot be built.
     """
     levers = [levers] if isinstance(levers, Steering) else list(levers)

@@ -13,7 +13,7 @@ from trimtab.errors import TrimtabError
 def spearman(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float:
     """Return Spearman's rank correlation in [-1, 1], ties at their mean rank; nan if one is constant.
 
-    Errors:
+    Raises:
         TrimtabError: when the two differ in length, have fewer than two values, or one that is nan.
     """
     a = torch.as_tensor(first, dtype=torch.float64).flatten()

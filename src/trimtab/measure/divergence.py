@@ -51,10 +51,10 @@ class Divergence:
     tokens: int
 
 
-def summarise(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
-    """Summarise the KL of `answer_kl`, one tensor `[tokens]` per prompt.
+def summarize(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
+    """Summarize the KL of `answer_kl`, one tensor `[tokens]` per prompt.
 
-    Errors:
+    Raises:
         TrimtabError: when no answer has a token.
     """
     used = [values.double().cpu() for values in per_token if values.numel() > 0]
@@ -100,7 +100,7 @@ def answer_kl(
     Returns:
         One float64 tensor `[answer tokens + end token]` per prompt, in the order given.
 
-    Errors:
+    Raises:
         TrimtabError: for both or neither of steering and other, or another vocabulary.
     """
     return Reference(lm, prompts, answers).kl(steering, other)
@@ -112,7 +112,7 @@ class Reference:
     def __init__(
         self, lm: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[str]
     ) -> None:
-        """Tokenise the answers behind their prompts."""
+        """Tokenize the answers behind their prompts."""
         if len(prompts) != len(answers):
             raise TrimtabError(
                 asked="the divergence along answers",
@@ -207,7 +207,7 @@ class Reference:
             ]
         context: list[Encoded] = []
         for there, own in zip(rendered, self.encoded, strict=True):
-            # Tokenised behind another prompt, the answer's first letters may fall to other tokens.
+            # Tokenized behind another prompt, the answer's first letters may fall to other tokens.
             ids = [*there.ids[: there.prompt_length], *own.ids[own.prompt_length :]]
             context.append(there if ids == there.ids else replace(there, ids=ids))
         return context
@@ -254,7 +254,7 @@ def token_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         log_p: log-probabilities `[..., vocabulary]`.
         log_q: the same; leading dimensions broadcast.
 
-    Errors:
+    Raises:
         TrimtabError: for another vocabulary.
     """
     if log_p.shape[-1] != log_q.shape[-1]:

@@ -9,7 +9,7 @@ Which prompts are which (DESIGN, damage and spill):
 | damage | toward prompts | away prompts |
 | spill | neutral prompts | neutral prompts |
 
-A behaviour has `requests`, prompts that call for neither side, when its away prompts demand the
+A behavior has `requests`, prompts that call for neither side, when its away prompts demand the
 opposite in so many words: steering is then asked to decide, not to contradict.
 Unsteered answers and their tokens are made once per `Evaluator` and shared by all levers.
 """
@@ -26,7 +26,7 @@ import torch
 from trimtab.engine import Engine
 from trimtab.errors import TrimtabError
 from trimtab.measure.coherence import coherence_for
-from trimtab.measure.divergence import Divergence, Reference, summarise
+from trimtab.measure.divergence import Divergence, Reference, summarize
 from trimtab.measure.judges import judge_for
 from trimtab.model import LanguageModel
 
@@ -55,7 +55,7 @@ class Evaluation:
         sign: +1 scored toward, -1 away.
         scores: verdicts on the wanted side.
         coherences: of the same answers.
-        damage_tokens: per-token KL, one tensor per prompt that already shows the behaviour.
+        damage_tokens: per-token KL, one tensor per prompt that already shows the behavior.
         spill_tokens: the same on neutral prompts; None without neutral prompts.
         samples: prompt, unsteered answer and steered answer.
     """
@@ -68,12 +68,12 @@ class Evaluation:
     samples: tuple[Sample, ...]
 
     def damage(self, seed: int) -> Divergence:
-        """Summarise the damage."""
-        return summarise(self.damage_tokens, seed)
+        """Summarize the damage."""
+        return summarize(self.damage_tokens, seed)
 
     def spill(self, seed: int) -> Divergence | None:
-        """Summarise the spill; None without neutral prompts."""
-        return None if self.spill_tokens is None else summarise(self.spill_tokens, seed)
+        """Summarize the spill; None without neutral prompts."""
+        return None if self.spill_tokens is None else summarize(self.spill_tokens, seed)
 
 
 class Unsteered:
@@ -106,7 +106,7 @@ class Unsteered:
 
 
 class Evaluator:
-    """Runs levers on one behaviour's prompts."""
+    """Runs levers on one behavior's prompts."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Evaluator:
     def prompts(self, side: str) -> list[Prompt]:
         """Return the prompts of the side `toward`, `away`, `neutral` or `requests`.
 
-        Errors:
+        Raises:
             TrimtabError: when toward or away has none.
         """
         sides = {

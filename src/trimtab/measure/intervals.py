@@ -27,7 +27,7 @@ RESAMPLES = 2000
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact binomial interval of a rate, its coverage at least `level` at every rate.
 
-    Errors:
+    Raises:
         TrimtabError: when n is not positive, or successes or level lie outside their range.
     """
     _check_level(level)
@@ -50,7 +50,7 @@ def bootstrap(
 
     One value says nothing about spread: its interval is (-inf, inf).
 
-    Errors:
+    Raises:
         TrimtabError: when there are no values, or some are not finite.
     """
     sample = _checked(values)
@@ -69,7 +69,7 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """Return an interval of mean(first - second), shares of which value i has the same prompt.
 
-    Errors:
+    Raises:
         TrimtabError: when the two have different lengths.
     """
     a, b = _checked(first), _checked(second)
@@ -126,7 +126,7 @@ def share_interval(
 ) -> tuple[float, float]:
     """Return the interval of a mean of shares in [0, 1]: exact if all are 0 or 1, else bootstrap.
 
-    Errors:
+    Raises:
         TrimtabError: when a value lies outside [0, 1].
     """
     sample = _checked(values)
@@ -181,7 +181,7 @@ def beta_quantile(probability: float, a: float, b: float) -> float:
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b).
+    """Return the regularized incomplete beta function I_x(a, b).
 
     Continued fraction of DLMF 8.17.22, evaluated by Lentz's method; the symmetry
     I_x(a, b) = 1 - I_{1-x}(b, a) keeps it in its fast region.

@@ -36,7 +36,7 @@ _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "＇": "'", "`"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far an answer shows the behaviour and how far its opposite, each in [0, 1].
+    """How far an answer shows the behavior and how far its opposite, each in [0, 1].
 
     Both are 0 for an answer that is neither, gibberish above all.
     """
@@ -77,12 +77,12 @@ def judge_kinds() -> tuple[str, ...]:
 
 
 def judge_for(behavior: Behavior) -> Judge:
-    """Build the judge that the behaviour names; without one, its readout words judge.
+    """Build the judge that the behavior names; without one, its readout words judge.
 
     Returns:
         A function of prompts and answers that gives one verdict per answer.
 
-    Errors:
+    Raises:
         TrimtabError: for an unknown kind, unusable options, or nothing to judge by.
     """
     kind = judge_kind(behavior)
@@ -102,8 +102,8 @@ def judge_for(behavior: Behavior) -> Judge:
 def judge_kind(behavior: Behavior) -> str:
     """Return the kind of judge that `judge_for` builds.
 
-    Errors:
-        TrimtabError: when the behaviour has neither a judge nor readout words.
+    Raises:
+        TrimtabError: when the behavior has neither a judge nor readout words.
     """
     if behavior.judge is not None:
         return behavior.judge.kind
@@ -161,7 +161,7 @@ def phrases(behavior: Behavior, options: Options) -> Judge:
 
 @register_judge("readout")
 def readout(behavior: Behavior, options: Options) -> Judge:
-    """Judge by how the answer opens: with one of the behaviour's readout words of one side.
+    """Judge by how the answer opens: with one of the behavior's readout words of one side.
 
     The sampled counterpart of the gap (see readout.gap, which reads the model's log-odds instead).
     The longest matching word decides, so `No` and `Not` may stand on different sides.

@@ -54,7 +54,7 @@ class Measurement(Printable):
     def row(self, name: str, sign: int | None = None) -> Row:
         """Return the row of that name.
 
-        Errors:
+        Raises:
             TrimtabError: when there is none, listing the names.
         """
         for row in self.rows:

@@ -1,4 +1,4 @@
-"""The gap: how much further up the behaviour's readout words stand at the first answer position.
+"""The gap: how much further up the behavior's readout words stand at the first answer position.
 
 gap = score(toward tokens) - score(away tokens), in nats. With the default aggregator, logsumexp,
 it is the log-odds that the answer opens with a toward rather than an away token. It needs one
@@ -33,8 +33,8 @@ class Spelling:
     """One way to write a readout word, and the token that an answer opening with it begins with.
 
     Attributes:
-        word: as the behaviour gives it.
-        text: as it was tokenised: with or without a space in front, with one of both apostrophes.
+        word: as the behavior gives it.
+        text: as it was tokenized: with or without a space in front, with one of both apostrophes.
         ids: its tokens.
         token: the first of them; None where the text opens with nothing that tells words apart.
         problem: why there is no token; empty where there is one.
@@ -52,7 +52,7 @@ class ReadoutTokens(Printable):
     """The first tokens of the readout words.
 
     Attributes:
-        toward: token ids read as the behaviour.
+        toward: token ids read as the behavior.
         away: token ids read as its opposite.
         collisions: ids that both sides open with; left out of both.
         texts: what each id says.
@@ -73,8 +73,8 @@ class ReadoutTokens(Printable):
 def readout_tokens(lm: LanguageModel, behavior: Behavior) -> ReadoutTokens:
     """Resolve readout words to their first token, with and without a space in front.
 
-    Errors:
-        TrimtabError: when the behaviour has no readout words, or a side shares all its tokens with
+    Raises:
+        TrimtabError: when the behavior has no readout words, or a side shares all its tokens with
             the other one.
     """
     words = behavior.readout
@@ -133,7 +133,7 @@ def gap_of(logits: Tensor, tokens: ReadoutTokens, aggregator: str = "logsumexp")
     - `log_odds`: log p(S) / (1 - p(S)). Its gap has the sign of the logsumexp gap, and is twice as
       large where no other token is likely.
 
-    Errors:
+    Raises:
         TrimtabError: an unknown aggregator.
     """
     choice("aggregator", aggregator, AGGREGATORS)

@@ -51,7 +51,7 @@ def run_groups(
     """Return `evaluator.run_many(vector, strengths, sign)` of each pair; `run` where it is one.
 
     Args:
-        evaluator: of the behaviour.
+        evaluator: of the behavior.
         vector: what is scaled.
         groups: strengths that are measured together, and the side they are scored on.
         done: called with a group's number and its evaluations.

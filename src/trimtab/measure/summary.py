@@ -21,7 +21,7 @@ class Summary:
         n: scored prompts.
         coherence: mean coherence of the scored answers.
         damage: mean KL in nats per token along unsteered answers to prompts that already show the
-            behaviour; `damage_p95` over tokens, the interval over prompts.
+            behavior; `damage_p95` over tokens, the interval over prompts.
         spill: the same on neutral prompts; None without any.
         scores: one per prompt, in the split's order.
         samples: every scored prompt with its answer before and after.
@@ -48,7 +48,7 @@ class Summary:
 
 
 def summary(result: Evaluation, seed: int, score: tuple[float, float] | None = None) -> Summary:
-    """Summarise an evaluation; `score` replaces the interval of the score where given."""
+    """Summarize an evaluation; `score` replaces the interval of the score where given."""
     low, high = share_interval(result.scores, seed) if score is None else score
     coherent = share_interval(result.coherences, seed)
     damage, spill = result.damage(seed), result.spill(seed)

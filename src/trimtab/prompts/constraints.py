@@ -131,7 +131,7 @@ class Bound:
         return slot_text(self.lm, slot)
 
     def legal(self, slots: Sequence[Sequence[int]]) -> list[bool]:
-        """Tell which slots violate nothing; texts are tokenised only where all else is fine."""
+        """Tell which slots violate nothing; texts are tokenized only where all else is fine."""
         fine = [not any(self._counts(slot)) for slot in slots]
         candidates = [i for i, good in enumerate(fine) if good]
         for i, good in zip(candidates, self._back([slots[i] for i in candidates]), strict=True):

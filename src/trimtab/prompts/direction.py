@@ -84,7 +84,7 @@ def raise_projection(
 ) -> Raised:
     """Train k vectors that move the last prompt token's state along a direction.
 
-        maximise  mean over layers of  mean over rows of (h_l . c_l) / n_l
+        maximize  mean over layers of  mean over rows of (h_l . c_l) / n_l
 
     with n_l the mean |h_l| at the start. After each step a vector longer than the mean embedding
     is cut back to that length, so that the prompt stays where tokens live.

@@ -1,6 +1,6 @@
-"""A prompt that closes a behaviour's gap: found on train prompts, scored on held-out ones.
+"""A prompt that closes a behavior's gap: found on train prompts, scored on held-out ones.
 
-Which prompts: to raise the gap (sign +1) those that do not show the behaviour, the away side; to
+Which prompts: to raise the gap (sign +1) those that do not show the behavior, the away side; to
 lower it (-1) the toward side. A prompt counts as closed when sign * gap is above 0.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import answer_kl, summarise
+from trimtab.measure.divergence import answer_kl, summarize
 from trimtab.measure.intervals import bootstrap, share_interval
 from trimtab.measure.judges import judge_for
 from trimtab.measure.readout import readout_tokens
@@ -145,7 +145,7 @@ def close_gap(
     progress: Progress | None = None,
     **options: Any,
 ) -> GapSearch:
-    """Search tokens that move a behaviour's gap across zero.
+    """Search tokens that move a behavior's gap across zero.
 
     Args:
         lm: the model.
@@ -164,7 +164,7 @@ def close_gap(
         options: of the method.
 
     Raises:
-        TrimtabError: an unknown method or sign, a behaviour without readout words, or a search that
+        TrimtabError: an unknown method or sign, a behavior without readout words, or a search that
             found no token at all.
     """
     choice("method", method, tuple(METHODS))
@@ -236,7 +236,7 @@ def _held_out(
     if [item.ids for item in encoded] != wanted:
         raise TrimtabError(
             asked=f"the tokens of {lever.text!r} on held-out prompts",
-            found="a text that is tokenised otherwise there",
+            found="a text that is tokenized otherwise there",
             advice="leave round_trip on and give the search more prompts",
         )
     after = sign * reader.read([slot]).gaps[0]
@@ -285,4 +285,4 @@ def _neutral_kl(lm: LanguageModel, behavior: Behavior, lever: PromptSteering) ->
     if not prompts:
         return None
     answers = lm.generate(prompts, max_new_tokens=_ANSWER)
-    return summarise(answer_kl(lm, prompts, answers, lever)).mean
+    return summarize(answer_kl(lm, prompts, answers, lever)).mean

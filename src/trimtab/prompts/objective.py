@@ -89,7 +89,7 @@ class GapLoss:
         """Take the sets.
 
         Args:
-            toward: Token ids of the behaviour.
+            toward: Token ids of the behavior.
             away: Token ids of its opposite.
             sign: +1 raises the gap, -1 lowers it.
             aggregator: `logsumexp`, `max` or `log_odds`.

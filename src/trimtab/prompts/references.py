@@ -61,7 +61,7 @@ class Reference(Printable):
         object.__setattr__(self, "words", tuple(self.words) or content_words(self.text))
 
     def behavior(self, requests: Requests) -> Behavior:
-        """Return the reference as a behaviour, for judges: with the prompt, and without it."""
+        """Return the reference as a behavior, for judges: with the prompt, and without it."""
         from trimtab.behavior import Behavior
 
         plain = [p for p in requests.train if isinstance(p, str)] or ["Hello."]
@@ -133,14 +133,14 @@ def load_reference(name: str) -> Reference:
 
 
 def reference_of(behavior: Behavior, text: str | None = None) -> Reference:
-    """Return the reference that a behaviour names: its `prompt_toward` and its judge.
+    """Return the reference that a behavior names: its `prompt_toward` and its judge.
 
     Args:
         behavior: whose judge scores the answers.
         text: another prompt in place of `prompt_toward`.
 
     Raises:
-        TrimtabError: a behaviour without `prompt_toward`, and no text.
+        TrimtabError: a behavior without `prompt_toward`, and no text.
     """
     wanted = text or behavior.prompt_toward
     if wanted is None:

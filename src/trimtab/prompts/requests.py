@@ -181,7 +181,7 @@ def _prompt(item: object, index: int) -> Prompt:
 
 
 def behavior_requests(behavior: Behavior, seed: int = 0) -> Requests:
-    """Split a behaviour's plain requests, or its `away` prompts where it has none.
+    """Split a behavior's plain requests, or its `away` prompts where it has none.
 
     Prompts with a system message are left out: it would speak against the prefix.
 

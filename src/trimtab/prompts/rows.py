@@ -1,4 +1,4 @@
-"""Rows of a prompt search: one request each, tokenised around a slot, with the answer wanted.
+"""Rows of a prompt search: one request each, tokenized around a slot, with the answer wanted.
 
     before | slot | after | target
     chat head | prefix | separator, request, assistant head | answer        (slot `prefix`)
@@ -80,7 +80,7 @@ def lay_out(
     early: int = EARLY,
     early_weight: float = EARLY_WEIGHT,
 ) -> list[Row]:
-    """Tokenise requests around a slot, with `lm.system` as it is.
+    """Tokenize requests around a slot, with `lm.system` as it is.
 
     Args:
         lm: The model; its chat template decides what stands around a request.
@@ -137,7 +137,7 @@ def slot_ids(lm: LanguageModel, text: str, row: Row) -> tuple[int, ...]:
 def round_trips(
     lm: LanguageModel, slots: Sequence[Sequence[int]], rows: Sequence[Row]
 ) -> list[bool]:
-    """Tell of which slots the text, tokenised in context, gives the same tokens in EVERY row.
+    """Tell of which slots the text, tokenized in context, gives the same tokens in EVERY row.
 
     A slot whose text begins or ends with white space is refused where the chat template would trim
     it, that is where the rendered texts do not hold it.

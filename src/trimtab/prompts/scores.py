@@ -1,7 +1,7 @@
 """Scores of a prompt lever against its teacher, on requests that the search never saw.
 
 How likely it finds the reference's answers (cross-entropy, KL), how alike its own are (exact match,
-exact@k, overlap@k), and whether they show the behaviour (the judge, on greedy and sampled answers).
+exact@k, overlap@k), and whether they show the behavior (the judge, on greedy and sampled answers).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Judged:
     """What the judge says of a lever's answers.
 
     Attributes:
-        greedy: share of greedy answers that show the behaviour.
+        greedy: share of greedy answers that show the behavior.
         sampled: the same at temperature 1, over several seeds; seeds and requests resampled.
         coherence: mean soundness of the greedy answers.
         sampled_coherence: of the sampled ones.

@@ -58,8 +58,8 @@ def search(
     Args:
         lm: the model.
         reference: the prompt's text, a `Reference`, a prompt lever (its slot and separator are
-            taken), or a behaviour, whose `prompt_toward` and judge are taken.
-        requests: what users ask, in splits, or the name or path of such a file; a behaviour brings
+            taken), or a behavior, whose `prompt_toward` and judge are taken.
+        requests: what users ask, in splits, or the name or path of such a file; a behavior brings
             its own.
         slot: `prefix` or `suffix`, where the prompt stands.
         separator: see `PromptSteering`.

@@ -100,7 +100,7 @@ def train_soft(
     allowed: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Soft:
-    """Minimise the objective over k free vectors in the slot of every row, by Adam.
+    """Minimize the objective over k free vectors in the slot of every row, by Adam.
 
     Source: prompt tuning, Lester et al. 2021 (arXiv 2104.08691), and prefix tuning, Li and Liang
     2021 (arXiv 2101.00190); here the vectors enter as embeddings only.

@@ -146,7 +146,7 @@ def match_states(
 ) -> StateMatch:
     """Train k vectors until the states at one layer are those that the reference induces.
 
-    Minimised over all tokens after the slot (separator, request, assistant head, answer), with
+    Minimized over all tokens after the slot (separator, request, assistant head, answer), with
     h and r the states that leave block `layer`, with the vectors and with the reference:
 
         mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))

@@ -122,7 +122,7 @@ def answers_as_ids(
 def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[Row]) -> list[Tensor]:
     """Return what a lever predicts along the rows' targets, from the rendered text.
 
-    The lever puts its text (or soft tokens) into each request, which is rendered and tokenised
+    The lever puts its text (or soft tokens) into each request, which is rendered and tokenized
     whole, as a user would; the target's tokens follow.
 
     Returns:

@@ -1,9 +1,9 @@
 """Banned words: found in decoded text however tokens, spaces, case or accents split or dress them.
 
 A text is cut into pieces: maximal runs of letters, cut once more where camel case starts a new word.
-A word is present where one piece, or several neighbouring pieces put together, spell one of its
+A word is present where one piece, or several neighboring pieces put together, spell one of its
 forms exactly. So "feline" is found in "f"+"eline", "FÉLINE", "fe line", "f-e-l-i-n-e", "aFelineCat",
-while "cat" is not found in "concatenate", "cater" or "scat". The price of joining is that neighbours
+while "cat" is not found in "concatenate", "cater" or "scat". The price of joining is that neighbors
 that happen to spell a word count ("be at" for "beat"): a search loses one candidate by that, while
 a word that slips through would spoil the result. A search knows no spelling, though, and may write
 "catslea": where that is too near, `whole=False` finds a word inside of others as well, and then

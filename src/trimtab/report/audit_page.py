@@ -30,7 +30,7 @@ UNREAD = 0.25  # share of answers outside both sets from which a gap is doubtful
 def write_audit_page(folder: str | os.PathLike[str], report: AuditReport) -> Path:
     """Write the audit as a page that opens offline and return its path.
 
-    Errors:
+    Raises:
         TrimtabError: when the folder cannot be written.
     """
     about = report.audited

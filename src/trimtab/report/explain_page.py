@@ -24,7 +24,7 @@ ORDER_COLORS = {"attribution": "--vector", "magnitude": "--prompt", "random": "-
 def write_explain_page(folder: str | os.PathLike[str], found: Explanation) -> Path:
     """Write an explanation as a page that opens offline and return its path.
 
-    Errors:
+    Raises:
         TrimtabError: when the folder cannot be written.
     """
     one = found.explained
@@ -136,7 +136,7 @@ def _of_random(found: Explanation) -> str:
         f"A random vector has {100 * other.overlap:.0f} % of its highest tenth of edges in common with "
         f"this one, where chance gives {100 * other.chance:.0f} %, and as many of its highest edges keep "
         f"{other.carried.cell} of this vector's effect: so much of a circuit belongs to the network, not to "
-        "the behaviour."
+        "the behavior."
     )
 
 
@@ -145,7 +145,7 @@ def _frozen(frozen: FreezeTable) -> Section:
         title="Through what it acts",
         paragraphs=(
             "The steered model answers again while one part of it is held at what the unsteered model "
-            "does on the same tokens. What the behaviour loses is what that part carries. Attention has "
+            "does on the same tokens. What the behavior loses is what that part carries. Attention has "
             "two: where it looks (its patterns, QK) and what it moves (its values, OV). Beside each part "
             "stands a null: a change of the same size in another direction.",
             "A part that can be frozen at no loss can be ignored, cached or pruned. Losses do not add up: "
@@ -252,7 +252,7 @@ def _geometry(shape: GeometryReport) -> Section:
         paragraphs=(
             "If the network handed a push on unchanged, a vector could be moved between layers, and a "
             "prompt, a vector and a weight edit would be one thing. J is what the network makes of a small "
-            "push; J = I would be 'unchanged'. The gap is the lead of the behaviour's first tokens over "
+            "push; J = I would be 'unchanged'. The gap is the lead of the behavior's first tokens over "
             "their opposites.",
             *shape.findings,
         ),

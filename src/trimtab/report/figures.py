@@ -1,6 +1,6 @@
 """The figures of a report, as Plotly descriptions: a strength curve and bars with intervals.
 
-Colours are written as `var(--name)`: the page replaces them by its own, light or dark. The
+Colors are written as `var(--name)`: the page replaces them by its own, light or dark. The
 functions take plain dicts (the shape of `demo.json`) and leave out what is absent.
 """
 
@@ -59,7 +59,7 @@ def null_band(rows: Sequence[Row]) -> tuple[list[float], list[float], list[float
 
 
 def strength_curve(name: str, entry: Row) -> Figure:
-    """Draw behaviour and coherence (shares) above damage and spill (nats per token), against m.
+    """Draw behavior and coherence (shares) above damage and spill (nats per token), against m.
 
     The window is shaded, the chosen strength marked, and the null's band lies behind the curve.
     """
@@ -68,7 +68,7 @@ def strength_curve(name: str, entry: Row) -> Figure:
     data = _band(*null_band(curve_rows(entry, "null_curve")), color="var(--null-band)")
     data += [
         {
-            **_line("behaviour", strengths, [row["score"] for row in rows], "var(--vector)"),
+            **_line("behavior", strengths, [row["score"] for row in rows], "var(--vector)"),
             "error_y": _errors(rows, "var(--vector)"),
         },
         _line(
@@ -152,7 +152,7 @@ def describe_curve(name: str, entry: Row) -> str:
     best = max(rows, key=lambda row: row["score"])
     text = (
         f"{name} against strength, {len(rows)} strengths from {rows[0]['strength']:g} to "
-        f"{rows[-1]['strength']:g}; the behaviour is strongest at {best['strength']:g} "
+        f"{rows[-1]['strength']:g}; the behavior is strongest at {best['strength']:g} "
         f"with {percent(best['score'])}."
     )
     window = entry.get("window")
@@ -187,7 +187,7 @@ def base_layout() -> Figure:
 
 
 def axis_title(text: str) -> Figure:
-    """Return an axis title in the page's soft colour."""
+    """Return an axis title in the page's soft color."""
     return {"text": text, "font": {"color": "var(--soft)", "size": 12}}
 
 

@@ -16,7 +16,7 @@ def gap_section(searches: Sequence[GapSearch]) -> Section:
     """Draw predicted against true gain per token of one search or several, with their tables.
 
     Args:
-        searches: at least one, of one behaviour.
+        searches: at least one, of one behavior.
     """
     behavior = searches[0].behavior
     values = [x for s in searches for t in s.found.steps for x in (t.predicted, t.true)]
@@ -69,12 +69,12 @@ def _count(tokens: int) -> str:
 
 
 def _warned(search: GapSearch) -> list[str]:
-    """Say so where the gap is closed and the behaviour is not there."""
+    """Say so where the gap is closed and the behavior is not there."""
     held = search.held_out
     if held is None or held.judged is None or held.closed[0] - held.judged < 0.25:
         return []
     return [
         f"The gap is closed on {percent(held.closed[0])} of held-out prompts, yet the judge gives "
         f"only {percent(held.judged)} of the answers to that side (mean gap "
-        f"{number(held.gap_after[0])}): the first token moved, not the behaviour."
+        f"{number(held.gap_after[0])}): the first token moved, not the behavior."
     ]

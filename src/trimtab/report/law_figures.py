@@ -1,6 +1,6 @@
-"""Figures of laws against measurement, as Plotly descriptions: lines, bars, a grid of colours.
+"""Figures of laws against measurement, as Plotly descriptions: lines, bars, a grid of colors.
 
-As in `trimtab.report.figures`, colours are the page's CSS variables, and each figure has a `label`,
+As in `trimtab.report.figures`, colors are the page's CSS variables, and each figure has a `label`,
 what it shows in words. Names and ticks may be a model's tokens: they are shown as they are, never
 read as markup, numbers or dates. What is not finite is left out of the drawing.
 """
@@ -93,8 +93,8 @@ def line_figure(
         window: strengths to shade, (low, high); drawn only when both are finite.
         height: in pixels.
 
-    Errors:
-        TrimtabError: for an unknown colour or dash, or x and y of different lengths.
+    Raises:
+        TrimtabError: for an unknown color or dash, or x and y of different lengths.
     """
     data: list[Figure] = []
     for band in bands:
@@ -173,7 +173,7 @@ def heat_figure(
     high: float | None = None,
     diverging: bool = False,
 ) -> Figure:
-    """Draw a grid of colours, the first row at the top.
+    """Draw a grid of colors, the first row at the top.
 
     Args:
         x_labels: one per column.
@@ -181,12 +181,12 @@ def heat_figure(
         values: [rows, columns]; None or nan leaves a hole.
         x_label: of the columns.
         y_label: of the rows.
-        value_label: of the colour bar, with its unit.
+        value_label: of the color bar, with its unit.
         description: what the figure shows, in words.
         caption: printed below it.
-        low: value of the first colour; the least when not given.
-        high: value of the last colour; the greatest when not given.
-        diverging: 0 has the page's colour, negative and positive values one colour each.
+        low: value of the first color; the least when not given.
+        high: value of the last color; the greatest when not given.
+        diverging: 0 has the page's color, negative and positive values one color each.
     """
     columns, rows = _distinct(x_labels), _distinct(y_labels)
     grid = [_same_length("a row", _plain(row), columns) for row in _same_length("y", values, rows)]
@@ -331,7 +331,7 @@ def _same_length(name: str, values: Any, against: Sequence[object]) -> Any:
 
 def _color(name: str, allowed: Sequence[str] = COLORS) -> str:
     if name not in allowed:
-        raise _refusal(f"the colour {name!r}", f"choose one of: {', '.join(allowed)}")
+        raise _refusal(f"the color {name!r}", f"choose one of: {', '.join(allowed)}")
     return f"var({name})"
 
 

@@ -53,7 +53,7 @@ def write_laws_page(
         title: heading of the page.
         lead: a sentence below it, e.g. which model and behavior.
 
-    Errors:
+    Raises:
         TrimtabError: when there are no sections or the folder cannot be written.
     """
     return write_page(folder, render_laws(sections, title=title, lead=lead))

@@ -40,7 +40,7 @@ def _scores(rows: Sequence[LeverRow]) -> Figure:
         "share of test answers",
         [
             Bars(
-                "behaviour",
+                "behavior",
                 [row.score for row in rows],
                 "--vector",
                 low=[row.low for row in rows],
@@ -48,7 +48,7 @@ def _scores(rows: Sequence[LeverRow]) -> Figure:
             ),
             Bars("coherence", [row.coherence for row in rows], "--coherence"),
         ],
-        description="Behaviour on test answers: "
+        description="Behavior on test answers: "
         + ", ".join(f"{row.name} {percent(row.score)}" for row in rows),
     )
 
@@ -99,7 +99,7 @@ def _warned(found: LeversTable) -> list[str]:
             continue
         warnings.append(
             f"{row.name}: the gap lies on the wanted side of {percent(row.closed[0])} of prompts, yet "
-            f"only {percent(row.score)} of the answers show the behaviour."
+            f"only {percent(row.score)} of the answers show the behavior."
         )
     if found.advice.choice is None:
         warnings.append("No lever is usable within the budget.")

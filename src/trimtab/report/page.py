@@ -30,8 +30,8 @@ def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Pat
         folder: made when missing; other files in it are left alone.
         data: `{"model": name, "behaviors": {name: entry}}` and whatever else `demo.json` holds.
 
-    Errors:
-        TrimtabError: when the data names no behaviour or the folder cannot be written.
+    Raises:
+        TrimtabError: when the data names no behavior or the folder cannot be written.
     """
     behaviors = data.get("behaviors")
     if not isinstance(behaviors, Mapping) or not behaviors:
@@ -46,7 +46,7 @@ def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Pat
 def write_page(folder: str | os.PathLike[str], page: str) -> Path:
     """Write a rendered page as `index.html`, the Plotly bundle beside it, and return its path.
 
-    Errors:
+    Raises:
         TrimtabError: when the folder cannot be written.
     """
     target = Path(folder)

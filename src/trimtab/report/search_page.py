@@ -31,7 +31,7 @@ def write_search_page(
         reports: of searches, in the order of the page.
         states: state matching by layer, where it was run.
 
-    Errors:
+    Raises:
         TrimtabError: when the folder cannot be written or there are no reports.
     """
     listed = [reports] if isinstance(reports, SearchReport) else list(reports)

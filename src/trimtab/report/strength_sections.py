@@ -159,16 +159,16 @@ def tune_section(report: TuneReport) -> Section:
         "strength m",
         "share",
         [
-            Series("behaviour", m, [r.score for r in report.curve], "--vector"),
+            Series("behavior", m, [r.score for r in report.curve], "--vector"),
             Series("coherence", m, [r.coherence for r in report.curve], "--coherence", "dot"),
         ],
         bands=[
             Band(
-                "behaviour, 95 %", m, [r.low for r in report.curve], [r.high for r in report.curve]
+                "behavior, 95 %", m, [r.low for r in report.curve], [r.high for r in report.curve]
             )
         ],
         window=report.window,
-        description=described("behaviour", m, [r.score for r in report.curve]),
+        description=described("behavior", m, [r.score for r in report.curve]),
         caption="Shaded: the window.",
     )
     nats = line_figure(

@@ -24,7 +24,7 @@ COLORS = {
     "baked": "#3a5ba9",
     "null": "#868d97",
 }
-PANEL, GAP, PAD = 290, 34, 24  # pixels: a behaviour's width, the space between two, the margin
+PANEL, GAP, PAD = 290, 34, 24  # pixels: a behavior's width, the space between two, the margin
 PLOT_LEFT, PLOT_TOP, PLOT_HEIGHT = 34, 92, 150
 TICK_ROOM = 32  # pixels from the middle of one label to the next
 BAR_LEFT, BAR_STEP, BAR_HEIGHT = 112, 24, 13
@@ -32,14 +32,14 @@ MOST_PANELS = 3
 
 
 def write_svg(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
-    """Draw up to three behaviours side by side: the curve above, the levers' bars below.
+    """Draw up to three behaviors side by side: the curve above, the levers' bars below.
 
     Args:
         path: the SVG file, replaced when it is there.
         data: what `demo.json` holds.
 
-    Errors:
-        TrimtabError: when no behaviour was measured or the file cannot be written.
+    Raises:
+        TrimtabError: when no behavior was measured or the file cannot be written.
     """
     return write_text(Path(path), draw(data))
 
@@ -51,8 +51,8 @@ def draw(data: Mapping[str, Any]) -> str:
     measured = [(n, e) for n, e in (plain.get("behaviors") or {}).items() if e.get("vector")]
     if not measured:
         raise TrimtabError(
-            asked="a figure of measured behaviours",
-            found="data in which no behaviour has a 'vector' row",
+            asked="a figure of measured behaviors",
+            found="data in which no behavior has a 'vector' row",
             advice="give what demo.json holds, after a demo that found a vector",
         )
     panels = measured[:MOST_PANELS]
@@ -142,7 +142,7 @@ def _bars(left: float, top: float, entry: Row) -> list[str]:
 def _legend(left: float, y: float) -> str:
     parts, x = [], left
     for label, color, dash in (
-        ("behaviour, with its 95 % interval", VECTOR, ""),
+        ("behavior, with its 95 % interval", VECTOR, ""),
         ("coherence", COHERENCE, "2 3"),
     ):
         parts.append(_line(x, y - 4, x + 22, y - 4, color, width=2, dash=dash))
@@ -159,7 +159,7 @@ def _legend(left: float, y: float) -> str:
 
 
 def _narrow_legend(left: float, y: float) -> str:
-    return _text(left, y, "solid: behaviour, dotted: coherence, shaded: window", SOFT, size=11)
+    return _text(left, y, "solid: behavior, dotted: coherence, shaded: window", SOFT, size=11)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -1,4 +1,4 @@
-"""A behaviour's figures for the terminal: the answer, the levers, and answers before and after."""
+"""A behavior's figures for the terminal: the answer, the levers, and answers before and after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 2  # answers before and after
 
 
 def behavior_panel(name: str, entry: Row) -> Group:
-    """Return what a terminal shows of one behaviour; model text is never read as markup."""
+    """Return what a terminal shows of one behavior; model text is never read as markup."""
     parts: list[RenderableType] = [
         Rule(Text(name), align="left"),
         Text(answer(name, entry)),
@@ -41,7 +41,7 @@ def _levers(levers: list[tuple[str, Row]]) -> Table:
         )
         for lever, row in levers
     )
-    columns = ("lever", "behaviour [95 %]", "n", "coherence", "damage", "spill")
+    columns = ("lever", "behavior [95 %]", "n", "coherence", "damage", "spill")
     return Table("", columns, rows)
 
 

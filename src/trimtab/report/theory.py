@@ -84,7 +84,7 @@ def _tokens(theorems: Theorems, colors: dict[str, str]) -> Figure:
         log_y=True,
         description=f"Probability of every token against strength. {bumps} of "
         f"{len(theorems.tokens)} tokens rise to one peak and fall; {'; '.join(ends)}.",
-        caption="(a) One line per token, coloured by its concept; on this axis each is concave.",
+        caption="(a) One line per token, colored by its concept; on this axis each is concave.",
     )
 
 

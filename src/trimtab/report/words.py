@@ -1,4 +1,4 @@
-"""A behaviour's figures as sentences: the answer, and what should make a reader doubt it.
+"""A behavior's figures as sentences: the answer, and what should make a reader doubt it.
 
 The sentences are made from the measured figures alone, the terminal and the page print the same.
 """
@@ -12,7 +12,7 @@ COHERENCE_LOST = 0.9  # of the unsteered coherence; below, the text falls apart
 
 
 def answer(name: str, entry: Row) -> str:
-    """Say in one sentence what the vector did to the behaviour, beside its prompt and its null."""
+    """Say in one sentence what the vector did to the behavior, beside its prompt and its null."""
     vector, baseline = entry.get("vector"), entry.get("baseline")
     if not vector or not baseline:
         return entry.get("refused") or f"{name} was not measured."

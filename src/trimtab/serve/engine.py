@@ -30,7 +30,7 @@ def served_model(config: Any) -> Served:
 
 
 def _fingerprint(model: Any) -> str:
-    """Of the checkpoint on disk: what vLLM holds is fused, cut and perhaps quantised."""
+    """Of the checkpoint on disk: what vLLM holds is fused, cut and perhaps quantized."""
     try:
         found = load_weights(
             model.model,

@@ -2,7 +2,7 @@
 
 One derivative at the tuned strength m gives the log-odds g_i of the wanted words after every prompt,
 and their slope g_i'. A step of Newton's method towards a common goal g* is m_i = m + (g* - g_i) / g_i',
-cut to between 0 and the window's far end. Prompts that already show the behaviour are left nearly
+cut to between 0 and the window's far end. Prompts that already show the behavior are left nearly
 alone, which is where damage is measured.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.measure.coherence import coherence_for
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.intervals import share_interval
 from trimtab.measure.judges import judge_for
 from trimtab.measure.summary import mean
@@ -77,7 +77,7 @@ def adaptive_strengths(
     Args:
         lm: the unsteered model.
         vector: at the strength from which the step is taken.
-        odds: reads the behaviour off logits.
+        odds: reads the behavior off logits.
         prompts: what will be asked, in the same order.
         goal: the log-odds to reach, nats.
         window: (smallest, largest) magnitude of m; (0, window's far end) in `tune`.
@@ -122,7 +122,7 @@ def measure_adaptive(
     shown = evaluator.prompts(damaged)
     own = adaptive_strengths(lm, vector, odds, shown, goal, window)
     reference = Reference(lm, shown, evaluator.unsteered(damaged))
-    damage = summarise(reference.kl(_Rows(vector, own)), seed)
+    damage = summarize(reference.kl(_Rows(vector, own)), seed)
     low, high = share_interval(scores, seed)
     return AdaptiveResult(
         goal=goal,

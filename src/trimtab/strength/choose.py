@@ -123,9 +123,9 @@ def choose(
         unsteered: answers to share with other measurements of this model at this length.
         progress: called with (cells measured, cells planned); further rounds raise the plan.
 
-    Errors:
+    Raises:
         NoStrengthPasses: when no cell passes; it carries the curve.
-        TrimtabError: for an empty grid or an unusable behaviour.
+        TrimtabError: for an empty grid or an unusable behavior.
     """
     side = 1 if sign > 0 else -1
     magnitudes = sorted({abs(float(s)) for s in strengths} - {0.0})

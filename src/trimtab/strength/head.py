@@ -5,7 +5,7 @@ Along a ray h + alpha v in front of the final norm everything is closed form for
     logit_z = (A_z + alpha B_z) / rho(alpha) + C_z
     rho^2 = (|h|^2 + 2 alpha h.v + alpha^2 |v|^2) / d + eps
 
-with A = W (g * h), B = W (g * v), C = W beta plus the unembedding's bias; a LayerNorm centres h and
+with A = W (g * h), B = W (g * v), C = W beta plus the unembedding's bias; a LayerNorm centers h and
 v first. alpha -> infinity leaves sqrt(d) B_z / |v| + C_z: the plateau needs no forward pass, and its
 largest entry is the token that the model collapses into.
 """
@@ -38,7 +38,7 @@ class Head:
 
     Attributes:
         gain: of the final norm, float64 `[d_model]`.
-        centred: whether the norm subtracts the mean (LayerNorm).
+        centered: whether the norm subtracts the mean (LayerNorm).
         eps: inside the norm's root.
         weight: the model's own unembedding `[vocab, d_model]`, not a copy.
         constant: what the norm's shift and the unembedding's bias add, float64 `[vocab]`.
@@ -47,7 +47,7 @@ class Head:
     """
 
     gain: Tensor
-    centred: bool
+    centered: bool
     eps: float
     weight: Tensor
     constant: Tensor
@@ -69,7 +69,7 @@ class Head:
         Returns:
             float64 `[n, vocab]`.
         """
-        h, v = self._centre(stream.double()), self._centre(push.double())
+        h, v = self._center(stream.double()), self._center(push.double())
         alpha = torch.as_tensor(alpha, dtype=torch.float64)[..., None]
         squares = (
             h.square().sum(-1, keepdim=True)
@@ -83,15 +83,15 @@ class Head:
     def limit(self, push: Tensor, sign: int = 1) -> Tensor:
         """Return the logits `[..., vocab]` of alpha -> sign * infinity along a push `[..., d_model]`.
 
-        Errors:
+        Raises:
             TrimtabError: a push of which the norm leaves nothing.
         """
-        v = self._centre(push.double())
+        v = self._center(push.double())
         sizes = v.norm(dim=-1, keepdim=True)
         if not bool((sizes > 1e-9 * push.double().norm(dim=-1, keepdim=True)).all()):
             raise TrimtabError(
                 asked="the logits of an infinite push",
-                found="a push of length 0" + (" beside its mean" if self.centred else ""),
+                found="a push of length 0" + (" beside its mean" if self.centered else ""),
                 advice="use layers whose pushes do not cancel",
             )
         v = sign * v / (sizes / v.shape[-1] ** 0.5)
@@ -102,8 +102,8 @@ class Head:
         pieces = self.weight.split(ROWS)
         return torch.cat([values @ piece.cpu().double().T for piece in pieces], dim=-1)
 
-    def _centre(self, values: Tensor) -> Tensor:
-        return values - values.mean(-1, keepdim=True) if self.centred else values
+    def _center(self, values: Tensor) -> Tensor:
+        return values - values.mean(-1, keepdim=True) if self.centered else values
 
     def _finish(self, projected: Tensor) -> Tensor:
         out = (projected + self.constant) * self.scale
@@ -116,7 +116,7 @@ def read_head(lm: LanguageModel) -> Head:
 
     The norm's kind is found by what it does to a constant vector and to zero, not by its name.
 
-    Errors:
+    Raises:
         TrimtabError: the final norm or the logits are none of the known forms.
     """
     norm, unembedding = lm.sites.final_norm, lm.sites.unembedding
@@ -128,7 +128,7 @@ def read_head(lm: LanguageModel) -> Head:
     constant = unembedding(form.shift.to(reference.device, reference.dtype)).cpu().double()
     head = Head(
         gain=form.gain,
-        centred=form.centred,
+        centered=form.centered,
         eps=form.eps,
         weight=next(unembedding.parameters()).detach(),
         constant=constant,
@@ -152,7 +152,7 @@ def collapse_logits(lm: LanguageModel, vector: VectorSteering, sign: int = 1) ->
     layers add up in the stream: its direction tends to that of sum_l scales[l] c_l, whatever the
     layers. (It holds where the position itself is steered.)
 
-    Errors:
+    Raises:
         TrimtabError: a steering that adds nothing, pushes that cancel, or a head of no known form.
     """
     if vector.operation != "add" or vector.site not in STREAM_SITES:

@@ -167,7 +167,7 @@ def check_laws(
         budgets: nats.
         points: strengths of the curve.
 
-    Errors:
+    Raises:
         TrimtabError: as `decisions`; no head of a known form; a vector that moves no prompt.
     """
     side = 1 if sign > 0 else -1

@@ -2,8 +2,8 @@
 
 Two kinds of context are differentiated once each (strength/slope.py):
 
-- decisions: the first answer position of the prompts that the behaviour is scored on, each a `Tilt`;
-- damage: every answer token of prompts that already show the behaviour, of which only the variance
+- decisions: the first answer position of the prompts that the behavior is scored on, each a `Tilt`;
+- damage: every answer token of prompts that already show the behavior, of which only the variance
   of the slopes is kept, since KL(p0 || p_m) = m^2 / 2 Var_p0(s) + O(m^3).
 
 These are leading orders. `trusted` says how far: up to which m the decisions' KL with the next two
@@ -141,7 +141,7 @@ def decisions(
 ) -> Decisions:
     """Differentiate the first answer position of every prompt at strength `at`.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts, or as `slopes` does.
     """
     if not prompts:
@@ -202,7 +202,7 @@ def laws(
         max_new_tokens: length of the unsteered answers that damage is read along.
         unsteered: answers to share with other measurements of this model at this length.
 
-    Errors:
+    Raises:
         TrimtabError: a budget that is not above 0, or as `slopes` and `Evaluator` do.
     """
     if not budgets or not all(0 < nats < math.inf for nats in budgets):

@@ -109,12 +109,12 @@ def readout_sweep(
         vector: what is scaled; its own strength does not matter.
         strengths: multipliers m of any sign, kept in this order.
         sign: whose prompts are read, as `Evaluator.scored` says: those to be turned toward the
-            behaviour (+1) or away from it (-1). The target stays the toward tokens.
+            behavior (+1) or away from it (-1). The target stays the toward tokens.
         prompts: read these instead.
         max_prompts: read the first so many.
         progress: called with (readings done, readings in all).
 
-    Errors:
+    Raises:
         TrimtabError: without strengths or prompts, or as `vector.on` does.
     """
     chosen = list(_side(behavior, sign) if prompts is None else prompts)[:max_prompts]

@@ -1,4 +1,4 @@
-"""The first look of `tune`: which layers and scope move the behaviour most for the damage allowed.
+"""The first look of `tune`: which layers and scope move the behavior most for the damage allowed.
 
 For every candidate one derivative gives the strength m_kappa at which the 95th percentile of damage
 should reach the budget; around it a handful of strengths are measured on a few prompts, damage
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.fan import Fan
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.readout import readout_tokens
 from trimtab.scope import Scope
 from trimtab.strength.laws import answer_variance
@@ -61,7 +61,7 @@ class Odds:
     """How far next-token logits `[..., vocab]` speak for the wanted side, in nats.
 
     With readout words, the log-odds of their tokens against all others, the law's logit F_C: a token
-    of neither side counts against the behaviour, since greedy answers open with it. Without words,
+    of neither side counts against the behavior, since greedy answers open with it. Without words,
     how much better the mean first-token distribution of unsteered prompts of the wanted side is
     expected than that of the other side: sum_z (P_wanted(z) - P_other(z)) log p(z).
     """
@@ -89,7 +89,7 @@ class Odds:
     def rate(self, logits: Tensor, slope: Tensor) -> Tensor:
         """Return d odds / d m `[...]` from logits and their slope `[..., vocab]`."""
         if not self.tokens:
-            return slope @ self.contrast  # the contrast sums to 0: the normaliser drops out
+            return slope @ self.contrast  # the contrast sums to 0: the normalizer drops out
         chosen = list(self.tokens)
         inside = (logits[..., chosen].softmax(-1) * slope[..., chosen]).sum(-1)
         return inside - (self._others(logits).softmax(-1) * slope).sum(-1)
@@ -106,7 +106,7 @@ def candidates(
 ) -> list[VectorSteering]:
     """Return the vector at every place to look at: as it is, single layers, the default range.
 
-    Errors:
+    Raises:
         TrimtabError: for no place at all, an unknown scope or a layer without a direction.
     """
     known = [layer for layer in sorted(vector.directions) if layer in vector.scales]
@@ -131,9 +131,9 @@ class Screen:
 
     Args:
         lm: the unsteered model.
-        odds: reads the behaviour off logits.
+        odds: reads the behavior off logits.
         scored: prompts whose odds are to move.
-        damaged: prompts that already show the behaviour.
+        damaged: prompts that already show the behavior.
         answers: their unsteered answers.
         budget: nats per token, 95th percentile.
         sign: +1 toward, -1 away.
@@ -169,7 +169,7 @@ class Screen:
             return Candidate(at, scope, math.inf, 0.0, -math.inf, "it moves nothing")
         predicted = math.sqrt(2 * self.budget / spread)
         strengths = [self.sign * predicted * factor for factor in FACTORS]
-        damage = [summarise(tokens).p95 for tokens in self.reference.kl_many(vector, strengths)]
+        damage = [summarize(tokens).p95 for tokens in self.reference.kl_many(vector, strengths)]
         gains = self._moved(fan.next_logits(strengths)) - self.before
         limit = crossing([abs(m) for m in strengths], damage, self.budget)
         gain = best_within([abs(m) for m in strengths], gains.tolist(), limit)

@@ -11,7 +11,7 @@ from trimtab.engine import Engine, Job
 from trimtab.engine.job import Result
 from trimtab.journal import Notes
 from trimtab.measure.correlation import spearman
-from trimtab.measure.divergence import Reference, summarise
+from trimtab.measure.divergence import Reference, summarize
 from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
 from trimtab.measure.intervals import paired_bootstrap
 from trimtab.measure.summary import mean
@@ -47,7 +47,7 @@ class Search:
     Attributes:
         side: +1 or -1.
         full: the validation split, `few` and `glance` its first prompts.
-        odds: reads the behaviour off logits.
+        odds: reads the behavior off logits.
         known: unsteered answers.
         looked: every place, the best first.
         references: unsteered answers that damage is read along, by number of prompts.
@@ -231,7 +231,7 @@ class Search:
             self.references[prompts] = Reference(self.lm, listed[:prompts], answers[:prompts])
         strengths = [limit * factor for factor in factors]
         many = self.references[prompts].kl_many(vector, [self.side * m for m in strengths])
-        return crossing(strengths, [summarise(t, self.seed).p95 for t in many], self.budget)
+        return crossing(strengths, [summarize(t, self.seed).p95 for t in many], self.budget)
 
     def confirm(self, tried: Tried) -> list[Tried]:
         """Measure a cell on the whole validation split; back off where it breaks the budget there."""

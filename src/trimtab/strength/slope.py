@@ -75,7 +75,7 @@ def slopes(
         encoded: prompts from `lm.encode`.
         at: the strength m where the derivative is taken.
 
-    Errors:
+    Raises:
         TrimtabError: a model without a final norm, or values that are not finite.
     """
     vector.check(lm)

@@ -108,7 +108,7 @@ def sweep(
             gives the same figures more slowly.
         engine: measures the groups of strengths; this process by default.
 
-    Errors:
+    Raises:
         TrimtabError: without strengths, with the journal of another sweep, or as `Evaluator` does.
     """
     if not strengths:
@@ -202,7 +202,7 @@ def _written(
 
 
 def sweep_row(steering: VectorSteering, result: Evaluation, seed: int) -> SweepRow:
-    """Summarise one evaluation as a row of a curve."""
+    """Summarize one evaluation as a row of a curve."""
     return SweepRow(
         **vars(summary(result, seed)), strength=steering.strength, alphas=raw_alphas(steering)
     )

@@ -58,7 +58,7 @@ class TuneReport(Printable):
         score: share of answers on the wanted side, `low` to `high` its interval; `baseline` is the
             unsteered model's, `gain` the paired difference.
         null: mean score of random directions of the same size; `null_damage_p95` their damage.
-        damage: nats per token along answers to prompts that already show the behaviour.
+        damage: nats per token along answers to prompts that already show the behavior.
         spill: the same on neutral prompts.
         validation: the chosen cell where it was chosen.
         curve: measured against strength on the validation split.
@@ -203,10 +203,10 @@ def tune(
         progress: called with (steps done, steps in all).
         engine: does places, cells and nulls; this process by default.
 
-    Errors:
+    Raises:
         NoStrengthPasses: with everything tried, when nothing passes.
         TrimtabError: a budget that is not positive, a budget of spill without neutral prompts, or an
-            unusable behaviour.
+            unusable behavior.
     """
     spilled = 1.0 if spill_budget is None else spill_budget
     shares = 0 < target <= 1 and 0 <= coherence_floor <= 1

@@ -50,7 +50,7 @@ LEAVE_SECONDS = 2
 EMPTY = '<div class="tt-fine">Find a vector, or open a steering file, to move the slider.</div>'
 # Two moves may be under way at once; the page says when each was made.
 STAMPED = "(desk, prompt, m, _) => [desk, prompt, m, performance.now()]"
-SHOWN = 5  # what a move of the slider changes: warning, answers, gauges, colours, samples
+SHOWN = 5  # what a move of the slider changes: warning, answers, gauges, colors, samples
 
 
 def serve(
@@ -123,10 +123,10 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
             "see what moves and what breaks.</p>",
             elem_id="tt-title",
         )
-        with gr.Accordion("1  Behaviour and vector", open=True) as setup:
+        with gr.Accordion("1  Behavior and vector", open=True) as setup:
             with gr.Row():
                 source = gr.Dropdown(
-                    [*built_in_names(), WRITE, FILE], value="refusal", label="Behaviour",
+                    [*built_in_names(), WRITE, FILE], value="refusal", label="Behavior",
                     elem_id="tt-behavior",
                 )  # fmt: skip
                 method = gr.Dropdown(
@@ -138,7 +138,7 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
             with form:
                 fields = _form()
             file = gr.File(
-                label="Behaviour file", file_types=[".yaml", ".yml", ".jsonl"], visible=False
+                label="Behavior file", file_types=[".yaml", ".yml", ".jsonl"], visible=False
             )
             with gr.Row():
                 find = gr.Button("Find and tune", variant="primary", elem_id="tt-find")
@@ -285,7 +285,7 @@ class Actions:
             yield
 
     def forms(self, source: str) -> tuple[Any, Any]:
-        """Show the fields that a behaviour of this source needs."""
+        """Show the fields that a behavior of this source needs."""
         return gr.update(visible=source == WRITE), gr.update(visible=source == FILE)
 
     def show(
@@ -379,11 +379,11 @@ def _behavior(source: str, file: str | None, *fields: str) -> Behavior:
     if source == FILE:
         if not file:
             raise TrimtabError(
-                "a behaviour from a file", "no file", "choose a .yaml or .jsonl file first"
+                "a behavior from a file", "no file", "choose a .yaml or .jsonl file first"
             )
         return load_behavior(file)
     if source not in built_in_names():
-        raise TrimtabError(f"the behaviour {source!r}", "no such name", "choose one of the list")
+        raise TrimtabError(f"the behavior {source!r}", "no such name", "choose one of the list")
     return load_behavior(source)
 
 

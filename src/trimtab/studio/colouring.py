@@ -16,13 +16,13 @@ from trimtab.steering import VectorSteering
 
 @dataclass(frozen=True)
 class Scale:
-    """Where projections become colours: 0 at `center`, full colour `width` away from it."""
+    """Where projections become colors: 0 at `center`, full color `width` away from it."""
 
     center: float
     width: float
 
     def shade(self, projection: float) -> float:
-        """Return the colour of a projection, from -1 (away) to 1 (toward)."""
+        """Return the color of a projection, from -1 (away) to 1 (toward)."""
         return max(-1.0, min(1.0, (projection - self.center) / self.width))
 
 
@@ -38,7 +38,7 @@ def projections(
     """Read an answer's tokens in the unsteered model, along the unit direction.
 
     Steering adds the same push to every token; without it, what is left says which words carry the
-    behaviour by themselves.
+    behavior by themselves.
 
     Args:
         lm: the model, unsteered.

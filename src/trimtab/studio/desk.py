@@ -38,7 +38,7 @@ class Desk:
 
     Attributes:
         folder: named by a secret, which is all that its files' addresses are protected by.
-        bench: the behaviour and vector at work; None before the first.
+        bench: the behavior and vector at work; None before the first.
         turns: of the moves on this desk, whatever bench is on it.
     """
 

@@ -130,7 +130,7 @@ class Lever:
         elif window is None:
             direction = "toward" if strength > 0 else "away from"
             said.append(
-                f"No strength measured {direction} the behaviour reaches a score of "
+                f"No strength measured {direction} the behavior reaches a score of "
                 f"{self.bounds.target:.0%} within the budget."
             )
         if reading.coherence < self.bounds.coherence:
@@ -175,7 +175,7 @@ def measure_lever(
         progress: called with (grid points measured, grid points in all).
 
     Raises:
-        TrimtabError: a vector of another model, or a behaviour without prompts or judge.
+        TrimtabError: a vector of another model, or a behavior without prompts or judge.
     """
     first = nice(2 * abs(vector.strength) or 2.0)
     tuned = vector.report.window if isinstance(vector, Tuned) else None
@@ -215,7 +215,7 @@ def measure_at(lever: Lever, strengths: Sequence[float], side: int) -> None:
 def window_of(
     curve: Sequence[Reading], bounds: Bounds, near: float = 0.0
 ) -> tuple[float, float] | None:
-    """Return the ends of the run of neighbouring strengths inside the bounds.
+    """Return the ends of the run of neighboring strengths inside the bounds.
 
     Of several runs it is the one around `near`, else the longest.
     """

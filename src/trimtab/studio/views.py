@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: answers, gauges, colours, warnings. All text in it is inert."""
+"""What the page shows, as HTML: answers, gauges, colors, warnings. All text in it is inert."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from trimtab.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.measure.measurement import Measurement
 from trimtab.steering import VectorSteering
-from trimtab.studio.colouring import layer_read
+from trimtab.studio.coloring import layer_read
 from trimtab.studio.lever import Lever, Reading, inside, span
 from trimtab.tables import escape, number
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 8.0, 34.0
-LINES = (("score", "behaviour"), ("coherence", "coherence"), ("damage", "KL / budget"))
+LINES = (("score", "behavior"), ("coherence", "coherence"), ("damage", "KL / budget"))
 # A page that draws HTML from a template must not find one in it.
 _TEMPLATES = str.maketrans({"$": "&#36;", "{": "&#123;", "}": "&#125;", "`": "&#96;"})
 
@@ -40,15 +40,15 @@ def tokens_view(
     after: Sequence[tuple[str, float]],
     vector: VectorSteering,
 ) -> str:
-    """Show both answers' tokens, coloured by their projection on the direction."""
+    """Show both answers' tokens, colored by their projection on the direction."""
     return (
         f'<div class="tt-pair tt-tokens"><section class="tt-card"><h3>unsteered</h3>'
-        f'<p>{_coloured(before)}</p></section><section class="tt-card tt-steered"><h3>steered</h3>'
-        f'<p>{_coloured(after)}</p></section></div><p class="tt-note"><span class="tt-key" '
+        f'<p>{_colored(before)}</p></section><section class="tt-card tt-steered"><h3>steered</h3>'
+        f'<p>{_colored(after)}</p></section></div><p class="tt-note"><span class="tt-key" '
         f'style="background:{_color(-1)}">away</span> <span class="tt-key" '
         f'style="background:{_color(1)}">toward</span> Projection on the direction at '
         f"{inert(vector.site)} of layer {layer_read(vector)}, read without the steering, so that "
-        f"its own push does not colour every word.</p>"
+        f"its own push does not color every word.</p>"
     )
 
 
@@ -56,7 +56,7 @@ def gauges_view(lever: Lever, reading: Reading) -> str:
     """Show score, coherence and KL at a strength, and the curves with the window shaded."""
     bounds = lever.bounds
     bars = (
-        _bar("behaviour", reading.score, f"{reading.score:.0%}", reading.score < bounds.target),
+        _bar("behavior", reading.score, f"{reading.score:.0%}", reading.score < bounds.target),
         _bar("coherence", reading.coherence, f"{reading.coherence:.0%}",
              reading.coherence < bounds.coherence),
         _bar("KL", reading.damage_p95 / bounds.budget / 2,
@@ -149,7 +149,7 @@ def _said(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else " / ".join(m["content"] for m in prompt)
 
 
-def _coloured(tokens: Sequence[tuple[str, float]]) -> str:
+def _colored(tokens: Sequence[tuple[str, float]]) -> str:
     return "".join(
         f'<span style="background:{_color(shade)}" title="{shade:+.2f}">{inert(text)}</span>'
         for text, shade in tokens

@@ -26,7 +26,7 @@ from trimtab.report.explain_page import write_explain_page
 from trimtab.steering import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses
 from trimtab.strength.tune import tune
-from trimtab.studio.colouring import Scale, projections, scale_of
+from trimtab.studio.coloring import Scale, projections, scale_of
 from trimtab.studio.lever import Bounds, Lever, Reading, measure_lever, span
 from trimtab.studio.streaming import stream
 from trimtab.weights import bake
@@ -35,7 +35,7 @@ from trimtab.written import written
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Answers to what users typed; those to a behaviour's prompts are kept with its evaluator.
+# Answers to what users typed; those to a behavior's prompts are kept with its evaluator.
 KEPT_ANSWERS = 256
 SEED = 0
 
@@ -61,12 +61,12 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Everything that one user has on the table; a new behaviour makes a new one.
+    """Everything that one user has on the table; a new behavior makes a new one.
 
     Attributes:
         behavior: all of it; the gauges read its test split.
         lever: the vector and what was measured.
-        scale: of the colours.
+        scale: of the colors.
         note: how the vector was come by, or why it could not be tuned.
     """
 
@@ -115,7 +115,7 @@ class Workshop:
             report: makes the progress callback of a stage from its name.
 
         Raises:
-            TrimtabError: an unusable behaviour, or one that this method cannot find.
+            TrimtabError: an unusable behavior, or one that this method cannot find.
         """
         judge = judge_for(behavior)
         options: dict[str, Any] = {}
@@ -156,10 +156,10 @@ class Workshop:
         progress: Progress | None = None,
         note: str = "from a file",
     ) -> Bench:
-        """Put a vector on the table: measure its curve, its windows and the scale of the colours.
+        """Put a vector on the table: measure its curve, its windows and the scale of the colors.
 
         Raises:
-            TrimtabError: a vector of another model, or an unusable behaviour.
+            TrimtabError: a vector of another model, or an unusable behavior.
         """
         vector.check(self.lm)
         # Spill is not among the gauges: without neutral prompts a move costs a third less.
@@ -298,7 +298,7 @@ def zipped(folder: Path, target: Path) -> Path:
 def written_behavior(
     name: str, toward: str, away: str, shows: str, opposite: str, neutral: str = ""
 ) -> Behavior:
-    """Make a behaviour from a form: one prompt a line, phrases that answers are judged by.
+    """Make a behavior from a form: one prompt a line, phrases that answers are judged by.
 
     Args:
         name: short name.
@@ -314,7 +314,7 @@ def written_behavior(
     judge = {"toward": _lines(shows), "away": _lines(opposite)}
     if not any(judge.values()):
         raise TrimtabError(
-            f"the behaviour {name!r}",
+            f"the behavior {name!r}",
             "no phrases to judge answers by",
             "write some phrases that occur in answers that show it, one a line",
         )

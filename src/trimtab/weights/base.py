@@ -52,14 +52,14 @@ def save_model(lm: LanguageModel, folder: Path) -> None:
     """Save a model that is in memory as a checkpoint, as it is now.
 
     Raises:
-        TrimtabError: quantised or offloaded weights, or a generation configuration that contradicts
+        TrimtabError: quantized or offloaded weights, or a generation configuration that contradicts
             itself.
         OSError: the disk is full.
     """
     asked = f"to bake into architecture {type(lm.model).__name__}"
     if getattr(lm.model.config, "quantization_config", None) is not None:
         raise TrimtabError(
-            asked, "quantised weights", "bake into the unquantised model and quantise the result"
+            asked, "quantized weights", "bake into the unquantized model and quantize the result"
         )
     if any(tensor.is_meta for tensor in lm.model.state_dict().values()):
         raise TrimtabError(

@@ -59,7 +59,7 @@ def steering_section(vector: VectorSteering) -> str:
     """Return what a card says of one vector: its origin and its strength in every unit."""
     made = vector.provenance
     facts = {
-        "behaviour": made.get("behavior", "not recorded"),
+        "behavior": made.get("behavior", "not recorded"),
         "data hash": made.get("data_hash", "not recorded"),
         "method": made.get("method", "not recorded"),
         "layers (0-based)": ", ".join(map(str, vector.layers)),
@@ -78,16 +78,16 @@ def _margin(margin: Margin) -> str:
     table = margin.table()
     return (
         f"## Margin of {one_line(margin.behavior)}\n\n{markdown(table)}\n"
-        f"Data hash {margin.data_hash}. A gap that grows on `toward` prompts hardens the behaviour;"
+        f"Data hash {margin.data_hash}. A gap that grows on `toward` prompts hardens the behavior;"
         " one that grows on `away` prompts makes it show where it should not.\n"
     )
 
 
 def _limits(plan: Plan, report: BakeReport) -> str:
     measured = (
-        "Beyond the margin above, what the steering does to the behaviour and what else it changes"
+        "Beyond the margin above, what the steering does to the behavior and what else it changes"
         if report.margin is not None
-        else "What the steering does to the behaviour, and what else it changes,"
+        else "What the steering does to the behavior, and what else it changes,"
     )
     notes = "".join(f"\n- {one_line(note)}" for note in plan.notes)
     return f"## Limits\n\n- {measured} was not measured by the baking; measure it before use.{notes}\n"  # fmt: skip

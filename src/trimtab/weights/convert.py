@@ -4,7 +4,7 @@ Qwen2 -> Llama: attention_bias with a zero bias of o_proj. Mistral -> Llama with
 window, else -> Qwen2 with every layer's attention sliding and zero q, k, v biases. Phi-3 -> Llama
 (or Qwen2): the rows of the fused qkv_proj and gate_up_proj are q, k, v and gate, up. Mixtral ->
 GraniteMoe with all of Granite's multipliers at 1 and its attention multiplier at head_dim^-1/2:
-softmax over all experts, renormalised over the chosen ones, is the softmax over the chosen ones'
+softmax over all experts, renormalized over the chosen ones, is the softmax over the chosen ones'
 logits, which is what GraniteMoe computes.
 """
 

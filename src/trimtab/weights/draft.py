@@ -150,7 +150,7 @@ def start_draft(base: Checkpoint) -> Draft:
     """Take a checkpoint apart.
 
     Raises:
-        TrimtabError: an architecture without routes, quantised weights, code of its own, or tensors
+        TrimtabError: an architecture without routes, quantized weights, code of its own, or tensors
             that are not its architecture's.
     """
     layout = layout_of(base.config, base.dtype)
@@ -221,15 +221,15 @@ def _refuse_special(base: Checkpoint, layout: Layout) -> None:
         method = dict(base.raw["quantization_config"]).get("quant_method", "an unnamed method")
         raise TrimtabError(
             asked,
-            f"quantised weights ({method})",
-            "bake into the unquantised model and quantise the result",
+            f"quantized weights ({method})",
+            "bake into the unquantized model and quantize the result",
         )
     odd = sorted({f.dtype for f in base.tensors.values()} - DTYPES.keys())
     if odd:
         raise TrimtabError(
             asked,
             f"tensors of the types {', '.join(odd)}",
-            "bake into the unquantised model and quantise the result",
+            "bake into the unquantized model and quantize the result",
         )
     if base.raw.get("auto_map"):
         raise TrimtabError(

@@ -1,6 +1,6 @@
-"""How a baked steering moves a behaviour's readout margin: before, after, and beside it a null.
+"""How a baked steering moves a behavior's readout margin: before, after, and beside it a null.
 
-The margin is the gap (measure/readout.py) on held-out prompts. A steering hardens a behaviour where
+The margin is the gap (measure/readout.py) on held-out prompts. A steering hardens a behavior where
 the gap grows on prompts that call for it; with the other sign it softens it.
 """
 
@@ -28,7 +28,7 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class MarginRow:
-    """One side of the behaviour; every figure in nats, (mean, low, high) of a 95 % interval.
+    """One side of the behavior; every figure in nats, (mean, low, high) of a 95 % interval.
 
     Attributes:
         side: `toward` or `away` prompts.
@@ -49,7 +49,7 @@ class MarginRow:
 
 @dataclass(frozen=True)
 class Margin(Printable):
-    """The readout margin of a behaviour before and after baking.
+    """The readout margin of a behavior before and after baking.
 
     Attributes:
         behavior: its name; `data_hash` of its content.
@@ -104,10 +104,10 @@ class Before:
 def measure_before(
     lm: LanguageModel, vectors: Sequence[VectorSteering], behavior: Behavior
 ) -> Before:
-    """Measure the base model and the nulls on the test part of the behaviour.
+    """Measure the base model and the nulls on the test part of the behavior.
 
     Raises:
-        TrimtabError: a behaviour without readout words, or too small to split.
+        TrimtabError: a behavior without readout words, or too small to split.
     """
     seed = next((s for v in vectors if isinstance(s := v.provenance.get("seed"), int)), 0)
     held_out = behavior.split(seed).test

@@ -46,9 +46,9 @@ def add_null_block(draft: Draft, point: Point, constant: Tensor) -> None:
         draft.steps.append(f"split block {layer} and emit the constant between its halves")
     else:
         at = max(n for n, block in enumerate(draft.blocks) if block.origin == layer)
-        neighbour = draft.blocks[at]
-        quiet = _silenced(neighbour.tensors, draft.layout.mlp)
-        emitting = Block(layer, "nothing", quiet, neighbour.kind)
+        neighbor = draft.blocks[at]
+        quiet = _silenced(neighbor.tensors, draft.layout.mlp)
+        emitting = Block(layer, "nothing", quiet, neighbor.kind)
         draft.blocks.insert(at + 1, emitting)
         draft.steps.append(f"insert a block after block {layer} that emits the constant")
     _emit(draft, emitting, constant, f"the constant after {kind} of block {layer}")

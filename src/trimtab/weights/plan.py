@@ -17,7 +17,7 @@ from trimtab.weights.sources import Source, Zeros
 from trimtab.weights.stream import arrange
 
 ROUTES = ("bias", "null_block", "convert")
-# Their modelling code in vLLM has no bias behind the attention, and leaves out what it does not know.
+# Their modeling code in vLLM has no bias behind the attention, and leaves out what it does not know.
 _NO_OUTPUT_BIAS = {"gemma", "granitemoe", "qwen3"}
 _SERVE = (
     "vLLM's own code for this architecture drops {} without a word: serve with --model-impl "

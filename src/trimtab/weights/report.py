@@ -32,7 +32,7 @@ class BakeReport(Printable):
         tensors_compared: tensors found bit by bit as meant.
         plan: routes and costs.
         base_fingerprint: of the base; as the vectors recorded it where the base was not loaded.
-        margin: a behaviour's readout margin before and after, where one was given.
+        margin: a behavior's readout margin before and after, where one was given.
     """
 
     route: str

@@ -17,7 +17,7 @@ from trimtab.weights.low_rank import project_writer
 from trimtab.weights.null_block import add_null_block
 
 _POST_NORM = (
-    "{} normalises what a sublayer writes, with a divisor that depends on the part to be removed"
+    "{} normalizes what a sublayer writes, with a divisor that depends on the part to be removed"
 )
 
 

@@ -15,7 +15,7 @@ from trimtab.weights.stream import write
 def write_slices(
     draft: Draft, result: Path, vectors: Sequence[VectorSteering]
 ) -> tuple[tuple[Path, Path], list[VectorSteering]]:
-    """Cut the first steered block and a neighbour out of the base and out of the result.
+    """Cut the first steered block and a neighbor out of the base and out of the result.
 
     Args:
         draft: what was written.

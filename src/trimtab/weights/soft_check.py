@@ -28,7 +28,7 @@ def check_prompt(
     """Compare the checkpoint with the base model whose embedding gives the vectors themselves.
 
     Raises:
-        TrimtabError: prompts that tokenise otherwise, or logits that differ.
+        TrimtabError: prompts that tokenize otherwise, or logits that differ.
     """
     target = report.path
     source = Base(draft.base.folder, "base", None, draft.base.dtype)
@@ -48,7 +48,7 @@ def check_prompt(
             _require(ids[new].tolist() == list(report.ids), target, found)
             fed_ids = torch.where(new, ids - report.ids[0] + soft[0], ids)
             meant = _meant(lm, given, prompt, soft, ids)
-            _require(fed_ids[0].tolist() == meant, target, "a prompt tokenised otherwise")
+            _require(fed_ids[0].tolist() == meant, target, "a prompt tokenized otherwise")
             with torch.no_grad():
                 fed = lm.model(fed_ids).logits.float()
                 seen = baked.model(ids).logits.float()

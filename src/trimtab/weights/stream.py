@@ -172,7 +172,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _carry(base: Path, folder: Path) -> None:
-    """Take along tokenizer, generation configuration, chat templates, licences."""
+    """Take along tokenizer, generation configuration, chat templates, licenses."""
     for path in sorted(base.iterdir()):
         skip = path.name in _OWN or path.name.startswith(".") or path.suffix in _NOT_CARRIED
         if path.is_file() and not skip and not path.name.endswith(".index.json"):

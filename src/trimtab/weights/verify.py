@@ -48,7 +48,7 @@ class Verified:
         float32_difference: of a half-precision checkpoint, the difference when both are computed in
             float32: what is left is the rounding of the weights alone. None where not done.
         fingerprint: of the base, None where it was not loaded whole.
-        margin: of a behaviour, where one was given.
+        margin: of a behavior, where one was given.
     """
 
     how: str

@@ -146,7 +146,7 @@ class Graph:
 def build_graph(lm: LanguageModel, vector: VectorSteering) -> Graph:
     """Lay out the graph of a model steered by a vector.
 
-    Errors:
+    Raises:
         TrimtabError: an attention that cannot be taken apart, or a model that cannot be steered so.
     """
     if lm.sites.final_norm is None or "attn_out" in lm.sites.refused:

@@ -1,4 +1,4 @@
-"""Do different vectors of one behaviour use the same circuit? One's circuit run under another's vector.
+"""Do different vectors of one behavior use the same circuit? One's circuit run under another's vector.
 
     overlap(A, B) = |A and B| / min(|A|, |B|)
 
@@ -84,7 +84,7 @@ def interchange(
         samples: name to samples recorded under that vector.
         seed: of the random circuits and intervals.
 
-    Errors:
+    Raises:
         TrimtabError: vectors that are steered at different places: their graphs differ.
     """
     names = tuple(vectors)

@@ -56,7 +56,7 @@ _BEFORE_MLP = ("resid_mid", "attn_out")
 def parse_holds(text: str) -> tuple[str, ...]:
     """Read "ov", or several joined as in "ov+mlp".
 
-    Errors:
+    Raises:
         TrimtabError: an unknown name.
     """
     names = tuple(text.split("+"))

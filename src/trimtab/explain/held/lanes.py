@@ -53,7 +53,7 @@ def lane_logits(
         null_seed: hold by a change of equal size in another direction.
         keep: only this many last positions; 0 for all.
 
-    Errors:
+    Raises:
         TrimtabError: as `holding`.
     """
     both = spread(batch, 2)
@@ -85,7 +85,7 @@ def lane_answers(
         null_seed: hold by a change of equal size in another direction.
         use_cache: whether to keep keys and values of both lanes.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts, a length out of range, or as `holding`.
     """
     if not prompts or max_new_tokens < 1:

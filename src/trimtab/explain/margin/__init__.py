@@ -1,1 +1,1 @@
-"""How wide a behaviour's margin is: gaps, first tokens, radii and what it costs to close them."""
+"""How wide a behavior's margin is: gaps, first tokens, radii and what it costs to close them."""

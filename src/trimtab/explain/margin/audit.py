@@ -1,4 +1,4 @@
-"""The audit: how wide is a behaviour's margin, measured on held-out prompts, with nothing searched.
+"""The audit: how wide is a behavior's margin, measured on held-out prompts, with nothing searched.
 
 Gap, census, resolution, first-order radius and the KL it takes to close the gap; for two
 checkpoints the paired differences as well.
@@ -71,7 +71,7 @@ class AuditReport(Printable):
     """An audit.
 
     Attributes:
-        audited: model, behaviour, prompts.
+        audited: model, behavior, prompts.
         gap: the gap over prompts: aggregators, units, quantiles, values.
         census: where greedy first tokens fall.
         resolution: what the readout words became under the tokenizer.
@@ -144,7 +144,7 @@ def audit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Measure a behaviour's margin on the test split; search for nothing, change nothing.
+    """Measure a behavior's margin on the test split; search for nothing, change nothing.
 
     Args:
         lm: the model; float32 gives gaps their full precision.
@@ -152,15 +152,15 @@ def audit(
         other: a second checkpoint; differences are `lm` minus `other`, paired by prompt.
         aggregator: `logsumexp`, `max` or `log_odds`: for quantiles, radius and closing; the gap is
             given by all three.
-        sets: sets to read in place of the behaviour's words, e.g. from `learn_sets`.
+        sets: sets to read in place of the behavior's words, e.g. from `learn_sets`.
         layer: 0-based, whose output is pushed to close the gap; by default the one of the middle
             layers with the smallest first-order radius on train prompts.
         max_prompts: at most so many of each list of prompts.
         seed: of the split, the nulls and the intervals.
         progress: called with (stages done, stages in all).
 
-    Errors:
-        TrimtabError: no readout words and no sets, a behaviour too small to split, an unknown
+    Raises:
+        TrimtabError: no readout words and no sets, a behavior too small to split, an unknown
             aggregator, sets for another tokenizer, or values that are not finite.
     """
     started = perf_counter()

@@ -104,7 +104,7 @@ def learn_sets(
         least_ratio: smoothed odds ratio that a token must reach.
         least_z: below it a token is left out.
 
-    Errors:
+    Raises:
         TrimtabError: when answers of both sides open alike, so that a set stays empty.
     """
     splits = behavior.split(seed)

@@ -51,7 +51,7 @@ class Quantiles:
 
 
 def quantiles(values: Tensor, seed: int = 0) -> Quantiles:
-    """Summarise `[n]` values, one per prompt; nan everywhere for none."""
+    """Summarize `[n]` values, one per prompt; nan everywhere for none."""
     ordered = values.detach().double().cpu().sort().values
     n = ordered.numel()
     if not n:

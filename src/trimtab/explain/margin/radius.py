@@ -118,7 +118,7 @@ def gap_gradients(
         encoded: prompts from `lm.encode`.
         aggregator: of the gap; for `max` it is the gradient of the two winning logits.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts, or values that are not finite.
     """
     if not encoded:
@@ -151,7 +151,7 @@ def gap_gradients(
 def report_radius(
     gradients: Mapping[str, Gradients], aggregator: str = "logsumexp", seed: int = 0
 ) -> Radius:
-    """Summarise gradients, one entry per list of prompts."""
+    """Summarize gradients, one entry per list of prompts."""
     sides, values = {}, {}
     for side, one in gradients.items():
         radius, relative = one.radius, one.relative

@@ -32,8 +32,8 @@ class Resolved:
 
     Attributes:
         side: `toward` or `away`.
-        word: as the behaviour gives it.
-        spelling: as it was tokenised.
+        word: as the behavior gives it.
+        spelling: as it was tokenized.
         pieces: what each of its tokens says; only the first is read.
         token: id that is read; None for nothing.
         status: `used`; `duplicate` of an earlier spelling of the side; `collision` with the other
@@ -55,7 +55,7 @@ class Resolution(Printable):
     """What the words of both sides became.
 
     Attributes:
-        source: `words` of the behaviour, or `learned` from first answer tokens.
+        source: `words` of the behavior, or `learned` from first answer tokens.
         tokens: the two sets that are read, and what collided.
         rows: every spelling of every word.
         lost: words of which no spelling is read, `side: word`.
@@ -95,9 +95,9 @@ class Resolution(Printable):
 
 
 def resolve(lm: LanguageModel, behavior: Behavior) -> Resolution:
-    """Resolve a behaviour's readout words and say what became of each spelling.
+    """Resolve a behavior's readout words and say what became of each spelling.
 
-    Errors:
+    Raises:
         TrimtabError: no readout words, or a side with no token of its own.
     """
     tokens = readout_tokens(lm, behavior)

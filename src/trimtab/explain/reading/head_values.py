@@ -5,7 +5,7 @@ g c(s) / rms(c(h)), so attending to one such position writes
 
     k . u,   u = r . p((g c(s)) W_V W_O),   k = 1 / rms(c(h)) > 0
 
-with g the norm's gain (Gemma's 1 + w), c centring for a LayerNorm, W_V the key-value head that the
+with g the norm's gain (Gemma's 1 + w), c centering for a LayerNorm, W_V the key-value head that the
 head reads, W_O its columns of the output projection, r the residual multiplier. Where a norm stands
 behind the attention (Gemma 2 and 3, OLMo 2), p is its gain and its size joins k. Biases are no
 effect of s. Only k depends on the input: what u says does not. Source: arXiv 2604.08524.
@@ -47,7 +47,7 @@ def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
     Returns:
         u, float32 `[..., heads, d_model]`, on the CPU.
 
-    Errors:
+    Raises:
         TrimtabError: a model whose heads or norms cannot be found.
     """
     found = heads_of(lm).layers[layer]
@@ -85,7 +85,7 @@ def head_scales(
         slot = coverage.slot(scope)
 
         def add(stream: Tensor) -> None:
-            values = form.centre(stream.float())
+            values = form.center(stream.float())
             inverse = (values.square().mean(-1, keepdim=True) + form.eps).rsqrt()
             weight = coverage.weight(slot, (torch.float32, stream.device)).expand_as(inverse)
             total, count = sums.get(key, (0.0, 0.0))
@@ -131,4 +131,4 @@ def reading_layers(lm: LanguageModel, vector: VectorSteering) -> list[int]:
 
 def _passed(form: NormForm | None, values: Tensor) -> Tensor:
     """What a norm makes of a summand, at its own size 1."""
-    return values if form is None else form.centre(values) * form.gain.float()
+    return values if form is None else form.center(values) * form.gain.float()

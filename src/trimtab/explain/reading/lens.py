@@ -1,7 +1,7 @@
-"""Reading a direction of the stream in tokens: what it promotes, and how much of it is a behaviour.
+"""Reading a direction of the stream in tokens: what it promotes, and how much of it is a behavior.
 
 A vector u is read through the final norm's gain and the unembedding, y = W (g c(u)): the tokens with
-the largest y are promoted, those with the smallest suppressed. How much of that is a behaviour's is
+the largest y are promoted, those with the smallest suppressed. How much of that is a behavior's is
 
     score = (mean of y over the toward readout tokens - over the away ones) / sd of y over all tokens
 
@@ -86,7 +86,7 @@ class Lens:
             behavior: whose readout words score readings; without words there are no scores.
             top: tokens per reading.
 
-        Errors:
+        Raises:
             TrimtabError: a head of the vocabulary of no known form, or unusable readout words.
         """
         head = read_head(lm)
@@ -106,7 +106,7 @@ class Lens:
 
     def read(self, name: str, vectors: Tensor) -> Reading:
         """Read the first of `[1 + randoms, d_model]`, with the others as its null."""
-        values = vectors - vectors.mean(-1, keepdim=True) if self.head.centred else vectors
+        values = vectors - vectors.mean(-1, keepdim=True) if self.head.centered else vectors
         values = values * self.head.gain.float()
         pieces = self.head.weight[: self.vocabulary].split(ROWS)
         said = torch.cat([piece.float().cpu() @ values[0] for piece in pieces])

@@ -1,1 +1,1 @@
-"""Parts of a behaviour's geometry: Jacobians, positions, linearity, functional rank, one push for all."""
+"""Parts of a behavior's geometry: Jacobians, positions, linearity, functional rank, one push for all."""

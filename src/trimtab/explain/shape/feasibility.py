@@ -1,7 +1,7 @@
-"""Feasibility: one push for all prompts, the real content of "the behaviour is low rank".
+"""Feasibility: one push for all prompts, the real content of "the behavior is low rank".
 
 To first order one delta at a layer moves prompt i from b_i to b_i + g_i . delta. The shortest delta
-that crosses zero on every prompt (programme.py: exact, or a certificate that there is none) lies
+that crosses zero on every prompt (program.py: exact, or a certificate that there is none) lies
 between two lengths: what the hardest prompt needs alone, reached where all gradients are parallel,
 and what gradients of the same lengths in random directions need, the null. More dimensions than
 prompts make almost everything feasible, so the length is the answer, not the yes.
@@ -27,7 +27,7 @@ from trimtab.explain.margin.census import Share
 from trimtab.explain.margin.close import SIGNS, Pusher, pusher
 from trimtab.explain.margin.radius import gap_gradients
 from trimtab.explain.shape.jacobian import depth_name, direction_at
-from trimtab.explain.shape.programme import largest_share, smallest_norm
+from trimtab.explain.shape.program import largest_share, smallest_norm
 from trimtab.measure.readout import ReadoutTokens
 from trimtab.tables import Printable, Table, number
 
@@ -71,7 +71,7 @@ class Pushed:
     """One direction really pushed.
 
     Attributes:
-        direction: `programme`, `mean gradient`, `vector` or `random`.
+        direction: `program`, `mean gradient`, `vector` or `random`.
         factor: length over that of the shortest linear push.
         train: share of train prompts whose gap crosses zero.
         test: share of held-out prompts.
@@ -210,7 +210,7 @@ def feasibility(
         aggregator: of the gap.
         seed: of the nulls.
 
-    Errors:
+    Raises:
         TrimtabError: a side without prompts.
     """
     rows, held_out = [], {}
@@ -273,7 +273,7 @@ def _row(
         works = _works(pushers[0], delta, up)
         mean = torch.from_numpy(g.mean(0))
         drawn = torch.randn(len(delta), generator=torch.Generator().manual_seed(seed))
-        directions = {"programme": delta, "mean gradient": mean, "vector": own, "random": drawn}
+        directions = {"program": delta, "mean gradient": mean, "vector": own, "random": drawn}
         factors = sorted({1.0, works if math.isfinite(works) else FACTORS[-1]})
         pushed = tuple(
             _pushed(name, direction.double(), factor, shortest.norm, pushers, up)

@@ -1,7 +1,7 @@
 """Functional rank: how many dimensions of the stream it takes to move the gap on held-out prompts.
 
 After a layer, at the last prompt position, with P_k the projection on the k leading right singular
-vectors (not centred) of TRAIN prompts and held-out pairs (toward_i, away_i):
+vectors (not centered) of TRAIN prompts and held-out pairs (toward_i, away_i):
 
     added      away prompts:   h + P_k (h_toward,i - h_away,i)       full: the other side's state
     ablated    toward prompts: h + P_k (mean away - h)               full: the mean of train away prompts
@@ -133,7 +133,7 @@ def functional_rank(
     aggregator: str = "logsumexp",
     seed: int = 0,
 ) -> FunctionalRank:
-    """Find the smallest subspaces that carry the behaviour at one layer.
+    """Find the smallest subspaces that carry the behavior at one layer.
 
     Args:
         lm: the unsteered model.
@@ -147,7 +147,7 @@ def functional_rank(
         aggregator: of the gap.
         seed: of random subspaces and intervals.
 
-    Errors:
+    Raises:
         TrimtabError: fewer than two held-out pairs, or dimensions out of range.
     """
     chosen = sorted(set(ks if ks is not None else _powers(lm.d_model)))

@@ -140,7 +140,7 @@ def position_shares(
         aggregator: of the gap.
         seed: of the intervals.
 
-    Errors:
+    Raises:
         TrimtabError: no prompts, or an insert for another slot.
     """
     texts = dict(inserts or {})

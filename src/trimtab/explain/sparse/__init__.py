@@ -1,1 +1,1 @@
-"""Dimensions of a vector, scored and taken away, and what is left of the behaviour."""
+"""Dimensions of a vector, scored and taken away, and what is left of the behavior."""

@@ -1,4 +1,4 @@
-"""Behaviour against the share of a vector's dimensions that is kept, in both directions."""
+"""Behavior against the share of a vector's dimensions that is kept, in both directions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SparsityPoint:
 
 @dataclass(frozen=True)
 class SparsityCurve(Printable):
-    """What is left of a behaviour when dimensions go.
+    """What is left of a behavior when dimensions go.
 
     Attributes:
         label: of the vector.

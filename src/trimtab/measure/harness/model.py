@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.batch import Batch
 from trimtab.chat import Encoded, Message, render
 from trimtab.model import LanguageModel
-from trimtab.tokenise import tokenise
+from trimtab.tokenize import tokenize
 
 HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
@@ -116,7 +116,7 @@ class HarnessModel(HFLM):
         is the prompt's. Tokens that are not the text's own leave only the harness's `split`.
         """
         for special in (True, False):
-            made, count = tokenise(self.tokenizer, text, special)
+            made, count = tokenize(self.tokenizer, text, special)
             if made == ids:
                 prompt = count(end, False)
                 user_end = text.rfind(self._template_tail, 0, end) if self._template_tail else -1
@@ -124,7 +124,7 @@ class HarnessModel(HFLM):
         return split, split
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Tokenise contexts of answers, and remember how many tokens follow each user's text."""
+        """Tokenize contexts of answers, and remember how many tokens follow each user's text."""
         self._tails = []
         for text in strings:
             ids: list[int] = self.tok_encode(text)

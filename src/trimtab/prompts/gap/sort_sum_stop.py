@@ -114,7 +114,7 @@ def _candidates(
     """Allowed tokens that are likely behind the slot, the likeliest first."""
     log_p = reader.next_token(slot)
     likely = log_p.exp().mean(0)
-    # Centred log-probabilities are centred logits.
+    # Centerd log-probabilities are centered logits.
     above = (log_p - log_p.mean(-1, keepdim=True)).mean(0) > 0
     fine = bound.allowed[: len(likely)] & above
     for floor in (least_probability * 10.0**-n for n in range(4)):

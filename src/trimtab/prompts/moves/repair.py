@@ -12,7 +12,7 @@ from trimtab.prompts.constraints import Bound
 from trimtab.prompts.moves.descent import Meter, Slot, ranked, replaced, seeded
 
 _WIDEST = 4096  # candidates a position, whatever the vocabulary
-_WEIGHED = 256  # equals whose text is tokenised to tell them apart
+_WEIGHED = 256  # equals whose text is tokenized to tell them apart
 
 
 def repair(meter: Meter, bound: Bound, slot: Slot, top_k: int, seed: int) -> Iterator[Slot]:

@@ -18,7 +18,7 @@ TITLES = {
     "soft": "soft prefix",
     "projected": "projected to tokens",
     "repaired": "repaired (the pipeline)",
-    "nearest": "nearest neighbours only",
+    "nearest": "nearest neighbors only",
     "hotflip_random": "pure HotFlip, random start",
     "hotflip_reference": "pure HotFlip, reference start",
     "gcg": "GCG, random start",

@@ -12,7 +12,7 @@ from trimtab.errors import TrimtabError
 from trimtab.prompt_steering import PromptSteering
 from trimtab.prompts.objective import CrossEntropy, plain_loss
 from trimtab.prompts.pipeline.attempt import Attempt
-from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarise
+from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarize
 from trimtab.prompts.pipeline.restarts import Found
 from trimtab.prompts.pipeline.task import Task, soft_slot_loss
 from trimtab.prompts.project import slot_losses
@@ -70,7 +70,7 @@ def conclude(
         settings=asdict(task.settings),
         requests={s: len(getattr(requests, s)) for s in SPLITS} | {"searched on": len(task.rows)},
         attempts=attempts,
-        arms=summarise(attempts),
+        arms=summarize(attempts),
         chosen=chosen.name,
         chosen_text=chosen.text,
         check=from_text(task, chosen),
@@ -92,7 +92,7 @@ def tested(task: Task, rows: Sequence[Row], found: Found) -> tuple[Attempt, ...]
 
 
 def from_text(task: Task, attempt: Attempt) -> TextCheck:
-    """Render and tokenise a prompt's text in every training row, and take the plain loss."""
+    """Render and tokenize a prompt's text in every training row, and take the plain loss."""
     found: list[tuple[int, ...] | None] = []
     for row in task.rows:
         try:

@@ -58,7 +58,7 @@ class TextCheck:
     """The chosen prompt scored again from its text alone.
 
     Attributes:
-        same_ids: whether its text, rendered and tokenised, gives the ids found, in every row.
+        same_ids: whether its text, rendered and tokenized, gives the ids found, in every row.
         search_loss: what the search measured on the training rows.
         text_loss: the plain loss of the text's tokens on the same rows, a row at a time.
     """
@@ -197,8 +197,8 @@ def gap_closed(ce: float, random: float, reference: float) -> float:
     return (random - ce) / (random - reference) if random != reference else math.nan
 
 
-def summarise(attempts: Sequence[Attempt]) -> tuple[ArmSummary, ...]:
-    """Summarise the attempts of each arm; they need their test losses."""
+def summarize(attempts: Sequence[Attempt]) -> tuple[ArmSummary, ...]:
+    """Summarize the attempts of each arm; they need their test losses."""
     random = statistics.fmean(a.test for a in attempts if a.arm == "random")
     reference = next(a.test for a in attempts if a.arm == "reference")
     found = []

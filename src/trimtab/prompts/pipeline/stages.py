@@ -57,7 +57,7 @@ def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
 
 
 def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
-    """Project a soft prefix to allowed tokens, by the search's method or by nearest neighbours."""
+    """Project a soft prefix to allowed tokens, by the search's method or by nearest neighbors."""
     nearest = arm == "nearest"
     method = "nearest" if nearest else task.settings.projection
     options = {} if nearest else dict(task.settings.projection_options)

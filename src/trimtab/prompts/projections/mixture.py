@@ -79,7 +79,7 @@ def anneal(
 ) -> Mixture:
     """Train logits z `[k, allowed]`: slot = softmax(z / T) E, T falling, entropy ever dearer.
 
-        minimise  loss(p E) + c * mean entropy(p),   p = softmax(z / T)
+        minimize  loss(p E) + c * mean entropy(p),   p = softmax(z / T)
         T: 1 -> `temperature` geometrically, c: 0 -> `penalty` linearly, z_0 = sharpness * cosines
 
     Source: GBDA, Guo et al. 2021 (arXiv 2104.13733), without its Gumbel noise; the entropy as in

@@ -47,7 +47,7 @@ class FeaturesModel:
         features: h, [contexts, d]; W h_c = log p(.|c) up to a constant that differs by context.
         weights: pi, how often each context occurs, [contexts].
 
-    Errors:
+    Raises:
         TrimtabError: when the tables are no such model; it says where they fail.
     """
 
@@ -103,7 +103,7 @@ class FeaturesModel:
         weights: Tensor | None = None,
         seed: int = 0,
     ) -> FeaturesModel:
-        """Realise probabilities by a random W [vocab, vocab] and the h_c that reproduce them.
+        """Realize probabilities by a random W [vocab, vocab] and the h_c that reproduce them.
 
         Args:
             concepts: see the class, as are the next five.

@@ -67,7 +67,7 @@ def _side(log_p0: Tensor, distance: Tensor, levels: Tensor) -> Tensor:
         flat = slack > TOLERANCE * torch.maximum(alpha, 0.1 * knots[1])
         if bool(flat.any()):
             alpha[flat] = _solve(log_p0, distance, levels[flat], alpha[flat], knots[-1])
-    # Rounding must not swap neighbours: alpha falls as the level rises.
+    # Rounding must not swap neighbors: alpha falls as the level rises.
     return alpha.flip(0).cummax(0).values.flip(0)
 
 

@@ -138,7 +138,7 @@ def theorems(
         context: the context whose curves are kept; the first negative one when not given.
         tolerance: largest difference that counts as agreement.
 
-    Errors:
+    Raises:
         TrimtabError: when the context does not exist or no strengths are given.
     """
     index = model.negative[0] if context is None else context

@@ -34,11 +34,11 @@ class Tilt:
     gives nan. Strengths that are returned carry their sign: with sign = -1 they are negative.
 
     Attributes:
-        log_p0: log-probabilities at alpha = 0, [n, vocab], kept in float64 and normalised here, so
+        log_p0: log-probabilities at alpha = 0, [n, vocab], kept in float64 and normalized here, so
             that logits will do.
         slope: s, [n, vocab], nats per unit of alpha, kept in float64.
 
-    Errors:
+    Raises:
         TrimtabError: when the two differ in shape, are no matrices or hold values not finite.
     """
 
@@ -81,7 +81,7 @@ class Tilt:
 
         def spread(alphas: Tensor) -> Tensor:
             p = torch.softmax(self._weights(alphas), dim=-1)
-            around = self._centred - (p * self._centred).sum(-1, keepdim=True)
+            around = self._centered - (p * self._centered).sum(-1, keepdim=True)
             return (p * around.square()).sum(-1)
 
         return self._each(alpha, spread)
@@ -104,7 +104,7 @@ class Tilt:
 
         It is +-inf where no slope differs from the others, since nothing ever moves there.
 
-        Errors:
+        Raises:
             TrimtabError: when kappa is negative or not finite.
         """
         side, kappa = sign_of(sign), _nats(kappa)
@@ -175,7 +175,7 @@ class Tilt:
                 found=f"{ids.shape[0]} next tokens",
                 advice="give one next token per context",
             )
-        return -self._centred.gather(1, ids[:, None])[:, 0]
+        return -self._centered.gather(1, ids[:, None])[:, 0]
 
     def concept_log_odds(self, tokens: Tokens, alpha: Alpha) -> Tensor:
         """Return logit P(C) = logit at 0 + K_C(alpha) - K_notC(alpha), [..., n].
@@ -227,7 +227,7 @@ class Tilt:
         `low` is nan where P(C) never reaches the target, whatever the strength. The window is empty
         where |low| > |high|.
 
-        Errors:
+        Raises:
             TrimtabError: when the target is not within (0, 1).
         """
         if not 0 < target < 1:
@@ -245,7 +245,7 @@ class Tilt:
         return self.slope - self.slope.mean(dim=-1, keepdim=True)
 
     @cached_property
-    def _centred(self) -> Tensor:
+    def _centered(self) -> Tensor:
         return self._rough - (self.log_p0.exp() * self._rough).sum(-1, keepdim=True)
 
     @cached_property
@@ -272,19 +272,19 @@ class Tilt:
         return torch.cat([function(part) for part in rows.split(size)]).reshape(alphas.shape)
 
     def _weights(self, alphas: Tensor) -> Tensor:
-        return self.log_p0 + alphas[..., None] * self._centred
+        return self.log_p0 + alphas[..., None] * self._centered
 
     def _psi(self, alpha: Alpha) -> Tensor:
         return self._each(alpha, lambda alphas: self._weights(alphas).logsumexp(-1))
 
     def _tilted_mean(self, alphas: Tensor) -> Tensor:
-        return (torch.softmax(self._weights(alphas), dim=-1) * self._centred).sum(-1)
+        return (torch.softmax(self._weights(alphas), dim=-1) * self._centered).sum(-1)
 
     def _halves(self, mask: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return log p0 and s of the tokens in a set, and of those outside."""
-        return (self.log_p0[:, mask], self._centred[:, mask]), (
+        return (self.log_p0[:, mask], self._centered[:, mask]), (
             self.log_p0[:, ~mask],
-            self._centred[:, ~mask],
+            self._centered[:, ~mask],
         )
 
     def _ids(self, tokens: Tokens, repeats: bool = False) -> Tensor:

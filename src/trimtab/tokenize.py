@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenise_around(
+def tokenize_around(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     soft: dict[str, tuple[int, ...]],
     add_special_tokens: bool,
 ) -> tuple[list[int], Callable[[int, bool], int]]:
-    """As `tokenise`, with ids in the place of each marker of `soft`."""
+    """As `tokenize`, with ids in the place of each marker of `soft`."""
     if not soft:
-        return tokenise(tokenizer, text, add_special_tokens)
+        return tokenize(tokenizer, text, add_special_tokens)
     parts: list[tuple[int, int, list[int], Callable[[int, bool], int]]] = []
     start = 0
     for marker in sorted(soft, key=text.index):
@@ -25,12 +25,12 @@ def tokenise_around(
         if at > start or not parts:
             # The first text carries the tokens that open every text, even where it is empty.
             special = add_special_tokens and not parts
-            parts.append((start, at, *tokenise(tokenizer, text[start:at], special)))
+            parts.append((start, at, *tokenize(tokenizer, text[start:at], special)))
         start = at + len(marker)
         # Nothing looks inside a marker: what lies in it counts as not yet reached.
         parts.append((at, start, list(soft[marker]), lambda *_: 0))
     if start < len(text):
-        parts.append((start, len(text), *tokenise(tokenizer, text[start:], False)))
+        parts.append((start, len(text), *tokenize(tokenizer, text[start:], False)))
 
     def count(char: int, straddling: bool) -> int:
         total = 0
@@ -44,7 +44,7 @@ def tokenise_around(
     return [token for part in parts for token in part[2]], count
 
 
-def tokenise(
+def tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 ) -> tuple[list[int], Callable[[int, bool], int]]:
     """Tokens of a text, and a function from a character to the number of tokens before it.

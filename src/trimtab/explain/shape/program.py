@@ -6,8 +6,8 @@ Prompt i has the gap b_i and the gradient g_i; to first order one delta moves it
   as one non-negative least-squares problem (Lawson and Hanson 1974, chapter 23). Where there is no
   such delta, its residual is a certificate: weights u >= 0 with G^T u = 0 and u . (margin - b) > 0.
 - `largest_share`: how many prompts one delta of norm <= r can satisfy. Exact counting is a
-  combinatorial problem; a linear programme (scipy, HiGHS) with the ball replaced by a polytope
-  around it bounds the count from above; a delta inside the ball, from the programme or from dropping
+  combinatorial problem; a linear program (scipy, HiGHS) with the ball replaced by a polytope
+  around it bounds the count from above; a delta inside the ball, from the program or from dropping
   one prompt after another, is counted and bounds it from below.
 """
 
@@ -74,7 +74,7 @@ def smallest_norm(b: Array, g: Array, margin: float = 0.0) -> SmallestNorm:
         g: gradients `[n, d]`.
         margin: that the gap is to exceed 0 by.
 
-    Errors:
+    Raises:
         TrimtabError: shapes that do not fit, or values that are not finite.
     """
     b, g = _checked(b, g)
@@ -111,7 +111,7 @@ def largest_share(b: Array, g: Array, radius: float, margin: float = 0.0) -> Lar
 
     With a prompt's slack s_i from 0 (satisfied) to 1, b_i + g_i . delta >= margin - M_i s_i and M_i
     the largest violation inside the ball, n - sum s is at least the count of any delta: its minimum
-    over a polytope around the ball, rounded, is the bound. Tangents are added where the programme
+    over a polytope around the ball, rounded, is the bound. Tangents are added where the program
     leaves the ball; the points it visits, pulled back into the ball, are the candidates.
 
     Args:
@@ -120,7 +120,7 @@ def largest_share(b: Array, g: Array, radius: float, margin: float = 0.0) -> Lar
         radius: largest norm of delta.
         margin: that the gap is to exceed 0 by.
 
-    Errors:
+    Raises:
         TrimtabError: shapes that do not fit, values that are not finite, a radius below 0.
     """
     b, g = _checked(b, g)
@@ -160,12 +160,12 @@ def largest_share(b: Array, g: Array, radius: float, margin: float = 0.0) -> Lar
     for direction in directions:
         if np.linalg.norm(direction) > 0:
             look(direction @ basis.T / np.linalg.norm(direction))
-    programme = _Programme(rows, b - margin, violation, never)
-    bound = min(n - int(never.sum()), programme.solve(np.ones(n), look))
+    program = _Program(rows, b - margin, violation, never)
+    bound = min(n - int(never.sum()), program.solve(np.ones(n), look))
     weights = np.ones(n)
     for _ in range(ROUNDS):
-        weights = 1 / (programme.slack + 0.05)
-        programme.solve(weights, look, cuts=2)
+        weights = 1 / (program.slack + 0.05)
+        program.solve(weights, look, cuts=2)
     # Not every prompt: the exact shortest push is longer than that.
     return LargestShare(best, count, max(count, min(bound, n - 1)), n)
 
@@ -181,8 +181,8 @@ def _dropped(b: Array, g: Array, radius: float, margin: float, never: Array) -> 
     return kept
 
 
-class _Programme:
-    """The linear programme over z (|z| <= 1, by tangents) and slacks."""
+class _Program:
+    """The linear program over z (|z| <= 1, by tangents) and slacks."""
 
     def __init__(self, rows: Array, height: Array, violation: Array, never: Array) -> None:
         self.n, self.k = rows.shape
@@ -193,7 +193,7 @@ class _Programme:
         self.slack = np.ones(self.n)
 
     def solve(self, weights: Array, look: Callable[[Array], None], cuts: int = CUTS) -> int:
-        """Minimise the weighted slacks, cut by cut; with equal weights, the bound on the count."""
+        """Minimize the weighted slacks, cut by cut; with equal weights, the bound on the count."""
         bound = self.n
         cost = np.concatenate([np.zeros(self.k), weights])
         for _ in range(cuts):
