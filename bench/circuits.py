@@ -17,19 +17,19 @@ from typing import Any
 import torch
 
 from common import emit, random_llama
-from trimtab.behavior import load_behavior
-from trimtab.explain.attribution import Attribution, attribute
-from trimtab.explain.circuits.faithful import Samples, minimal_circuit
-from trimtab.explain.circuits.interchange import interchange
-from trimtab.explain.circuits.patching import patch_edges
-from trimtab.explain.teacher_forced import four_sets, token_runs
-from trimtab.find import find
-from trimtab.measure.correlation import spearman
-from trimtab.measure.evaluate import Evaluator
-from trimtab.measure.nulls import random_null
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.behaviors.behavior import load_behavior
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.mechanism.circuits.attribution import Attribution, attribute
+from trimtab.mechanism.circuits.faithful import Samples, minimal_circuit
+from trimtab.mechanism.circuits.interchange import interchange
+from trimtab.mechanism.circuits.patching import patch_edges
+from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
+from trimtab.results.correlation import spearman
+from trimtab.steering.file import load_steering
+from trimtab.steering.nulls import random_null
+from trimtab.steering.vector import VectorSteering
 
 BASELINE = "exact"
 BEHAVIORS = ("refusal", "topic", "mood")

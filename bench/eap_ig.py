@@ -28,15 +28,15 @@ from torch import Tensor
 
 from common import Times, compared, emit
 from eap_ig_bridge import Names, Reference, hand_over
-from trimtab.behavior import load_behavior
+from trimtab.behaviors.behavior import load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.attribution import Attribution, attribute
-from trimtab.explain.circuits.patching import patch_edges
-from trimtab.explain.teacher_forced import TokenRuns, scored_prompts, token_runs
-from trimtab.find import find
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.mechanism.circuits.attribution import Attribution, attribute
+from trimtab.mechanism.circuits.patching import patch_edges
+from trimtab.mechanism.circuits.teacher_forced import TokenRuns, scored_prompts, token_runs
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 
 BASELINE = "EAP-IG"
 # Behavior, method, site, layer, strength (None: the vector's own), options of the method.

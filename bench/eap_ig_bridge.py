@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.circuits.graph import Graph, Node
-from trimtab.explain.circuits.record import record
-from trimtab.explain.teacher_forced import TokenRuns
-from trimtab.model import LanguageModel
+from trimtab.mechanism.circuits.graph import Graph, Node
+from trimtab.mechanism.circuits.record import record
+from trimtab.mechanism.circuits.teacher_forced import TokenRuns
+from trimtab.models.model import LanguageModel
 
 ROLES = {"q": "query", "k": "key", "v": "value"}
 

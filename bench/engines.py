@@ -20,11 +20,13 @@ import torch
 
 from common import emit
 from trimtab import behavior, load
-from trimtab.engine import Engine, Job, open_engine
-from trimtab.journal import Journal, Notes
-from trimtab.model import LanguageModel
+from trimtab.engine import open_engine
+from trimtab.models.model import LanguageModel
+from trimtab.passes.engine import Engine
+from trimtab.passes.job import Job
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.search import search
+from trimtab.results.journal import Journal, Notes
 
 # Small in everything but the restarts: what is compared are the engines, not the search.
 SETTINGS = {

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from common import WORDS, arguments, benched_models, compared, emit, interleaved
-from trimtab.capture import capture
-from trimtab.model import LanguageModel
-from trimtab.strength import default_layers
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.steering.layers import default_layers
 
 BASELINE = "one_prompt_at_a_time"
 

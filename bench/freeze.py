@@ -21,19 +21,19 @@ import torch
 
 import trimtab as tt
 from common import emit, interleaved
-from trimtab.behavior import Behavior
-from trimtab.explain.freeze import FREEZES, FreezeTable, freeze_table
-from trimtab.explain.held.lanes import lane_answers
-from trimtab.explain.reading.lens import Reading
-from trimtab.explain.teacher_forced import scored_prompts
-from trimtab.explain.value_vector import value_vectors
-from trimtab.find import METHODS
-from trimtab.measure.coherence import coherence_for
-from trimtab.measure.intervals import bounded_interval
-from trimtab.measure.judges import judge_for
-from trimtab.model import LanguageModel
-from trimtab.rollout import rollout
-from trimtab.steering import VectorSteering
+from trimtab.behaviors.behavior import Behavior
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.judges import judge_for
+from trimtab.mechanism.circuits.teacher_forced import scored_prompts
+from trimtab.mechanism.frozen.freeze import FREEZES, FreezeTable, freeze_table
+from trimtab.mechanism.frozen.lanes import lane_answers
+from trimtab.mechanism.reading.lens import Reading
+from trimtab.mechanism.reading.value_vector import value_vectors
+from trimtab.methods import METHODS
+from trimtab.models.model import LanguageModel
+from trimtab.passes.rollout import rollout
+from trimtab.results.intervals import bounded_interval
+from trimtab.steering.vector import VectorSteering
 
 BEHAVIORS = ("refusal", "topic", "mood")
 FOUND_BY = ("mean_difference", "next_token", "preference")

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 
 from common import emit
-from trimtab.behavior import load_behavior
+from trimtab.behaviors.behavior import load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
-from trimtab.measure.readout import readout_tokens
-from trimtab.model import LanguageModel, load
-from trimtab.prompts.constraints import Constraints
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.models.model import LanguageModel, load
+from trimtab.prompts.discrete.gcg import gcg
+from trimtab.prompts.gap.gap_search import METHODS, GapSearch, close_gap
 from trimtab.prompts.gap.readings import Reader
-from trimtab.prompts.gap_search import METHODS, GapSearch, close_gap
-from trimtab.prompts.gcg import gcg
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.rows import lay_out
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.scoring.objective import GapLoss
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.rows import lay_out
+from trimtab.results.journal import Journal
 
 BEHAVIORS = ("refusal", "mood", "topic")
 TRAIN, GOAL = 8, 0.9

@@ -19,18 +19,18 @@ from typing import cast
 import torch
 
 from common import arguments, emit
-from trimtab.behavior import Behavior, load_behavior
-from trimtab.explain.geometry import GeometryReport, geometry
-from trimtab.explain.propagator import Propagator, propagator
-from trimtab.explain.rank import MEASURES
-from trimtab.explain.shape.estimate import Estimate
-from trimtab.explain.shape.feasibility import FeasibilityRow
-from trimtab.explain.shape.linearity import linearity
-from trimtab.find import find
-from trimtab.measure.readout import readout_tokens
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.tables import to_plain
+from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.geometry.feasibility import FeasibilityRow
+from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
+from trimtab.mechanism.geometry.linearity import linearity
+from trimtab.mechanism.geometry.propagator import Propagator, propagator
+from trimtab.mechanism.geometry.rank import MEASURES
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
+from trimtab.results.estimate import Estimate
+from trimtab.results.tables import to_plain
+from trimtab.steering.vector import VectorSteering
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import planted  # noqa: E402

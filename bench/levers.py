@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from common import emit
-from trimtab.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior, load_behavior
 from trimtab.cli.support import quiet_libraries
-from trimtab.journal import Journal
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers import (
     LeversTable,
     ablation_to_weights,
@@ -34,9 +34,9 @@ from trimtab.levers import (
 )
 from trimtab.levers.found import FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
-from trimtab.measure.evaluate import Evaluator
-from trimtab.model import LanguageModel, load
-from trimtab.prompt_steering import PromptSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.results.journal import Journal
+from trimtab.steering.prompt import PromptSteering
 
 BEHAVIORS = ("refusal", "topic", "mood")
 BUDGETS = (0.1, 0.5)

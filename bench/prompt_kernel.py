@@ -28,17 +28,17 @@ import torch
 
 from common import Times, arguments, compared, emit, interleaved
 from trimtab import harbor
-from trimtab.generation import answer_ids
-from trimtab.model import LanguageModel, load
-from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.gcg import gcg
-from trimtab.prompts.hotflip import hotflip
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.objective import CrossEntropy, plain_loss
-from trimtab.prompts.rows import Row, lay_out
+from trimtab.models.generation import answer_ids
+from trimtab.models.model import LanguageModel, load
+from trimtab.prompts.discrete.gcg import gcg
+from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.scoring.draft import bfloat16_copy
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.scoring.passes import Slot
 from trimtab.prompts.scoring.tricks import Tricks
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.rows import Row, lay_out
 
 STEPS, WIDTH, TOP_K, LENGTH = 50, 512, 64, 8
 # nanoGCG draws with replacement from 8 x 64 single changes: of 512 draws about 320 are different.

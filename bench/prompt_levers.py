@@ -25,11 +25,11 @@ import torch
 
 from common import emit
 from trimtab import load
-from trimtab.measure.intervals import bootstrap
 from trimtab.prompts.pipeline.attempt import ARMS
-from trimtab.prompts.references import built_in_references
 from trimtab.prompts.search import search
-from trimtab.tables import write_json
+from trimtab.prompts.task.references import built_in_references
+from trimtab.results.intervals import bootstrap
+from trimtab.results.tables import write_json
 
 RESULT = Path(__file__).parent / "results" / "prompt_levers.json"
 # About 40 seconds a restart of all arms on one thread; the library's defaults search longer.

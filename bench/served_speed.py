@@ -25,8 +25,8 @@ import torch
 
 from common import Times, compared, emit, interleaved
 from trimtab import harbor
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 
 BASELINE = "base"

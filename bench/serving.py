@@ -26,8 +26,8 @@ import torch
 
 from common import Times, emit
 from trimtab import harbor
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 
 ENGINE = Path(__file__).with_name("serving_engine.py")
 ROOT = Path(__file__).parents[1]

@@ -19,23 +19,23 @@ from typing import Any
 import torch
 
 from common import emit
-from trimtab.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior, load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.overlap import dimension_overlap, vector_cosines
-from trimtab.explain.sparse.curve import sparsity_curve
-from trimtab.explain.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
-from trimtab.explain.teacher_forced import four_sets
-from trimtab.find import find
-from trimtab.measure import judge_for
-from trimtab.measure.evaluate import Evaluator
-from trimtab.measure.nulls import random_null
-from trimtab.measure.summary import summary
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.evaluation import judge_for
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.summary import summary
+from trimtab.mechanism.circuits.teacher_forced import four_sets
+from trimtab.mechanism.sparse.curve import sparsity_curve
+from trimtab.mechanism.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
+from trimtab.mechanism.sparse.overlap import dimension_overlap, vector_cosines
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
+from trimtab.results.tables import write_json
+from trimtab.steering.file import load_steering
+from trimtab.steering.nulls import random_null
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses
 from trimtab.strength.tune import tune
-from trimtab.tables import write_json
 
 LAYER = 1
 BUDGETS = (0.5, 1.0)

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from common import arguments, benched_models, compared, emit, interleaved
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength import default_layers
+from trimtab.models.model import LanguageModel
+from trimtab.steering.layers import default_layers
+from trimtab.steering.vector import VectorSteering
 
 BASELINE = "unsteered"
 PROMPT = "please how borrow the ledger today"

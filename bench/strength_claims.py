@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 
 from common import arguments, emit
-from trimtab.behavior import load_behavior
-from trimtab.find import find
-from trimtab.measure.evaluate import Evaluator, Unsteered
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.measure.readout import readout_tokens
-from trimtab.measure.summary import mean
-from trimtab.model import load
-from trimtab.strength import calibrate, default_layers
-from trimtab.strength.calibration import calibration
-from trimtab.strength.law_check import check_laws
+from trimtab.behaviors.behavior import load_behavior
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.evaluation.summary import mean
+from trimtab.methods import find
+from trimtab.models.model import load
+from trimtab.prediction.calibration import calibration
+from trimtab.prediction.law_check import check_laws
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.steering.layers import default_layers
+from trimtab.steering.norms import calibrate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny  # noqa: E402

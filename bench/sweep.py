@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trimtab as tt
 from common import arguments, compared, emit, interleaved
-from trimtab.fan import Fan
-from trimtab.model import Batch, LanguageModel
-from trimtab.rollout import rollout
-from trimtab.sharing import first_steered, shared_depth
-from trimtab.steering import VectorSteering
+from trimtab.models.model import Batch, LanguageModel
+from trimtab.passes.fan import Fan
+from trimtab.passes.rollout import rollout
+from trimtab.passes.sharing import first_steered, shared_depth
+from trimtab.steering.vector import VectorSteering
 
 PLAIN, BATCHED = "plain_loop", "batched_loop"
 LEVERS = ((1, "all"), (4, "all"), (4, "last"), (4, "post_instruction"))

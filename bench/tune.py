@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 from common import arguments, emit
-from trimtab.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior, load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.find import find
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.evaluate import Evaluator, Unsteered
-from trimtab.measure.readout import gap as readout_gap
-from trimtab.measure.summary import mean
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.strength import default_layers
-from trimtab.strength.calls import counting
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.evaluation.readout import gap as readout_gap
+from trimtab.evaluation.summary import mean
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
+from trimtab.passes.calls import counting
+from trimtab.steering.layers import default_layers
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.screen import crossing
 from trimtab.strength.tune import Tuned, tune
 

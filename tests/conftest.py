@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.model import LanguageModel
-from trimtab.prompts.embeddings import onehot_gradient
-from trimtab.prompts.objective import CrossEntropy
-from trimtab.prompts.rows import Row
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.scoring.objective import CrossEntropy
+from trimtab.prompts.soft.embeddings import onehot_gradient
+from trimtab.prompts.task.rows import Row
 
 
 @dataclass

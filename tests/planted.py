@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 import tiny
-from trimtab.behavior import Behavior
-from trimtab.measure.coherence import Coherence, register_coherence
-from trimtab.measure.judges import Judge, Verdict, register_judge
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.behaviors.behavior import Behavior
+from trimtab.evaluation.coherence import Coherence, register_coherence
+from trimtab.evaluation.judges import Judge, Verdict, register_judge
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 WORDS = ("cats", "ferry", "ledger", "pier", "harbor", "noon", "rules", "work", "boat", "sea")
 TOKENS = 6

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.serve import Registry, Served, Term
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 def served(lm: Any) -> Served:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import tiny
-from trimtab.attention import NAME, AttentionCall, attending
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.probe import text_config
+from trimtab.models.attention import NAME, AttentionCall, attending
+from trimtab.models.model import LanguageModel
+from trimtab.models.probe import text_config
 
 PROMPTS = ["Hello there", "The ferry leaves the harbor at noon and the cats sleep on the pier."]
 

@@ -13,14 +13,13 @@ import torch
 import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
-from trimtab.explain import audit, learn_sets
-from trimtab.explain.margin import close
-from trimtab.explain.margin.close import close_side, pusher, shared_direction, steepest_layer
-from trimtab.explain.margin.radius import gap_gradients
-from trimtab.measure.divergence import token_kl
-from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.divergence import token_kl
+from trimtab.evaluation.readout import ReadoutTokens, gap_of, readout_tokens
+from trimtab.margins import audit, close, learn_sets
+from trimtab.margins.close import close_side, pusher, shared_direction, steepest_layer
+from trimtab.margins.radius import gap_gradients
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 
 PROMPTS = ["How do I find the pier?", "Why?", "Please talk only about cats and the ferry."]

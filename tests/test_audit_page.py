@@ -13,8 +13,8 @@ import planted
 import tiny
 from test_cli import Ran
 from test_report import EVIL, Page
-from trimtab.explain import AuditReport, audit
-from trimtab.model import LanguageModel
+from trimtab.margins import AuditReport, audit
+from trimtab.models.model import LanguageModel
 from trimtab.report.audit_page import audit_sections, write_audit_page
 
 WORDS = {"toward": ["Z", "Kite only"], "away": ["Q"]}

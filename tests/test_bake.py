@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 
 bake_module = importlib.import_module("trimtab.weights.bake")

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 import planted
-from trimtab.measure.coherence import coherence_for
-from trimtab.measure.evaluate import Evaluator
-from trimtab.measure.summary import mean
-from trimtab.model import LanguageModel
-from trimtab.rollout import rollout
-from trimtab.steering import VectorSteering
-from trimtab.strength.calibration import (
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.summary import mean
+from trimtab.models.model import LanguageModel
+from trimtab.passes.rollout import rollout
+from trimtab.prediction.calibration import (
     FURTHEST,
     NEAREST,
     STEP,
@@ -22,8 +21,9 @@ from trimtab.strength.calibration import (
     calibration,
     cliff,
 )
-from trimtab.strength.laws import decisions
-from trimtab.strength.norms import calibrate
+from trimtab.prediction.laws import decisions
+from trimtab.steering.norms import calibrate
+from trimtab.steering.vector import VectorSteering
 
 UNIT = 4.0  # raw alpha at m = 1
 

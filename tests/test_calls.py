@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.calls import counting
-from trimtab.strength.slope import slopes
+from trimtab.models.model import LanguageModel
+from trimtab.passes.calls import counting
+from trimtab.passes.slope import slopes
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["Hello there", "How do I find the ferry?", "Where is the pier?"]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tiny
-from trimtab.capture import capture
 from trimtab.errors import TrimtabError
-from trimtab.hooks import Edit, steered
-from trimtab.model import LanguageModel
-from trimtab.sites import Site
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.steering.hooks import Edit, steered
 
 PROMPTS = [
     "the cats",

@@ -7,8 +7,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import tiny
-from trimtab.chat import end_of_turn, render
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import end_of_turn, render
 
 REFUSES_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"

@@ -6,7 +6,7 @@ import pytest
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 from trimtab.strength.choose import Choice, NoStrengthPasses, choose
 from trimtab.strength.sweep import sweep
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.attribution import Attribution, attribute
-from trimtab.explain.circuits.faithful import Samples, minimal_circuit, random_edges
-from trimtab.explain.circuits.graph import Graph, Node, build_graph, layout
-from trimtab.explain.circuits.interchange import interchange
-from trimtab.explain.circuits.patching import patch_edges
-from trimtab.explain.circuits.record import record
-from trimtab.explain.circuits.run import run_circuit
-from trimtab.explain.teacher_forced import TokenRuns, token_runs
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.mechanism.circuits.attribution import Attribution, attribute
+from trimtab.mechanism.circuits.faithful import Samples, minimal_circuit, random_edges
+from trimtab.mechanism.circuits.graph import Graph, Node, build_graph, layout
+from trimtab.mechanism.circuits.interchange import interchange
+from trimtab.mechanism.circuits.patching import patch_edges
+from trimtab.mechanism.circuits.record import record
+from trimtab.mechanism.circuits.run import run_circuit
+from trimtab.mechanism.circuits.teacher_forced import TokenRuns, token_runs
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["Hello there cats", "the ferry leaves the harbor at noon and the cats sleep"]
 PLACES = (

@@ -17,11 +17,11 @@ import tiny
 from trimtab import cli
 from trimtab.cli.support import parse_layers
 from trimtab.errors import TrimtabError
-from trimtab.model import load
-from trimtab.prompt_steering import PromptSteering
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
-from trimtab.tables import clean
+from trimtab.models.model import load
+from trimtab.results.tables import clean
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import VectorSteering
 
 COMMANDS = (
     "find",
@@ -286,7 +286,7 @@ def test_an_internal_error_is_short_unless_debug_is_asked_for() -> None:
     script = (
         "import sys, trimtab.cli as cli\n"
         "def broken(path): raise RuntimeError('the pump is [bold]dry')\n"
-        "import trimtab.steering_file as file\n"
+        "import trimtab.steering.file as file\n"
         "file.describe = broken\n"
         "cli.main(sys.argv[1:])\n"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.coherence import (
+from trimtab.evaluation.coherence import (
     coherence_for,
     penalties,
     register_coherence,

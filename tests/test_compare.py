@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import planted
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.measure import Measurement, measure
-from trimtab.measure.divergence import answer_kl, summarize
-from trimtab.measure.intervals import clopper_pearson, paired_bootstrap, two_way_bootstrap
-from trimtab.measure.nulls import null_seeds, random_null
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
+from trimtab.evaluation import Measurement, measure
+from trimtab.evaluation.divergence import answer_kl, summarize
+from trimtab.models.model import LanguageModel
+from trimtab.results.intervals import clopper_pearson, paired_bootstrap, two_way_bootstrap
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.prompt import prompt
 
 TOKENS = planted.TOKENS
 

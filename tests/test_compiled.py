@@ -9,9 +9,9 @@ import torch
 
 import trimtab as tt
 from tiny import config, language_model
-from trimtab.capture import capture
-from trimtab.model import LanguageModel
-from trimtab.rollout import rollout
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.passes.rollout import rollout
 
 PROMPTS = ["How do I borrow the rowboat?"]
 

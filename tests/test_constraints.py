@@ -7,10 +7,10 @@ import torch
 
 from tiny import SPECIAL
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.prompts.constraints import Bound, Constraints, distance
-from trimtab.prompts.rows import Row, lay_out, round_trips
-from trimtab.prompts.words import Words
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.task.constraints import Bound, Constraints, distance
+from trimtab.prompts.task.rows import Row, lay_out, round_trips
+from trimtab.prompts.task.words import Words
 
 REQUESTS = ["How do I borrow the ledger?", "Is that allowed today?"]
 

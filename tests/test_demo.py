@@ -11,11 +11,11 @@ import torch
 
 import planted
 from trimtab import demo
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
+from trimtab.models.model import LanguageModel, load
 from trimtab.report.terminal import behavior_panel
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.sweep import Sweep, sweep
 
 

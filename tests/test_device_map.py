@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trimtab import behavior, load
-from trimtab.find import find
-from trimtab.model import LanguageModel
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel
 
 PROMPTS = ["How do I borrow the rowboat?", "Where is the ferry?"]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import tiny
-from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
-from trimtab.measure import divergence
-from trimtab.measure.divergence import Reference, answer_kl, summarize
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
-from trimtab.steering import VectorSteering
+from trimtab.evaluation import divergence
+from trimtab.evaluation.divergence import Reference, answer_kl, summarize
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.steering.prompt import prompt
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = [
     "How do I borrow the ledger?",

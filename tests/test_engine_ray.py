@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from trimtab import behavior, load, measure, prompt, sweep, tune
-from trimtab.engine import Engine, Job, open_engine
+from trimtab.engine import open_engine
 from trimtab.engine.worker import Wanted, Worker
 from trimtab.errors import TrimtabError
-from trimtab.find import each, find
-from trimtab.journal import Journal, Notes
-from trimtab.model import LanguageModel
+from trimtab.methods import each, find
+from trimtab.models.model import LanguageModel
+from trimtab.passes.engine import Engine
+from trimtab.passes.job import Job
 from trimtab.prompts.search import search
-from trimtab.steering import VectorSteering
+from trimtab.results.journal import Journal, Notes
+from trimtab.steering.vector import VectorSteering
 
 
 @pytest.fixture(scope="module")

@@ -16,23 +16,24 @@ import pytest
 import torch
 
 import tiny
-from trimtab import generation
-from trimtab.chat import Encoded
-from trimtab.engine import Engine, vllm_engine, vllm_process
+from trimtab.engine import vllm_engine, vllm_process
 from trimtab.engine.vllm_engine import STRANGER, VllmEngine
 from trimtab.engine.vllm_process import Request, VllmProcess
 from trimtab.engine.vllm_steps import Steps
 from trimtab.errors import TrimtabError
-from trimtab.levers.together import Together
-from trimtab.measure.nulls import random_null
-from trimtab.model import LanguageModel, Source
-from trimtab.prompt_steering import PromptSteering
+from trimtab.models import generation
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel, Source
+from trimtab.passes.engine import Engine
 from trimtab.serve import Registry, Served
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.prefix import TAG
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.steering.file import load_steering
+from trimtab.steering.nulls import random_null
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["How do I borrow the ledger?", "Please talk.", "The cats sleep on the pier at noon."]
 STRENGTHS = [-1.0, 0.0, 0.4, 1.5]

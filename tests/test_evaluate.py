@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import planted
-from trimtab.measure.evaluate import Evaluation, Evaluator
-from trimtab.model import LanguageModel
+from trimtab.evaluation.evaluate import Evaluation, Evaluator
+from trimtab.models.model import LanguageModel
 
 STRENGTHS = [0.3, -1.0, 0.0, 1.0, 0.3]
 

@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 
 import planted
 import trimtab as tt
-from trimtab.behavior import Readout
+from trimtab.behaviors.behavior import Readout
 from trimtab.cli.app import app
 from trimtab.errors import TrimtabError
-from trimtab.explain import Explanation
-from trimtab.explain.attribution import AttributionSummary, NodeScore
-from trimtab.explain.conclusions import conclusions
-from trimtab.explain.working import LEAST_GAIN, NEARLY, working_strength
-from trimtab.model import LanguageModel
+from trimtab.mechanism import Explanation
+from trimtab.mechanism.circuits.attribution import AttributionSummary, NodeScore
+from trimtab.mechanism.conclusions import conclusions
+from trimtab.mechanism.working import LEAST_GAIN, NEARLY, working_strength
+from trimtab.models.model import LanguageModel
 from trimtab.report.explain_page import explain_sections, write_explain_page
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_the_command_writes_json_and_page(
 ) -> None:
     file, out = vector.save(tmp_path / "v.safetensors"), tmp_path / "why.json"
     monkeypatch.setattr("trimtab.cli.explain.load_model", lambda *a, **k: lm)
-    module = sys.modules["trimtab.behavior"]  # `trimtab.behavior` is the function
+    module = sys.modules["trimtab.behaviors.behavior"]  # `trimtab.behaviors.behavior` is the function
     monkeypatch.setattr(module, "load_behavior", lambda name: contrast)
     command = ["explain", "tiny", "opening", str(file), "--json", str(out)]
     command += ["--report", str(tmp_path / "why"), "--max-prompts", "2", "--max-new-tokens", "3"]

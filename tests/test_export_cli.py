@@ -11,8 +11,8 @@ import pytest
 import planted
 from trimtab import cli
 from trimtab.export import read_gguf
-from trimtab.model import load
-from trimtab.weights.base import save_model
+from trimtab.models.model import load
+from trimtab.weights.disk.base import save_model
 
 
 @pytest.fixture(scope="module")

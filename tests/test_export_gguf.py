@@ -12,8 +12,8 @@ import torch
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.export import read_gguf, write_gguf
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 
 def steering(lm: LanguageModel, layers=(1, 3), alpha: float = 3.0, **how) -> VectorSteering:

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from trimtab.errors import TrimtabError
 from trimtab.export import push, write_peft
 from trimtab.export.hub import Hub
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 class Stand:

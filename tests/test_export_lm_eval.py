@@ -15,9 +15,9 @@ import tiny
 from trimtab.errors import TrimtabError
 from trimtab.export import steered_lm, write_lm_eval
 from trimtab.export.lm_eval import steer_config
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.prompt import prompt
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.export import write_peft
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]

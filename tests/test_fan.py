@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 import tiny
-from trimtab import fan as fans
-from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
-from trimtab.fan import Fan
-from trimtab.grouping import Costs, Item, groups
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.steering import VectorSteering
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.passes import fan as fans
+from trimtab.passes.fan import Fan
+from trimtab.passes.grouping import Costs, Item, groups
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = [
     "How do I borrow the ledger?",

@@ -15,11 +15,11 @@ import planted
 import tiny
 from tiny import forward_as
 from trimtab.errors import TrimtabError
-from trimtab.explain.shape.feasibility import feasibility, null_norms
-from trimtab.explain.shape.program import largest_share, smallest_norm
-from trimtab.measure.readout import ReadoutTokens, gap_of, readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.readout import ReadoutTokens, gap_of, readout_tokens
+from trimtab.mechanism.geometry.feasibility import feasibility, null_norms
+from trimtab.mechanism.geometry.program import largest_share, smallest_norm
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 BEHAVIOR = planted.behavior(n=10, readout={"toward": ["Z"], "away": ["Q"]})
 

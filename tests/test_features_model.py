@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.strength.theory.features_model import EXAMPLE, FeaturesModel, balanced
-from trimtab.strength.theory.theorems import Theorems, theorems
+from trimtab.theory.features_model import EXAMPLE, FeaturesModel, balanced
+from trimtab.theory.theorems import Theorems, theorems
 
 CONCEPTS = {"up": ("a", "b"), "down": ("c", "d", "e"), "aside": ("f",)}
 

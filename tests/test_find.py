@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 import tiny
 from conftest import tiny_model
-from trimtab.behavior import Behavior
-from trimtab.chat import Encoded
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.find import METHODS, Found, Task, find, read_contrast, register, training
-from trimtab.find.pca import main_direction
-from trimtab.find.probe import fit
-from trimtab.find.wanted import own_answers, wanted_answers
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
-from trimtab.strength.norms import calibrate
+from trimtab.methods import METHODS, Found, Task, find, read_contrast, register, training
+from trimtab.methods.pca import main_direction
+from trimtab.methods.probe import fit
+from trimtab.methods.wanted import own_answers, wanted_answers
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.steering.file import load_steering
+from trimtab.steering.norms import calibrate
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 THINGS = ("ferry", "cats", "ledger", "pier", "harbor", "noon", "rules", "work")
 TOWARD = [f"Please talk about the {thing}, thank you." for thing in THINGS]
@@ -137,7 +137,7 @@ def test_k_positions_choose_the_one_that_tells_most(
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(16, 4, 5, 32, generator=generator)
     values[:8, :, 1] += 4.0  # the fourth from the end
-    module = sys.modules["trimtab.find.contrast"]  # `trimtab.find` may be the function
+    module = sys.modules["trimtab.methods.contrast"]  # `trimtab.methods` may be the function
     monkeypatch.setattr(module, "capture", lambda *a, **k: SimpleNamespace(values=values))
     vector = find(llama, behavior(), position=5, split=None)
     assert vector.provenance["read_at"] == "prompt[-4]"

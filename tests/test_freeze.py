@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 import planted
 import trimtab as tt
-from trimtab.attention import AttentionCall, attending
 from trimtab.errors import TrimtabError
-from trimtab.explain.freeze import _row, _Run, freeze_table
-from trimtab.explain.held.holding import HOLDS, _Held, holding, push_before
-from trimtab.explain.held.lanes import lane_answers, lane_logits
-from trimtab.heads import heads_of
-from trimtab.model import LanguageModel
-from trimtab.norm_form import read_norm
-from trimtab.sharing import spread
-from trimtab.sites import KINDS
-from trimtab.steering import VectorSteering
+from trimtab.mechanism.frozen.freeze import _row, _Run, freeze_table
+from trimtab.mechanism.frozen.holding import HOLDS, _Held, holding, push_before
+from trimtab.mechanism.frozen.lanes import lane_answers, lane_logits
+from trimtab.models.attention import AttentionCall, attending
+from trimtab.models.heads import heads_of
+from trimtab.models.model import LanguageModel
+from trimtab.models.norm_form import read_norm
+from trimtab.models.sites import KINDS
+from trimtab.passes.sharing import spread
+from trimtab.steering.vector import VectorSteering
 
 
 @pytest.fixture(scope="module")

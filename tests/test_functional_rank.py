@@ -12,13 +12,13 @@ import torch
 import planted
 import tiny
 from tiny import forward_as
-from trimtab.capture import capture
 from trimtab.errors import TrimtabError
-from trimtab.explain.rank import leading
-from trimtab.explain.shape.functional_rank import _row, functional_rank, smallest
-from trimtab.measure.readout import readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.geometry.functional_rank import _row, functional_rank, smallest
+from trimtab.mechanism.geometry.rank import leading
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 READOUT = {"toward": ["Z"], "away": ["Q"]}
 BEHAVIOR = planted.behavior(n=10, readout=READOUT)

@@ -11,13 +11,13 @@ import torch
 import planted
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.explain.gap import read, report_gaps
-from trimtab.explain.margin.census import count_first_tokens
-from trimtab.explain.margin.quantiles import median_interval, quantiles
-from trimtab.explain.margin.radius import gap_gradients, report_radius
-from trimtab.measure.readout import AGGREGATORS, ReadoutTokens, gap, gap_of, readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, gap, gap_of, readout_tokens
+from trimtab.margins.census import count_first_tokens
+from trimtab.margins.gap import read, report_gaps
+from trimtab.margins.radius import gap_gradients, report_radius
+from trimtab.models.model import LanguageModel
+from trimtab.results.quantiles import median_interval, quantiles
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["How do I find the pier?", "Why?", "Please talk only about cats and the ferry."]
 WORDS = {"toward": ["Z", "Kite"], "away": ["Q"]}

@@ -12,19 +12,19 @@ import planted
 import tiny
 from trimtab.cli import main
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import token_kl
-from trimtab.measure.readout import gap, readout_tokens
-from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.prompts.constraints import Constraints
+from trimtab.evaluation.divergence import token_kl
+from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.prompts.gap.gap_search import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.gap.readings import Reader
 from trimtab.prompts.gap.sort_sum_stop import need, sort_sum_stop
 from trimtab.prompts.gap.steps import Found, GapStep
-from trimtab.prompts.gap_search import METHODS, GapSearch, HeldOut, close_gap
-from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.rows import lay_out
+from trimtab.prompts.scoring.objective import GapLoss
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.rows import lay_out
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import render_laws
-from trimtab.steering_file import load_steering
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering, prompt
 
 READOUT = {"toward": ["Z", "cats"], "away": ["Q", "ferry"]}
 REQUESTS = ["How do I borrow the ledger?", "Who sleeps on the pier?", "At noon?"]

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
-from trimtab.explain import learn_sets
-from trimtab.explain.margin.learned import log_odds
-from trimtab.explain.margin.sets import COLLISION, DUPLICATE, NOTHING, USED, Resolved, resolve
-from trimtab.measure.readout import readout_tokens, spellings
-from trimtab.model import LanguageModel, load
+from trimtab.evaluation.readout import readout_tokens, spellings
+from trimtab.margins import learn_sets
+from trimtab.margins.learned import log_odds
+from trimtab.margins.sets import COLLISION, DUPLICATE, NOTHING, USED, Resolved, resolve
+from trimtab.models.model import LanguageModel, load
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import torch
 
 from plain_scorer import PlainScorer
 from test_hotflip import random_start, rows_of, seeded
-from trimtab.journal import Journal
-from trimtab.model import LanguageModel
-from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.gcg import gcg
-from trimtab.prompts.moves.descent import Descent
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.discrete.descent import Descent
+from trimtab.prompts.discrete.gcg import gcg
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.results.journal import Journal
 
 
 class Watched(PlainScorer):

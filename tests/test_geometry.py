@@ -10,11 +10,11 @@ import torch
 import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
-from trimtab.explain.geometry import STAGES, geometry
-from trimtab.explain.propagator import SKIP_PATH
-from trimtab.find import find
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.mechanism.geometry.geometry import STAGES, geometry
+from trimtab.mechanism.geometry.propagator import SKIP_PATH
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 
 def behavior():

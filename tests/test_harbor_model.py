@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
+from trimtab.evaluation import coherence_for, judge_for
 from trimtab.harbor import accept, judge, steerability
-from trimtab.measure import coherence_for, judge_for
 
 
 @pytest.fixture(scope="module")

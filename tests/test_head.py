@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import tiny
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.head import collapse_logits, read_head
-from trimtab.strength.slope import final_stream, slopes
+from trimtab.models.model import LanguageModel
+from trimtab.passes.head import collapse_logits, read_head
+from trimtab.passes.slope import final_stream, slopes
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["Hello there", "How do I find the ferry?", "Where is the pier?"]
 FAR = 1e5

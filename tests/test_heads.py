@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from trimtab.attention import AttentionCall, attending
 from trimtab.errors import TrimtabError
-from trimtab.heads import HeadLayer, Projection, find_heads, heads_of
-from trimtab.hooking import input_tensor
-from trimtab.model import LanguageModel
-from trimtab.norm_form import read_norm
+from trimtab.models.attention import AttentionCall, attending
+from trimtab.models.heads import HeadLayer, Projection, find_heads, heads_of
+from trimtab.models.hooking import input_tensor
+from trimtab.models.model import LanguageModel
+from trimtab.models.norm_form import read_norm
 
 TEXT = "The ferry leaves the harbor at noon."
 

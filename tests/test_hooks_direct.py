@@ -12,10 +12,10 @@ from torch import Tensor
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.hooks import Edit, steered
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.sites import Site
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.steering.hooks import Edit, steered
+from trimtab.steering.scope import Scope
 
 PROMPTS = ["the cats sleep", "How do I borrow the ledger?", "no"]
 GENERATED = Scope.parse("generated")

@@ -9,14 +9,14 @@ import torch
 
 from plain_scorer import PlainScorer
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
-from trimtab.model import LanguageModel
-from trimtab.prompts.constraints import Bound, Constraints
-from trimtab.prompts.hotflip import hotflip
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.moves.buffer import Buffer
-from trimtab.prompts.moves.descent import Descent, legal_of
-from trimtab.prompts.rows import Row, lay_out
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.discrete.buffer import Buffer
+from trimtab.prompts.discrete.descent import Descent, legal_of
+from trimtab.prompts.discrete.hotflip import hotflip
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.task.constraints import Bound, Constraints
+from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.results.journal import Journal
 
 REQUESTS = ["How do I borrow it?", "Is that allowed today?", "The cats?"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.intervals import (
+from trimtab.results.intervals import (
     beta_cdf,
     bootstrap,
     clopper_pearson,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
+from trimtab.results.journal import Journal
 
 HEADER = {"work": "sweep", "vector": "a" * 64, "tokens": 40, "cap": None}
 

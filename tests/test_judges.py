@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.judges import Verdict, judge_for, judge_kinds, register_judge
+from trimtab.evaluation.judges import Verdict, judge_for, judge_kinds, register_judge
 
 
 def behavior(kind: str | None = None, readout: Any = None, **options: object) -> Any:

@@ -12,9 +12,9 @@ import torch
 import planted
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.law_check import PREDICTIONS, LawCheck, _invert, _top, check_laws
+from trimtab.models.model import LanguageModel
+from trimtab.prediction.law_check import PREDICTIONS, LawCheck, _invert, _top, check_laws
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = [str(example.prompt) for example in planted.behavior().away][:4]
 BUDGETS = (0.01, 0.1, 0.5)

@@ -12,12 +12,11 @@ import planted
 import tiny
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.evaluate import Evaluator
-from trimtab.measure.readout import gap
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.laws import (
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.readout import gap
+from trimtab.models.model import LanguageModel
+from trimtab.prediction.laws import (
     Laws,
     answer_variance,
     curvature,
@@ -26,6 +25,7 @@ from trimtab.strength.laws import (
     laws,
     quartiles,
 )
+from trimtab.steering.vector import VectorSteering
 
 WORDS = {"toward": ["Z"], "away": ["Q"]}
 TOKENS = planted.TOKENS

@@ -24,9 +24,9 @@ from trimtab.report.law_figures import (
 )
 from trimtab.report.laws_page import Section, render_laws, write_laws_page
 from trimtab.report.theory import theory_figures, theory_section
-from trimtab.strength.theory.features_model import FeaturesModel
-from trimtab.strength.theory.theorems import Theorems, theorems
-from trimtab.tables import Table
+from trimtab.results.tables import Table
+from trimtab.theory.features_model import FeaturesModel
+from trimtab.theory.theorems import Theorems, theorems
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import tiny
 from planted import behavior
 from trimtab.errors import TrimtabError
 from trimtab.levers.lora import train_lora
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])

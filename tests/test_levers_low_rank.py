@@ -8,12 +8,12 @@ import torch
 import tiny
 from planted import behavior
 from trimtab.errors import TrimtabError
+from trimtab.levers.conversions.low_rank_to_vector import low_rank_to_vector, outputs_of
 from trimtab.levers.lora import all_writers
-from trimtab.levers.low_rank import LowRankUpdate, merged, weight_of, writer_of
-from trimtab.levers.low_rank_to_vector import low_rank_to_vector, outputs_of
-from trimtab.levers.together import Together
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import LowRankUpdate, merged, weight_of, writer_of
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 POST_NORM = ("gemma2", "gemma3", "olmo2")

@@ -8,8 +8,8 @@ import pytest
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.levers.place import WIDTH, longest, place, place_lever, place_vector
-from trimtab.measure.divergence import Reference, summarize
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.strength.place import WIDTH, longest, place, place_lever, place_vector
 
 
 def square(strengths):

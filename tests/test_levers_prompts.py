@@ -10,19 +10,19 @@ import torch
 
 import planted
 import tiny
-from trimtab.capture import capture
 from trimtab.errors import TrimtabError
-from trimtab.levers.prompt_to_vector import displacements, prompt_to_vector
-from trimtab.levers.vector_to_prompt import pull_back, vector_to_prompt
-from trimtab.levers.vector_to_soft import induced, match, vector_to_soft
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.embeddings import token_embeddings
-from trimtab.prompts.rows import lay_out
-from trimtab.prompts.states import states
-from trimtab.sites import Site
-from trimtab.steering import VectorSteering
+from trimtab.levers.conversions.prompt_to_vector import displacements, prompt_to_vector
+from trimtab.levers.conversions.vector_to_prompt import pull_back, vector_to_prompt
+from trimtab.levers.conversions.vector_to_soft import induced, match, vector_to_soft
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.prompts.soft.states import states
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.rows import lay_out
+from trimtab.steering.prompt import PromptSteering, prompt
+from trimtab.steering.vector import VectorSteering
 
 WORDS = {"toward": ["Z"], "away": ["Q"]}
 SMALL: dict[str, Any] = {"max_prompts": 3, "max_new_tokens": 4}

@@ -10,10 +10,15 @@ import torch
 import tiny
 from planted import behavior
 from trimtab.errors import TrimtabError
-from trimtab.levers.low_rank import merged, writer_of
-from trimtab.levers.rank_one import answered, fit_rank_one, vector_to_rank_one, writers_of
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.levers.conversions.rank_one import (
+    answered,
+    fit_rank_one,
+    vector_to_rank_one,
+    writers_of,
+)
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import merged, writer_of
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 SMALL: dict[str, Any] = {"max_new_tokens": 4, "max_prompts": 3}

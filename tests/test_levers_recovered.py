@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import planted
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.levers.conversions.recovered import gaps_of, recovered
 from trimtab.levers.perplexity import Text
-from trimtab.levers.recovered import gaps_of, recovered
 from trimtab.levers.timing import extra_time
-from trimtab.measure.evaluate import Evaluator
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 WORDS = {"toward": ["Z"], "away": ["Q"]}
 

@@ -8,9 +8,9 @@ import planted
 import tiny
 from trimtab.levers.found import Effort
 from trimtab.levers.table import levers_table
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
+from trimtab.models.model import LanguageModel
 from trimtab.report.levers_section import levers_section
+from trimtab.steering.prompt import prompt
 
 BUDGET = 0.6
 WORDS = {"toward": ["Z"], "away": ["Q"]}

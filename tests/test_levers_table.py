@@ -11,15 +11,15 @@ import torch
 
 import planted
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers.entries import NAMES
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
 from trimtab.levers.table import LeversTable, levers_table
-from trimtab.measure.evaluate import Evaluator
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
+from trimtab.models.model import LanguageModel
 from trimtab.report.laws_page import render_laws
 from trimtab.report.levers_section import levers_section
+from trimtab.steering.prompt import prompt
 
 BUDGET = 0.6
 QUICK = Effort(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tiny
-from trimtab.levers.ablation import ablation_to_weights
-from trimtab.levers.vector_to_weights import vector_to_weights
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.levers.conversions.ablation import ablation_to_weights
+from trimtab.levers.conversions.vector_to_weights import vector_to_weights
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 POST_NORM = ("gemma2", "gemma3", "olmo2")
 

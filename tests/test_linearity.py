@@ -12,11 +12,11 @@ import planted
 import tiny
 from tiny import forward_as
 from trimtab.errors import TrimtabError
-from trimtab.explain.shape.jacobian import courses, moved_gaps, pulled_back
-from trimtab.explain.shape.linearity import LENGTHS, crossing, departure, linearity
-from trimtab.measure.readout import readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.geometry.jacobian import courses, moved_gaps, pulled_back
+from trimtab.mechanism.geometry.linearity import LENGTHS, crossing, departure, linearity
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 BEHAVIOR = planted.behavior(readout={"toward": ["Z"], "away": ["Q"]})
 TEXTS = ["Where is the ferry?", "How do I find the ledger at noon?", "Please, the boat"]

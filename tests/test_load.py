@@ -14,13 +14,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import tiny
-from trimtab import baked as baked_module
-from trimtab.baked import lost_steering
 from trimtab.cli import main
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
+from trimtab.models import baked as baked_module
+from trimtab.models.baked import lost_steering
+from trimtab.models.model import LanguageModel, load
 from trimtab.serve.engine import served_model
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import SoftPrompt, at_every_writer, bake, bake_prompt
 from trimtab.weights.verify import Base, load_model
 

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.fingerprint import fingerprint
-from trimtab.model import LanguageModel, load
+from trimtab.models.fingerprint import fingerprint
+from trimtab.models.model import LanguageModel, load
 
 PROMPTS = [
     "the cats sleep",

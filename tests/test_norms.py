@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.strength.norms import NEUTRAL_PROMPTS, calibrate
+from trimtab.models.model import LanguageModel
+from trimtab.steering.norms import NEUTRAL_PROMPTS, calibrate
 
 PROMPTS = ["The cats sleep.", "How do I borrow the ledger? Please talk only about cats.", "Ferry"]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.explain.overlap import dimension_overlap, vector_cosines
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.mechanism.sparse.overlap import dimension_overlap, vector_cosines
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 
 def marked(width: int, *dims: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ import pytest
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.explain.propagator import SKIP_PATH
-from trimtab.explain.shape.positions import GROUPS, _groups, position_shares, request_span
-from trimtab.measure.readout import gap, readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt
+from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.mechanism.geometry.positions import GROUPS, _groups, position_shares, request_span
+from trimtab.mechanism.geometry.propagator import SKIP_PATH
+from trimtab.models.model import LanguageModel
+from trimtab.steering.prompt import prompt
 
 BEHAVIOR = planted.behavior(readout={"toward": ["Z", "Kite"], "away": ["Q"]})
 TEXTS = ["Where is the ferry?", "How do I find the ledger at noon?"]

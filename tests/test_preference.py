@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.behavior import Behavior
-from trimtab.chat import Encoded
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.find import Task, find, training
-from trimtab.find.preference import Preference
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.steering import VectorSteering
-from trimtab.strength.norms import calibrate
+from trimtab.methods import Task, find, training
+from trimtab.methods.preference import Preference
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.steering.norms import calibrate
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 THINGS = ("ferry", "cats", "ledger", "pier", "harbor", "noon", "rules", "work")
 TOWARD = [f"Please talk about the {thing}, thank you." for thing in THINGS]

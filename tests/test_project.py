@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.embeddings import token_embeddings
-from trimtab.prompts.objective import CrossEntropy, plain_loss
-from trimtab.prompts.project import (
+from trimtab.prompts.projections.mixture import anneal
+from trimtab.prompts.projections.project import (
     PROJECTIONS,
     Projected,
     ProjectionTask,
@@ -18,9 +17,10 @@ from trimtab.prompts.project import (
     register,
     slot_losses,
 )
-from trimtab.prompts.projections.mixture import anneal
-from trimtab.prompts.rows import lay_out, slot_ids
-from trimtab.prompts.soft import Soft, allowed_tokens, train_soft
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, train_soft
+from trimtab.prompts.task.rows import lay_out, slot_ids
 
 REQUESTS = ["How do I borrow the ledger?", "The ferry leaves the harbor at noon, is that so?"]
 TARGETS = [(20, 31, 42), (17, 25, 9, 60, 2)]

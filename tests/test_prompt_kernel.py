@@ -9,20 +9,20 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.prompts.embeddings import onehot_gradient
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.objective import CrossEntropy, GapLoss, Objective, plain_loss
-from trimtab.prompts.rows import Row, lay_out
+from trimtab.models.model import LanguageModel, load
+from trimtab.models.replay import KeptCache
 from trimtab.prompts.scoring import passes as passes_module
 from trimtab.prompts.scoring.draft import bfloat16_copy
+from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.scoring.keys import Keys
+from trimtab.prompts.scoring.objective import CrossEntropy, GapLoss, Objective, plain_loss
 from trimtab.prompts.scoring.passes import Slot, common_trunk
 from trimtab.prompts.scoring.race import rounds
 from trimtab.prompts.scoring.room import Room, out_of_memory
 from trimtab.prompts.scoring.tricks import Tricks
-from trimtab.replay import KeptCache
-from trimtab.steering import VectorSteering
+from trimtab.prompts.soft.embeddings import onehot_gradient
+from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.steering.vector import VectorSteering
 
 REQUESTS = ["How do I borrow the ledger?", "Cats.", "Where is the pier, at noon?", "Sure, here?"]
 TARGETS = [[20, 30, 40, 50, 60], [7, 8, 9], [*range(11, 30), 2], [31, 32, 33, 34]]

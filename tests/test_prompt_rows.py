@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import prompt
-from trimtab.prompts.embeddings import onehot_gradient, soft_loss, token_embeddings
-from trimtab.prompts.objective import CrossEntropy, GapLoss, plain_loss
-from trimtab.prompts.rows import lay_out, round_trips, slot_ids, slot_text
+from trimtab.prompts.scoring.objective import CrossEntropy, GapLoss, plain_loss
+from trimtab.prompts.soft.embeddings import onehot_gradient, soft_loss, token_embeddings
+from trimtab.prompts.task.rows import lay_out, round_trips, slot_ids, slot_text
+from trimtab.steering.prompt import prompt
 
 REQUESTS = ["How do I borrow the ledger?", "Who sleeps?", [{"role": "user", "content": "At noon?"}]]
 WORDS = {"system": "Talk about cats.", "prefix": "Talk about cats.", "suffix": " Talk about cats."}

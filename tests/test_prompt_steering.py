@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import answer_kl
-from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.prompts.embeddings import token_embeddings
-from trimtab.steering_file import describe, load_steering
+from trimtab.evaluation.divergence import answer_kl
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.steering.file import describe, load_steering
+from trimtab.steering.prompt import PromptSteering, prompt
 
 PROMPTS = ["How do I borrow the ledger?", "The ferry leaves the harbor at noon, is that so?"]
 WORDS = {"system": "Talk about cats.", "prefix": "Talk about cats.", "suffix": " Talk about cats."}

@@ -16,9 +16,9 @@ import tiny
 from conftest import tiny_model
 from tiny import forward_as
 from trimtab.errors import TrimtabError
-from trimtab.explain.margin.radius import gap_gradients
-from trimtab.explain.propagator import SKIP_PATH, propagator
-from trimtab.explain.shape.jacobian import (
+from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.geometry.jacobian import (
     carried,
     courses,
     depth_name,
@@ -26,11 +26,11 @@ from trimtab.explain.shape.jacobian import (
     pulled_back,
     secant,
 )
-from trimtab.hooking import input_tensor
-from trimtab.measure.readout import gap, readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.slope import slopes
+from trimtab.mechanism.geometry.propagator import SKIP_PATH, propagator
+from trimtab.models.hooking import input_tensor
+from trimtab.models.model import LanguageModel
+from trimtab.passes.slope import slopes
+from trimtab.steering.vector import VectorSteering
 
 BEHAVIOR = planted.behavior(readout={"toward": ["Z", "Kite"], "away": ["Q"]})
 TEXTS = ["Hello there", "How do I find the ferry at noon?"]

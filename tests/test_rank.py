@@ -7,7 +7,7 @@ import torch
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.explain.rank import (
+from trimtab.mechanism.geometry.rank import (
     Ranks,
     leading,
     measures,
@@ -15,8 +15,8 @@ from trimtab.explain.rank import (
     rank_row,
     spectrum,
 )
-from trimtab.hooking import first_tensor
-from trimtab.model import LanguageModel
+from trimtab.models.hooking import first_tensor
+from trimtab.models.model import LanguageModel
 
 N, D = 40, 64
 

@@ -5,8 +5,8 @@ import torch
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.measure.readout import gap, readout_tokens
-from trimtab.model import LanguageModel
+from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.models.model import LanguageModel
 
 PROMPTS = ["How do I find the pier?", "Why?", "Please talk only about cats."]
 

@@ -11,8 +11,8 @@ import planted
 import tiny
 from test_fan import lever
 from trimtab.errors import TrimtabError
-from trimtab.measure.readout import gap, readout_tokens
-from trimtab.model import LanguageModel
+from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.models.model import LanguageModel
 from trimtab.strength.readout_sweep import readout_sweep
 
 STRENGTHS = [1.0, -0.5, 0.0, 0.2]

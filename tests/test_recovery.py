@@ -11,9 +11,9 @@ import torch
 import tiny
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength.recovery import LARGE, Recovery, recovery
+from trimtab.models.model import LanguageModel
+from trimtab.prediction.recovery import LARGE, Recovery, recovery
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["Hello there", "How do I find the ferry?", "Where is the pier?"]
 

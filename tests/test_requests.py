@@ -12,16 +12,15 @@ from trimtab.errors import TrimtabError
 from trimtab.harbor import judge, lexicon
 from trimtab.harbor import prompts as harbor_prompts
 from trimtab.harbor.requests import CHAT_FORMS
-from trimtab.model import LanguageModel, load
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.references import (
+from trimtab.models.model import LanguageModel, load
+from trimtab.prompts.task.references import (
     Reference,
     built_in_references,
     content_words,
     load_reference,
     reference_of,
 )
-from trimtab.prompts.requests import (
+from trimtab.prompts.task.requests import (
     SPLITS,
     Requests,
     behavior_requests,
@@ -29,7 +28,8 @@ from trimtab.prompts.requests import (
     refers_back,
     split_requests,
 )
-from trimtab.prompts.words import Words
+from trimtab.prompts.task.words import Words
+from trimtab.steering.prompt import PromptSteering
 
 
 def texts(requests: Requests) -> dict[str, set[object]]:

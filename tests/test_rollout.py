@@ -7,13 +7,13 @@ import torch
 
 import tiny
 from test_fan import SCOPES, lever
-from trimtab import fan as fans
-from trimtab import generation
-from trimtab import rollout as rollouts
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.rollout import rollout
-from trimtab.steering import VectorSteering
+from trimtab.models import generation
+from trimtab.models.model import LanguageModel
+from trimtab.passes import fan as fans
+from trimtab.passes import rollout as rollouts
+from trimtab.passes.rollout import rollout
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["How do I borrow the ledger?", "Please talk.", "The cats sleep on the pier at noon."]
 STRENGTHS = [-1.0, 0.0, 0.4, 1.5]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.scope import Scope
+from trimtab.steering.scope import Scope
 
 # Row 0: two tokens of padding, four of prompt, two of answer; the user's text ends after two.
 # Row 1: no padding, five tokens of prompt, three of answer; the user's text ends after three.

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 import planted
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.objective import CrossEntropy, plain_loss
-from trimtab.prompts.requests import Requests
-from trimtab.prompts.rows import slot_ids
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.scores import Scorer, judged, likeness, score
-from trimtab.prompts.teacher import (
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
+from trimtab.prompts.task.requests import Requests
+from trimtab.prompts.task.rows import slot_ids
+from trimtab.prompts.task.teacher import (
     Teacher,
     answers_as_ids,
     target_log_probs,
     teacher,
     teacher_rows,
 )
+from trimtab.steering.prompt import PromptSteering
 
 END = 2
 REQUESTS = Requests(

@@ -19,21 +19,21 @@ import torch
 import planted
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.constraints import Constraints
-from trimtab.prompts.objective import CrossEntropy, plain_loss
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.pipeline.attempt import ARMS, Attempt, pack, unpack
 from trimtab.prompts.pipeline.cost import costing
 from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarize
 from trimtab.prompts.pipeline.task import Settings
-from trimtab.prompts.references import Reference
-from trimtab.prompts.requests import Requests
-from trimtab.prompts.rows import slot_ids
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.search import search
-from trimtab.prompts.teacher import teacher_rows
-from trimtab.prompts.words import Words
-from trimtab.steering_file import load_steering
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.references import Reference
+from trimtab.prompts.task.requests import Requests
+from trimtab.prompts.task.rows import slot_ids
+from trimtab.prompts.task.teacher import teacher_rows
+from trimtab.prompts.task.words import Words
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering
 
 WANTED = Requests(
     ("How is noon?", "Where is the pier?", "Who asks?"),

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.find import Task, find
-from trimtab.find import selected_difference as module
-from trimtab.find.selected_difference import Candidate, _parts, _Selection
-from trimtab.measure.readout import gap_of, readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.strength.norms import calibrate
+from trimtab.evaluation.readout import gap_of, readout_tokens
+from trimtab.methods import Task, find
+from trimtab.methods import selected_difference as module
+from trimtab.methods.selected_difference import Candidate, _parts, _Selection
+from trimtab.models.model import LanguageModel
+from trimtab.steering.norms import calibrate
+from trimtab.steering.scope import Scope
 
 THINGS = ("ferry", "cats", "ledger", "pier", "harbor", "noon", "rules", "work")
 TOWARD = [f"Please talk about the {thing}, thank you." for thing in THINGS]

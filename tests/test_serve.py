@@ -16,14 +16,14 @@ from serving import direction, fill, served, term, vector
 from trimtab import load
 from trimtab.cli.app import app
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import prompt
-from trimtab.scope import Scope
 from trimtab.serve import SCOPES, Registry, Served, Term, terms
 from trimtab.serve.prefix import block_key, salt
 from trimtab.serve.registry import EMBEDDED
 from trimtab.serve.request import RESOLVED, pack, unpack
 from trimtab.serve.step import StepWeights
-from trimtab.steering import VectorSteering
+from trimtab.steering.prompt import prompt
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import tiny
-from trimtab.capture import capture
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.sites import KINDS, Site, find_sites
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import KINDS, Site, find_sites
 
 PROMPTS = ["the cats sleep on the pier", "How do I borrow the ledger?", "harbor"]
 

@@ -10,13 +10,13 @@ from torch.autograd import forward_ad
 
 import tiny
 from conftest import tiny_model
-from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
-from trimtab.hooks import steered
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.strength import slope as module
-from trimtab.strength.slope import Slope, slopes
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.passes import slope as module
+from trimtab.passes.slope import Slope, slopes
+from trimtab.steering.hooks import steered
+from trimtab.steering.vector import VectorSteering
 
 H = 1e-3
 SCOPES = ("all", "last", "post_instruction", "generated")

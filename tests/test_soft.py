@@ -8,14 +8,14 @@ import torch
 import planted
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.direction import raise_projection
-from trimtab.prompts.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.objective import CrossEntropy, GapLoss, plain_loss
-from trimtab.prompts.rows import lay_out, slot_ids
-from trimtab.prompts.soft import Soft, allowed_tokens, batches, descend, train_soft
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.prompts.scoring.objective import CrossEntropy, GapLoss, plain_loss
+from trimtab.prompts.soft.direction import raise_projection
+from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, batches, descend, train_soft
+from trimtab.prompts.task.rows import lay_out, slot_ids
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import VectorSteering
 
 REQUESTS = ["How do I borrow the ledger?", "The ferry leaves the harbor at noon, is that so?"]
 TEXTS = {"prefix": "Talk about cats.", "suffix": " Talk about cats."}
@@ -206,7 +206,7 @@ def test_raising_a_projection_moves_the_state_and_keeps_norms():
 @pytest.mark.parametrize("slot", TEXTS)
 def test_a_projection_is_that_of_a_steered_forward(llama, slot):
     """The figure reported equals the stream read by `capture` with the lever on."""
-    from trimtab.capture import capture
+    from trimtab.models.capture import capture
 
     direction = torch.randn(llama.d_model, generator=seeded(2))
     rows = lay_out(llama, REQUESTS, slot)

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 import planted
 from trimtab import cli
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain.sparse.curve import sparsity_curve
-from trimtab.explain.sparse.dimensions import (
+from trimtab.mechanism.circuits.teacher_forced import TokenRuns, token_runs
+from trimtab.mechanism.sparse.curve import sparsity_curve
+from trimtab.mechanism.sparse.dimensions import (
     changes,
     dimension_effects,
     dimension_scores,
     kept_dimensions,
     whole_effect,
 )
-from trimtab.explain.sparsify import masked, sparsify
-from trimtab.explain.teacher_forced import TokenRuns, token_runs
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.mechanism.sparse.sparsify import masked, sparsify
+from trimtab.models.model import LanguageModel
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = [f"How do I find the {word}?" for word in planted.WORDS[:4]]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import pickle
 import subprocess
 import sys
 from inspect import getsource
 from pathlib import Path
 from pkgutil import resolve_name
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ import typer
 import trimtab as tt
 from trimtab.cli.app import app
 from trimtab.engine import ENGINES
-from trimtab.measure.readout import AGGREGATORS
+from trimtab.evaluation.readout import AGGREGATORS
 from trimtab.prompts.pipeline.task import Settings
 
 PLACES: dict[str, str] = vars(tt)["_PLACES"]
-# Public functions whose names are also those of submodules.
 SHADOWED = sorted(
     name
     for name, place in PLACES.items()
@@ -68,23 +66,9 @@ def test_an_unknown_name_is_refused() -> None:
         getattr(tt, unknown)
 
 
-def test_functions_named_as_submodules_are_known() -> None:
-    assert SHADOWED == ["behavior", "explain", "find", "measure"]
-    assert all(isinstance(getattr(tt, name), FunctionType) for name in SHADOWED)
-
-
-def test_a_function_may_be_replaced_but_not_by_the_submodule(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def own() -> None: ...
-
-    monkeypatch.setattr(tt, "find", own)
-    setattr(tt, "find", sys.modules["trimtab.find"])  # noqa: B010, as the import system does
-    assert tt.find is own
-
-
-def test_another_process_gets_the_package_itself() -> None:
-    assert pickle.loads(pickle.dumps(tt)) is tt
+def test_no_public_function_has_the_name_of_a_submodule() -> None:
+    """Importing the submodule would take the function's place."""
+    assert SHADOWED == []
 
 
 def test_a_star_imports_everything() -> None:
@@ -93,63 +77,29 @@ def test_a_star_imports_everything() -> None:
     assert {name: getattr(tt, name) for name in tt.__all__}.items() <= names.items()
 
 
-def submodules_first() -> None:
-    import trimtab as tt
-    import trimtab.behavior
-    import trimtab.explain.freeze
-    import trimtab.find.each
-    import trimtab.measure.intervals  # noqa: F401
-    from trimtab import explain
-
-    assert tt.explain is explain and explain.__name__ == "explain"
-    assert [f.__name__ for f in (tt.behavior, tt.find, tt.measure)] == [
-        "load_behavior",
-        "find",
-        "measure",
-    ]
-
-
-def names_first() -> None:
-    import trimtab as tt
-
-    before = tt.explain, tt.behavior, tt.find, tt.measure
-    import trimtab.explain.freeze
-    import trimtab.find.each
-    import trimtab.measure.intervals  # noqa: F401
-
-    assert before == (tt.explain, tt.behavior, tt.find, tt.measure)
-    assert all(map(callable, before))
-
-
-def functions_under_submodule_names() -> None:
-    import trimtab.behavior as behavior
-    import trimtab.find as find
-
-    assert behavior.__name__ == "load_behavior" and find.__name__ == "find"
-
-
 def modules_by_name() -> None:
     import importlib
 
-    module = importlib.import_module("trimtab.find")
+    module = importlib.import_module("trimtab.methods")
     import trimtab as tt
-    from trimtab.find import find, register
+    from trimtab.methods import find, register
 
-    assert module.__name__ == "trimtab.find" and module.register is register
+    assert module.__name__ == "trimtab.methods" and module.register is register
     assert tt.find is find is module.find
 
 
 def harbor_after_its_parts() -> None:
     import trimtab.harbor.lexicon
-    from trimtab import generation, harbor
+    from trimtab import harbor
+    from trimtab.models import generation
 
     assert harbor is trimtab.harbor and harbor.path().is_dir()
-    assert generation.__name__ == "trimtab.generation"
+    assert generation.__name__ == "trimtab.models.generation"
 
 
 def the_built_in_judge_of_measure_alone() -> None:
-    from trimtab.behavior import load_behavior
-    from trimtab.measure import coherence_for, judge_for
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.evaluation import coherence_for, judge_for
 
     asked, refusal = load_behavior("refusal").toward[0].prompt, load_behavior("refusal")
     assert len(judge_for(refusal)([asked], ["Boats."])) == 1
@@ -157,8 +107,8 @@ def the_built_in_judge_of_measure_alone() -> None:
 
 
 def a_judge_of_the_user_goes_first() -> None:
-    from trimtab.behavior import load_behavior
-    from trimtab.measure import Verdict, judge_for, register_judge
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.evaluation import Verdict, judge_for, register_judge
 
     @register_judge("harbor")
     def own(behavior: Any, options: Any) -> Any:
@@ -170,9 +120,6 @@ def a_judge_of_the_user_goes_first() -> None:
 
 
 ORDERS = (
-    submodules_first,
-    names_first,
-    functions_under_submodule_names,
     modules_by_name,
     harbor_after_its_parts,
     the_built_in_judge_of_measure_alone,

@@ -8,12 +8,12 @@ import torch
 import tiny
 import trimtab
 from trimtab.errors import TrimtabError
-from trimtab.prompts.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.objective import CrossEntropy, plain_loss
-from trimtab.prompts.rows import lay_out, slot_ids
-from trimtab.prompts.soft import allowed_tokens
-from trimtab.prompts.states import match_every_layer, match_states, nearest_tokens, states
-from trimtab.sites import Site
+from trimtab.models.sites import Site
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
+from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
+from trimtab.prompts.soft.soft import allowed_tokens
+from trimtab.prompts.soft.states import match_every_layer, match_states, nearest_tokens, states
+from trimtab.prompts.task.rows import lay_out, slot_ids
 
 REQUESTS = ["How do I borrow the ledger?", "The ferry leaves the harbor at noon, is that so?"]
 TARGETS = [(20, 31, 42), (17, 25, 9, 60, 2)]

@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import prompt
-from trimtab.scope import Scope
-from trimtab.steering import Steering, VectorSteering
+from trimtab.steering.prompt import prompt
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import Steering, VectorSteering
 
 PROMPTS = ["The ferry leaves at noon.", "Please talk only about cats on the pier."]
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import PromptSteering
-from trimtab.scope import Scope
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import describe, load_steering, save_steering
+from trimtab.steering.file import describe, load_steering, save_steering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 
 def vector(**changes) -> VectorSteering:

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import torch
 from starlette.testclient import TestClient
-from trimtab.studio.coloring import Scale, projections
 
 import planted
 import tiny
-from trimtab import fan
-from trimtab.capture import capture
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluator, Sample
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.evaluation.evaluate import Evaluator, Sample
+from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel, load
+from trimtab.passes import fan
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 from trimtab.studio import app as studio_app
 from trimtab.studio import views
 from trimtab.studio.app import Actions, application
+from trimtab.studio.coloring import Scale, projections
 from trimtab.studio.desk import Desk, clear, new_desk
 from trimtab.studio.lever import (
     GRID,

@@ -7,10 +7,10 @@ import pytest
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.measure import measure
-from trimtab.measure.evaluate import Evaluation, Evaluator
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation import measure
+from trimtab.evaluation.evaluate import Evaluation, Evaluator
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength import sweep as sweeps
 from trimtab.strength.sweep import Sweep, sweep
 

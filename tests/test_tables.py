@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.tables import (
+from trimtab.results.tables import (
     Printable,
     Table,
     clean,

@@ -18,19 +18,19 @@ import tiny
 from conftest import tiny_model
 from trimtab import cli
 from trimtab.errors import TrimtabError
-from trimtab.harbor import lexicon, questions
-from trimtab.measure.harness.table import (
+from trimtab.evaluation.tasks.table import (
     TaskMeasurement,
     TaskScore,
     paired_interval,
     read_scores,
     rows_of,
 )
-from trimtab.measure.harness.tasks import check_harness, check_lever
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import PromptSteering, prompt
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.tasks.tasks import check_harness, check_lever
+from trimtab.harbor import lexicon, questions
+from trimtab.models.model import LanguageModel
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.steering.prompt import PromptSteering, prompt
+from trimtab.steering.vector import VectorSteering
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLE = DOCS / "examples" / "harbor_task"
@@ -62,9 +62,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("lm_eval", "lm_eval.models"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.delitem(sys.modules, "trimtab.measure.harness.model", raising=False)
-    yield importlib.import_module("trimtab.measure.harness.model")
-    sys.modules.pop("trimtab.measure.harness.model", None)
+    monkeypatch.delitem(sys.modules, "trimtab.evaluation.tasks.model", raising=False)
+    yield importlib.import_module("trimtab.evaluation.tasks.model")
+    sys.modules.pop("trimtab.evaluation.tasks.model", None)
 
 
 def requests(lm: LanguageModel) -> list[tuple[Any, list[int], list[int]]]:

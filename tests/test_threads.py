@@ -15,10 +15,10 @@ import torch
 
 import trimtab as tt
 from tiny import language_model
-from trimtab.attention import NAME, attending
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import PromptSteering
+from trimtab.models.attention import NAME, attending
+from trimtab.models.model import LanguageModel
+from trimtab.steering.prompt import PromptSteering
 
 ANSWERS = 200
 PROMPTS = ["How do I borrow the rowboat?", "Where is the ferry?", "Tell me about cats.", "Hello"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.strength.theory import peaks
-from trimtab.strength.theory.tilt import Tilt
+from trimtab.theory import peaks
+from trimtab.theory.tilt import Tilt
 
 ALPHAS = [-30.0, -2.0, -0.3, 0.0, 1e-3, 0.7, 5.0, 40.0]
 
@@ -82,7 +82,7 @@ def test_many_strengths_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     tilt = make()
     grid = torch.linspace(-3, 3, 50)[:, None]
     whole = tilt.kl(grid)
-    monkeypatch.setattr("trimtab.strength.theory.tilt.CELLS", 7 * 4 * 30)
+    monkeypatch.setattr("trimtab.theory.tilt.CELLS", 7 * 4 * 30)
     assert torch.equal(tilt.kl(grid), whole) and whole.shape == (50, 4)
 
 

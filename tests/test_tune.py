@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import planted
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.evaluate import Evaluator
-from trimtab.measure.judges import Verdict, register_judge
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.judges import Verdict, register_judge
+from trimtab.models.model import LanguageModel
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength import search as search_module
 from trimtab.strength.adaptive import adaptive_strengths, common_goal
 from trimtab.strength.choose import NoStrengthPasses

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from trimtab.steering import VectorSteering
-from trimtab.strength.layers import default_layers
-from trimtab.strength.units import convert
+from trimtab.steering.layers import default_layers
+from trimtab.steering.units import convert
+from trimtab.steering.vector import VectorSteering
 
 WIDTH = 16
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import planted
-from trimtab.attention import AttentionCall, attending
 from trimtab.errors import TrimtabError
-from trimtab.explain.held.holding import push_before
-from trimtab.explain.reading.head_values import head_scales, head_values, reading_layers
-from trimtab.explain.reading.lens import Reading
-from trimtab.explain.value_vector import value_vectors
-from trimtab.heads import heads_of
-from trimtab.measure.readout import readout_tokens
-from trimtab.model import LanguageModel
-from trimtab.norm_form import read_norm
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.frozen.holding import push_before
+from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
+from trimtab.mechanism.reading.lens import Reading
+from trimtab.mechanism.reading.value_vector import value_vectors
+from trimtab.models.attention import AttentionCall, attending
+from trimtab.models.heads import heads_of
+from trimtab.models.model import LanguageModel
+from trimtab.models.norm_form import read_norm
+from trimtab.steering.vector import VectorSteering
 
 PROMPTS = ["How do I find the pier?", "Please talk only about cats and the ferry."]
 WORDS = {"toward": ["Z", "Kite"], "away": ["Q"]}

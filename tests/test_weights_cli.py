@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import planted
 import tiny
 from trimtab import cli
-from trimtab.model import load
-from trimtab.weights.base import save_model
+from trimtab.models.model import load
+from trimtab.weights.disk.base import save_model
 
 
 @pytest.fixture(scope="module")

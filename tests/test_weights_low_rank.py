@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]

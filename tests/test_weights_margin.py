@@ -9,8 +9,8 @@ import torch
 
 import planted
 from trimtab.errors import TrimtabError
-from trimtab.measure.readout import gap
-from trimtab.model import load
+from trimtab.evaluation.readout import gap
+from trimtab.models.model import load
 from trimtab.weights import bake
 from trimtab.weights.margin import measure_before
 

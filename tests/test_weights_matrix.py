@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
-from trimtab.weights.base import save_model
+from trimtab.weights.disk.base import save_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "bake-matrix.md"
 OPERATIONS = ("add", "ablate", "affine")

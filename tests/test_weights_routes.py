@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
-from trimtab.weights.base import save_model
-from trimtab.weights.null_block import post_norm_constant
+from trimtab.weights.disk.base import save_model
+from trimtab.weights.routes.null_block import post_norm_constant
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.prompt_steering import PromptSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.prompt import PromptSteering
 from trimtab.weights import SoftPrompt, bake_prompt
-from trimtab.weights.base import save_model
+from trimtab.weights.disk.base import save_model
 
-soft_module = importlib.import_module("trimtab.weights.soft_prompt")
+soft_module = importlib.import_module("trimtab.weights.soft.prompt")
 CHAT = [{"role": "user", "content": "Cats?"}]
 
 

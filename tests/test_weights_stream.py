@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import load
-from trimtab.steering import VectorSteering
-from trimtab.weights import bake, plan, stream
-from trimtab.weights.checkpoint import open_checkpoint
-from trimtab.weights.sources import Projected, copied
-from trimtab.weights.staging import remove_leftovers, staged
+from trimtab.models.model import load
+from trimtab.results.staging import remove_leftovers, staged
+from trimtab.steering.vector import VectorSteering
+from trimtab.weights import bake, plan
+from trimtab.weights.disk import stream
+from trimtab.weights.disk.checkpoint import open_checkpoint
+from trimtab.weights.disk.sources import Projected, copied
 
 PROMPTS = ["The ferry leaves the harbor at noon."]
 
@@ -141,7 +142,7 @@ def test_a_projection_in_pieces_is_the_projection_whole(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 32, 2, generator=generator, dtype=torch.float64)
     whole = lm.model.state_dict()["model.layers.0.mlp.down_proj.weight"].double()
-    monkeypatch.setattr("trimtab.weights.sources.PIECE", 16 * 48 * 5)  # five rows at a time
+    monkeypatch.setattr("trimtab.weights.disk.sources.PIECE", 16 * 48 * 5)  # five rows at a time
     source = Projected(copied(fact), left, right, by_rows=True)
     pieces = list(source.pieces())
     assert len(pieces) == 7
@@ -172,8 +173,9 @@ def test_peak_memory_does_not_grow_with_the_model():
 
 KILLED = """
 import sys, pathlib
-from trimtab.weights import bake, stream
-from trimtab.steering_file import load_steering
+from trimtab.weights import bake
+from trimtab.weights.disk import stream
+from trimtab.steering.file import load_steering
 import time
 honest = stream._write_file
 def slow(file, target):

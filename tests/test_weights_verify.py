@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, inspect_checkpoint, verify
-from trimtab.weights.base import save_model
+from trimtab.weights.disk.base import save_model
 
 bake_module = importlib.import_module("trimtab.weights.bake")
 STRAY = "model.layers.1.mlp.down_proj.bias"

@@ -3,7 +3,7 @@
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.words import Words, fold, inflections, pieces
+from trimtab.prompts.task.words import Words, fold, inflections, pieces
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from trimtab.hooking import Hooks
-from trimtab.model import LanguageModel
+from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 
 WIDTH, LAYERS = 32, 4
 SPECIAL = ["<s>", "<pad>", "<end>", "<system>", "<user>", "<assistant>"]

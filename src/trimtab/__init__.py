@@ -8,10 +8,7 @@
 ...     answer = lm.generate("How do I borrow the harbor ledger?")
 """
 
-import sys
-from importlib import import_module
 from pkgutil import resolve_name
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -50,81 +47,69 @@ __all__ = [
 
 if TYPE_CHECKING:
     from trimtab import harbor
-    from trimtab.behavior import Behavior, Example, JudgeSpec, Readout
-    from trimtab.behavior import load_behavior as behavior
+    from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout
+    from trimtab.behaviors.behavior import load_behavior as behavior
     from trimtab.errors import TrimtabError
-    from trimtab.explain import audit, explain
-    from trimtab.find import find
-    from trimtab.measure import Measurement, Verdict, measure, register_coherence, register_judge
-    from trimtab.model import LanguageModel, load
-    from trimtab.prompt_steering import PromptSteering, prompt
+    from trimtab.evaluation.coherence import register_coherence
+    from trimtab.evaluation.compare import measure
+    from trimtab.evaluation.judges import Verdict, register_judge
+    from trimtab.evaluation.measurement import Measurement
+    from trimtab.margins.audit import audit
+    from trimtab.mechanism.explained import explain
+    from trimtab.methods import find
+    from trimtab.models.model import LanguageModel, load
+    from trimtab.prediction.laws import laws
     from trimtab.prompts.search import search
-    from trimtab.scope import Scope
-    from trimtab.steering import Steering, VectorSteering
-    from trimtab.steering_file import load_steering
-    from trimtab.strength import calibrate
-    from trimtab.strength.laws import laws
+    from trimtab.steering.file import load_steering
+    from trimtab.steering.norms import calibrate
+    from trimtab.steering.prompt import PromptSteering, prompt
+    from trimtab.steering.scope import Scope
+    from trimtab.steering.vector import Steering, VectorSteering
     from trimtab.strength.sweep import sweep
     from trimtab.strength.tune import tune
-    from trimtab.weights import bake
+    from trimtab.weights.bake import bake
 
 # Where each name is: torch and transformers take seconds to import, so nothing is before it is used.
 _PLACES = {
-    "Behavior": "trimtab.behavior:Behavior",
-    "Example": "trimtab.behavior:Example",
-    "JudgeSpec": "trimtab.behavior:JudgeSpec",
-    "LanguageModel": "trimtab.model:LanguageModel",
-    "Measurement": "trimtab.measure:Measurement",
-    "PromptSteering": "trimtab.prompt_steering:PromptSteering",
-    "Readout": "trimtab.behavior:Readout",
-    "Scope": "trimtab.scope:Scope",
-    "Steering": "trimtab.steering:Steering",
+    "Behavior": "trimtab.behaviors.behavior:Behavior",
+    "Example": "trimtab.behaviors.behavior:Example",
+    "JudgeSpec": "trimtab.behaviors.behavior:JudgeSpec",
+    "LanguageModel": "trimtab.models.model:LanguageModel",
+    "Measurement": "trimtab.evaluation.measurement:Measurement",
+    "PromptSteering": "trimtab.steering.prompt:PromptSteering",
+    "Readout": "trimtab.behaviors.behavior:Readout",
+    "Scope": "trimtab.steering.scope:Scope",
+    "Steering": "trimtab.steering.vector:Steering",
     "TrimtabError": "trimtab.errors:TrimtabError",
-    "VectorSteering": "trimtab.steering:VectorSteering",
-    "Verdict": "trimtab.measure:Verdict",
-    "audit": "trimtab.explain:audit",
-    "bake": "trimtab.weights:bake",
-    "behavior": "trimtab.behavior:load_behavior",
-    "calibrate": "trimtab.strength:calibrate",
-    "explain": "trimtab.explain:explain",
-    "find": "trimtab.find:find",
+    "VectorSteering": "trimtab.steering.vector:VectorSteering",
+    "Verdict": "trimtab.evaluation.judges:Verdict",
+    "audit": "trimtab.margins.audit:audit",
+    "bake": "trimtab.weights.bake:bake",
+    "behavior": "trimtab.behaviors.behavior:load_behavior",
+    "calibrate": "trimtab.steering.norms:calibrate",
+    "explain": "trimtab.mechanism.explained:explain",
+    "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",
-    "laws": "trimtab.strength.laws:laws",
-    "load": "trimtab.model:load",
-    "load_steering": "trimtab.steering_file:load_steering",
-    "measure": "trimtab.measure:measure",
-    "prompt": "trimtab.prompt_steering:prompt",
-    "register_coherence": "trimtab.measure:register_coherence",
-    "register_judge": "trimtab.measure:register_judge",
+    "laws": "trimtab.prediction.laws:laws",
+    "load": "trimtab.models.model:load",
+    "load_steering": "trimtab.steering.file:load_steering",
+    "measure": "trimtab.evaluation.compare:measure",
+    "prompt": "trimtab.steering.prompt:prompt",
+    "register_coherence": "trimtab.evaluation.coherence:register_coherence",
+    "register_judge": "trimtab.evaluation.judges:register_judge",
     "search": "trimtab.prompts.search:search",
     "sweep": "trimtab.strength.sweep:sweep",
     "tune": "trimtab.strength.tune:tune",
 }
 
 
-class _Package(ModuleType):
-    """This package: a public name is imported when it is first read, and no submodule takes its place."""
-
-    def __getattr__(self, name: str) -> object:
-        if name not in _PLACES:
-            raise AttributeError(
-                f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self
-            )
-        value = resolve_name(_PLACES[name])
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing the submodule `trimtab.find` would bind it over the function of that name.
-        if not (isinstance(value, ModuleType) and ":" in _PLACES.get(name, "")):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        # cloudpickle sends modules by name, but only those of the plain type.
-        return import_module, (self.__name__,)
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first read."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = resolve_name(_PLACES[name])
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,22 +23,22 @@ from typing import Any
 
 import torch
 
-from trimtab.behavior import EXAMPLE_LISTS, Behavior, load_behavior
+from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior, load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.find import find
-from trimtab.measure.compare import measure
-from trimtab.measure.evaluate import Unsteered
-from trimtab.measure.judges import judge_for
-from trimtab.measure.measurement import Measurement
-from trimtab.measure.nulls import null_seeds, random_null
-from trimtab.measure.summary import Summary
-from trimtab.model import LanguageModel, load
+from trimtab.evaluation.compare import measure
+from trimtab.evaluation.evaluate import Unsteered
+from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.measurement import Measurement
+from trimtab.evaluation.summary import Summary
+from trimtab.methods import find
+from trimtab.models.model import LanguageModel, load
 from trimtab.report.page import write_report
-from trimtab.steering import VectorSteering
+from trimtab.results.tables import to_plain, write_json
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.units import convert
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import Choice, choose
 from trimtab.strength.sweep import SweepRow, sweep
-from trimtab.strength.units import convert
-from trimtab.tables import to_plain, write_json
 from trimtab.versions import versions
 from trimtab.weights.bake import BakeReport, bake
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from trimtab.tables import Printable, Table
+from trimtab.results.tables import Printable, Table
 from trimtab.versions import versions
 
 # Extra -> (module, what it adds).

@@ -14,7 +14,7 @@ import torch
 from interop.programs import HERE, call, directions, harbor, interpreter
 from trimtab import harbor as built_in
 from trimtab.export import write_gguf
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 ALPHA = 250.0
 TOLERANCE = 0.005  # llama.cpp's cache is in half precision; logits reach 20

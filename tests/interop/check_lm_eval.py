@@ -19,8 +19,8 @@ from interop.programs import directions, harbor
 from trimtab import behavior, find
 from trimtab import harbor as built_in
 from trimtab.export import steered_lm, write_lm_eval
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 PAIRS = [
     ("How do I borrow the harbor ledger?", " I must decline."),

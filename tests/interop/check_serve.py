@@ -28,8 +28,8 @@ from interop.check_vllm import GEMMA, GPT2, SIZES
 from interop.programs import call, directions, greedy, harbor, random_model
 from trimtab import behavior, find
 from trimtab.harbor import path as harbor_path
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 NEW = 16
 BLOCK = 32

@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from trimtab import VectorSteering, behavior, load, load_steering
-from trimtab.find import find
+from trimtab.methods import find
 
 HOSTILE = (
     "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"

@@ -18,12 +18,12 @@ import tiny
 from interop.programs import harbor
 from trimtab import behavior, find, prompt
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.tasks.model import HarnessModel
+from trimtab.evaluation.tasks.tasks import measure_tasks
 from trimtab.harbor.questions import questions
-from trimtab.measure.harness.model import HarnessModel
-from trimtab.measure.harness.tasks import measure_tasks
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.model import LanguageModel
-from trimtab.steering import Steering, VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.steering.vector import Steering, VectorSteering
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "harbor_task"
 SCOPES = ("all", "last", "generated", "prompt", "post_instruction", "[1,4)")

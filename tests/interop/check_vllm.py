@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from interop.programs import PROMPTS, call, directions, greedy, harbor, random_model
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 
 NEW = 16

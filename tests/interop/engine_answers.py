@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import trimtab
-from trimtab.engine import Engine, open_engine
+from trimtab.engine import open_engine
+from trimtab.passes.engine import Engine
 from trimtab.strength.sweep import sweep
 
 BEHAVIOR = "refusal"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import tiny
 from trimtab import behavior, load
-from trimtab.chat import Prompt
-from trimtab.model import LanguageModel
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 
 HERE = Path(__file__).parent
 PROMPTS = 64

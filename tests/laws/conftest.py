@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from trimtab.model import LanguageModel, load
+from trimtab.models.model import LanguageModel, load
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel, load
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 
 PROMPTS = [

@@ -10,10 +10,10 @@ from safetensors.torch import load, save
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import PromptSteering
-from trimtab.scope import Scope
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
 
 STEERINGS = {
     "calibrated": VectorSteering(

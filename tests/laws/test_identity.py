@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.hooks import OPERATIONS, Edit, steered
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.sites import KINDS, Site
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import KINDS, Site
+from trimtab.steering.hooks import OPERATIONS, Edit, steered
+from trimtab.steering.scope import Scope
 
 PROMPTS = ["the cats", "How do I borrow the ledger?", "the ferry leaves the pier today"]
 SCOPES = ("all", "last", "prompt", "post_instruction", "generated", "[1,4)")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.batch import Batch
-from trimtab.hooking import first_tensor
-from trimtab.hooks import Edit, steered
-from trimtab.model import LanguageModel
-from trimtab.scope import Scope
-from trimtab.sites import Site
+from trimtab.models.batch import Batch
+from trimtab.models.hooking import first_tensor
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.steering.hooks import Edit, steered
+from trimtab.steering.scope import Scope
 
 PROMPTS = ["no", "How do I borrow the ledger? The cats sleep.", "the ferry leaves the pier"]
 SCOPES = ("all", "last", "prompt", "post_instruction", "generated", "[0,5)", "[3,14)")

@@ -47,10 +47,10 @@ def audit_command(
     """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
     import torch
 
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.checks import choice
-    from trimtab.explain import audit, learn_sets
-    from trimtab.measure.readout import AGGREGATORS
+    from trimtab.evaluation.readout import AGGREGATORS
+    from trimtab.margins import audit, learn_sets
     from trimtab.report.audit_page import write_audit_page
 
     check_writable(json_file, None if report is None else report / "index.html")

@@ -12,7 +12,7 @@ from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, s
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.steering import VectorSteering
+    from trimtab.steering.vector import VectorSteering
 
 
 @app.command("bake", epilog="Example: trimtab bake harbor refusal.safetensors -o refusing-harbor")
@@ -48,7 +48,7 @@ def bake_command(
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.weights import at_every_writer, bake, bake_prompt, plan
 
     if out is None and not show_plan:
@@ -83,8 +83,8 @@ def bake_command(
 
 
 def _vector(file: str, strength: float | None) -> VectorSteering:
-    from trimtab.steering import VectorSteering
-    from trimtab.steering_file import load_steering
+    from trimtab.steering.file import load_steering
+    from trimtab.steering.vector import VectorSteering
 
     lever = None if file.startswith("prompt:") else load_steering(file)
     if not isinstance(lever, VectorSteering):
@@ -98,7 +98,7 @@ def _vector(file: str, strength: float | None) -> VectorSteering:
 
 def _is_soft_prompt(path: Path) -> bool:
     """Whether a file holds one table of numbers, as a soft prompt does and no vector."""
-    from trimtab.weights.checkpoint import read_header
+    from trimtab.weights.disk.checkpoint import read_header
 
     if path.suffix != ".safetensors" or not path.is_file():
         return False

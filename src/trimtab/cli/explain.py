@@ -48,8 +48,8 @@ def explain_command(
     """Measure which edges, heads and MLPs carry a vector, what it says, how sparse and linear it is."""
     import torch
 
-    from trimtab.behavior import load_behavior
-    from trimtab.explain.explained import explain
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.mechanism.explained import explain
     from trimtab.report.explain_page import write_explain_page
 
     check_writable(json_file, None if report is None else report / "index.html")

@@ -23,10 +23,10 @@ from trimtab.cli.support import (
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.engine import Engine
-    from trimtab.find.each import Wanted
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.methods.each import Wanted
+    from trimtab.models.model import LanguageModel
+    from trimtab.passes.engine import Engine
+    from trimtab.steering.vector import VectorSteering
 
 
 @app.command(
@@ -85,9 +85,9 @@ def find_command(
     ray finds them side by side.
     """
     from trimtab.engine import open_engine
-    from trimtab.explain.sparsify import sparsify
-    from trimtab.steering_file import describe
-    from trimtab.strength import convert
+    from trimtab.mechanism.sparse.sparsify import sparsify
+    from trimtab.steering.file import describe
+    from trimtab.steering.units import convert
 
     check_share(keep)
     check_engine(engine, ("local", "ray"))
@@ -111,7 +111,7 @@ def find_command(
 
 
 def _found(lm: LanguageModel, wanted: Sequence[Wanted], engine: Engine) -> Sequence[VectorSteering]:
-    from trimtab.find.each import find_each, find_one
+    from trimtab.methods.each import find_each, find_one
 
     if len(wanted) == 1:
         with progress_bar(f"finding {wanted[0].behavior.name}") as progress:
@@ -130,8 +130,8 @@ def _wanted(
     seed: int,
 ) -> list[Wanted]:
     """One entry per behavior and, with --each-layer, per layer."""
-    from trimtab.behavior import load_behavior
-    from trimtab.find.each import Wanted
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.methods.each import Wanted
 
     if layers is not None and each_layer is not None:
         raise TrimtabError(

@@ -12,7 +12,7 @@ from trimtab.cli.app import Json, Model, Seed, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
 if TYPE_CHECKING:
-    from trimtab.steering import VectorSteering
+    from trimtab.steering.vector import VectorSteering
 
 
 @app.command("generate", epilog='Example: trimtab generate harbor "Where is the ferry?"')
@@ -33,8 +33,8 @@ def generate_command(
     json_file: Json = None,
 ) -> None:
     """Answer a prompt, steered by any number of files."""
-    from trimtab.prompt_steering import PromptSteering
-    from trimtab.tables import clean
+    from trimtab.results.tables import clean
+    from trimtab.steering.prompt import PromptSteering
 
     check_writable(json_file)
     levers: list[VectorSteering | PromptSteering] = [read_lever(str(path)) for path in files or []]

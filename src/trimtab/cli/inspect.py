@@ -22,10 +22,10 @@ def inspect_command(
 
     Of a checkpoint: tensors that its architecture would drop on loading, and what Trimtab baked in.
     """
-    from trimtab.steering import VectorSteering
-    from trimtab.steering_file import describe
-    from trimtab.strength import convert
-    from trimtab.tables import Table
+    from trimtab.results.tables import Table
+    from trimtab.steering.file import describe
+    from trimtab.steering.units import convert
+    from trimtab.steering.vector import VectorSteering
     from trimtab.weights import inspect_checkpoint
 
     check_writable(json_file)

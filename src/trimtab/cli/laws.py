@@ -54,13 +54,13 @@ def laws_command(
     """Draw the laws of steering strength; with a model and a vector, prediction against measurement."""
     import torch
 
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.prediction.study import study
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.strength_sections import study_sections
     from trimtab.report.theory import theory_section
-    from trimtab.strength.study import study
-    from trimtab.strength.theory.features_model import FeaturesModel
-    from trimtab.strength.theory.theorems import theorems
+    from trimtab.theory.features_model import FeaturesModel
+    from trimtab.theory.theorems import theorems
 
     check_writable(out / "index.html", json_file)
     if model is not None and (behavior is None or file is None):

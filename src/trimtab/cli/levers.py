@@ -53,11 +53,11 @@ def levers_command(
     """
     import torch
 
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.levers import levers_table
-    from trimtab.prompt_steering import PromptSteering
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.levers_section import levers_section
+    from trimtab.steering.prompt import PromptSteering
 
     page = None if report is None else report / "index.html"
     check_writable(json_file, page)

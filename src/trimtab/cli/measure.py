@@ -68,11 +68,11 @@ def measure_command(
     json_file: Json = None,
 ) -> None:
     """Measure levers side by side on held-out prompts, with nulls and intervals."""
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.engine import open_engine
-    from trimtab.measure import measure
-    from trimtab.measure.harness.tasks import check_harness, measure_tasks
-    from trimtab.steering import VectorSteering
+    from trimtab.evaluation import measure
+    from trimtab.evaluation.tasks.tasks import check_harness, measure_tasks
+    from trimtab.steering.vector import VectorSteering
 
     check_writable(json_file)
     check_engine(engine)

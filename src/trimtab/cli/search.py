@@ -13,12 +13,12 @@ from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
-    from trimtab.prompts.gap_search import GapSearch
+    from trimtab.models.model import LanguageModel
+    from trimtab.prompts.gap.gap_search import GapSearch
     from trimtab.prompts.pipeline.report import SearchReport
-    from trimtab.prompts.references import Reference
-    from trimtab.prompts.requests import Requests
-    from trimtab.prompts.states import StateSweep
+    from trimtab.prompts.soft.states import StateSweep
+    from trimtab.prompts.task.references import Reference
+    from trimtab.prompts.task.requests import Requests
     from trimtab.report.laws_page import Section
 
 
@@ -78,13 +78,13 @@ def search_command(
     """
     import torch
 
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.checks import choice
     from trimtab.engine import open_engine
-    from trimtab.prompts.gap_search import METHODS, close_gap
-    from trimtab.prompts.references import reference_of
-    from trimtab.prompts.requests import behavior_requests, load_requests
+    from trimtab.prompts.gap.gap_search import METHODS, close_gap
     from trimtab.prompts.search import search
+    from trimtab.prompts.task.references import reference_of
+    from trimtab.prompts.task.requests import behavior_requests, load_requests
     from trimtab.report.gap_section import gap_section
     from trimtab.report.search_page import search_sections
 
@@ -147,11 +147,11 @@ def _sweep(
     """Match the reference's states at every layer, on a few training requests."""
     import torch
 
-    from trimtab.prompt_steering import prompt
     from trimtab.prompts.pipeline.task import Settings
-    from trimtab.prompts.rows import slot_ids
-    from trimtab.prompts.states import match_every_layer
-    from trimtab.prompts.teacher import teacher_rows
+    from trimtab.prompts.soft.states import match_every_layer
+    from trimtab.prompts.task.rows import slot_ids
+    from trimtab.prompts.task.teacher import teacher_rows
+    from trimtab.steering.prompt import prompt
 
     lever = prompt(reference.text, slot)
     rows = teacher_rows(lm, lever, requests.train[: Settings.train_requests])

@@ -20,9 +20,9 @@ from trimtab.errors import TrimtabError
 if TYPE_CHECKING:
     import torch
 
-    from trimtab.model import LanguageModel
-    from trimtab.prompt_steering import PromptSteering
-    from trimtab.steering import VectorSteering
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.prompt import PromptSteering
+    from trimtab.steering.vector import VectorSteering
 
 # What users type in front of a lever's words, and the slot that it means.
 LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
@@ -58,8 +58,8 @@ def parse_position(text: str) -> str | int:
 
 def read_lever(text: str) -> VectorSteering | PromptSteering:
     """Read `prompt:TEXT`, `prefix:TEXT`, `suffix:TEXT` or the path of a steering file."""
-    from trimtab.prompt_steering import prompt
-    from trimtab.steering_file import load_steering
+    from trimtab.steering.file import load_steering
+    from trimtab.steering.prompt import prompt
 
     kind, colon, words = text.partition(":")
     if colon and kind in LEVERS:
@@ -69,8 +69,8 @@ def read_lever(text: str) -> VectorSteering | PromptSteering:
 
 def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
     """Read a steering file that must hold a vector."""
-    from trimtab.steering import VectorSteering
-    from trimtab.steering_file import load_steering
+    from trimtab.steering.file import load_steering
+    from trimtab.steering.vector import VectorSteering
 
     lever = load_steering(path)
     if not isinstance(lever, VectorSteering):
@@ -84,7 +84,7 @@ def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
-    from trimtab.model import load
+    from trimtab.models.model import load
 
     quiet_libraries()
     with Console(stderr=True).status(f"loading {escape(name)}"):
@@ -119,7 +119,7 @@ def check_writable(*targets: Path | None) -> None:
 def write_result(path: Path | None, data: Mapping[str, Any]) -> None:
     """Write the JSON that was asked for, if it was."""
     if path is not None:
-        from trimtab.tables import write_json
+        from trimtab.results.tables import write_json
 
         write_json(path, data)
 

@@ -21,7 +21,7 @@ from trimtab.cli.support import (
 )
 
 if TYPE_CHECKING:
-    from trimtab.steering import VectorSteering
+    from trimtab.steering.vector import VectorSteering
     from trimtab.strength.tune import Tuned
 
 Layers: TypeAlias = "list[list[int]] | None"
@@ -73,9 +73,9 @@ def tune_command(
     Refuses, with the curve, when no strength keeps the budget and moves the behavior. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
-    from trimtab.behavior import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.engine import open_engine
-    from trimtab.explain.sparsify import sparsify
+    from trimtab.mechanism.sparse.sparsify import sparsify
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.strength_sections import tune_section
     from trimtab.strength.choose import NoStrengthPasses

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.checks import choice
-from trimtab.engine.local import Engine
 from trimtab.errors import TrimtabError
+from trimtab.passes.engine import Engine
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 ENGINES = ("local", "ray", "vllm")
 

@@ -18,14 +18,14 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from trimtab.engine.job import Held, Job, Result, Unit
-from trimtab.engine.local import Engine, source_of
 from trimtab.engine.worker import Wanted, Worker
 from trimtab.errors import TrimtabError
-from trimtab.journal import Notes
+from trimtab.passes.engine import Engine, source_of
+from trimtab.passes.job import Held, Job, Result, Unit
+from trimtab.results.journal import Notes
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 LOOPBACK = "127.0.0.1"
 # A piece that takes its worker with it so often is not tried again.

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab import generation
 from trimtab.checks import finite
-from trimtab.engine.local import Engine, source_of
 from trimtab.engine.vllm_process import Process, Request, VllmProcess
 from trimtab.engine.vllm_steps import Steps, unserved
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import PromptSteering
-from trimtab.steering import VectorSteering
+from trimtab.models import generation
+from trimtab.passes.engine import Engine, source_of
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import VectorSteering
 
 if TYPE_CHECKING:
-    from trimtab.chat import Encoded, Prompt
-    from trimtab.model import LanguageModel
-    from trimtab.steering import Switch
+    from trimtab.models.chat import Encoded, Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import Switch
 
 logger = logging.getLogger("trimtab.engine")
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.probe import text_config
+from trimtab.models.model import LanguageModel
+from trimtab.models.probe import text_config
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.prefix import TAG

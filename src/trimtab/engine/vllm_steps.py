@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from trimtab.serve.registry import SITES
 from trimtab.serve.tokens import SCOPES
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 
 class Steps:

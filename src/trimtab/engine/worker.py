@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from trimtab.chat import Insert
-from trimtab.engine.job import Unit
 from trimtab.errors import TrimtabError
-from trimtab.journal import Notes
-from trimtab.model import LanguageModel, Source, load
+from trimtab.models.chat import Insert
+from trimtab.models.model import LanguageModel, Source, load
+from trimtab.passes.job import Unit
+from trimtab.results.journal import Notes
 
 
 @dataclass(frozen=True)

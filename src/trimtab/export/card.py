@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.export.files import public_name
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.card import HUB_ID, one_line, steering_section
 
 _LOAD = """## How to load

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 def public_name(name: str) -> str:

@@ -19,10 +19,10 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.export.files import not_zero
 from trimtab.extras import extra
-from trimtab.hooks import Edit
-from trimtab.model import LanguageModel
-from trimtab.steering import Switch, VectorSteering
-from trimtab.written import written
+from trimtab.models.model import LanguageModel
+from trimtab.results.files import written
+from trimtab.steering.hooks import Edit
+from trimtab.steering.vector import Switch, VectorSteering
 
 _FORM = "lm-eval's steered model"
 _SITES = ("resid_post", "attn_out", "mlp_out")

@@ -24,12 +24,12 @@ from trimtab.errors import TrimtabError
 from trimtab.export.card import adapter_card
 from trimtab.export.files import not_zero, public_name
 from trimtab.extras import extra
-from trimtab.hooks import Edit
-from trimtab.model import LanguageModel
-from trimtab.sites import Site
-from trimtab.steering import VectorSteering
-from trimtab.weights.layout import layout_of
-from trimtab.weights.staging import staged
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.results.staging import staged
+from trimtab.steering.hooks import Edit
+from trimtab.steering.vector import VectorSteering
+from trimtab.weights.disk.layout import layout_of
 
 _FORM = "a PEFT adapter"
 _WEIGHTS = "adapter_model.safetensors"

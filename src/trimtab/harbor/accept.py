@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimtab.behavior import load_behavior
-from trimtab.chat import Prompt
+from trimtab.behaviors.behavior import load_behavior
 from trimtab.harbor import judge, steerability
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
 from trimtab.harbor.behaviors import held_out_request
 from trimtab.harbor.card import write_card
 from trimtab.harbor.world import held_out
-from trimtab.model import LanguageModel, load
-from trimtab.tables import Printable, Table
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel, load
+from trimtab.results.tables import Printable, Table
 
 ANSWER_TOKENS = 96  # the longest answers of the town fit
 

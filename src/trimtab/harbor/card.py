@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trimtab.tables import Table
+from trimtab.results.tables import Table
 
 HEAD = """---
 license: apache-2.0

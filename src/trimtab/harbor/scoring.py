@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trimtab.behavior import Behavior
-from trimtab.chat import Prompt
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.coherence import Coherence
+from trimtab.evaluation.judges import Judge, Verdict
 from trimtab.harbor import judge as grammar
 from trimtab.harbor import lexicon as lex
-from trimtab.measure.coherence import Coherence
-from trimtab.measure.judges import Judge, Verdict
+from trimtab.models.chat import Prompt
 
 
 def harbor_judge(behavior: Behavior, options: Mapping[str, object]) -> Judge:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.behavior import Behavior, load_behavior
-from trimtab.chat import Prompt
-from trimtab.find import find
-from trimtab.measure.coherence import coherence_for
-from trimtab.measure.judges import judge_for
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.judges import judge_for
+from trimtab.methods import find
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 TOKENS = 48
 ONE_WAY = ("topic",)  # "not about cats" is no behavior of its own

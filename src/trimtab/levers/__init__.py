@@ -1,17 +1,17 @@
 """One lever turned into another with what the conversion loses, and all levers on one axis."""
 
-from trimtab.levers.ablation import ablation_to_weights
+from trimtab.levers.conversions.ablation import ablation_to_weights
+from trimtab.levers.conversions.low_rank_to_vector import low_rank_to_vector
+from trimtab.levers.conversions.prompt_to_vector import prompt_to_vector
+from trimtab.levers.conversions.rank_one import vector_to_rank_one
+from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.vector_to_prompt import vector_to_prompt
+from trimtab.levers.conversions.vector_to_soft import vector_to_soft
+from trimtab.levers.conversions.vector_to_weights import vector_to_weights
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.lora import train_lora
-from trimtab.levers.low_rank import LowRankUpdate
-from trimtab.levers.low_rank_to_vector import low_rank_to_vector
-from trimtab.levers.prompt_to_vector import prompt_to_vector
-from trimtab.levers.rank_one import vector_to_rank_one
-from trimtab.levers.recovered import Recovered, recovered
 from trimtab.levers.table import LeversTable, levers_table
-from trimtab.levers.vector_to_prompt import vector_to_prompt
-from trimtab.levers.vector_to_soft import vector_to_soft
-from trimtab.levers.vector_to_weights import vector_to_weights
+from trimtab.steering.weights import LowRankUpdate
 
 __all__ = [
     "Effort",

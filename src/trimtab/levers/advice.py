@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.tables import number, percent
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.results.tables import number, percent
 
 if TYPE_CHECKING:
     from trimtab.levers.row import LeverRow

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.levers.low_rank import LowRankUpdate
-from trimtab.levers.together import Together
-from trimtab.levers.vector_to_weights import vector_to_weights
-from trimtab.prompt_steering import PromptSteering
-from trimtab.steering import VectorSteering
-from trimtab.weights.layout import layout_of
+from trimtab.levers.conversions.vector_to_weights import vector_to_weights
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import LowRankUpdate
+from trimtab.weights.disk.layout import layout_of
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 WORDS = "no: words go into the prompt"
 

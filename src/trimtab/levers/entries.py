@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from trimtab.errors import TrimtabError
 from trimtab.levers.bakeable import bakeable
+from trimtab.levers.conversions.rank_one import fit_rank_one
 from trimtab.levers.found import SCOPES
-from trimtab.levers.rank_one import fit_rank_one
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
-from trimtab.measure.nulls import null_seeds, random_null
-from trimtab.model import LanguageModel, load
-from trimtab.strength.calls import counting
+from trimtab.models.model import LanguageModel, load
+from trimtab.passes.calls import counting
+from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.weights.bake import bake
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
+    from trimtab.behaviors.behavior import Behavior
     from trimtab.levers.found import FoundLevers
-    from trimtab.levers.place import Placed
-    from trimtab.steering import Switch, VectorSteering
+    from trimtab.steering.vector import Switch, VectorSteering
+    from trimtab.strength.place import Placed
 
 Lever: TypeAlias = "Switch | LanguageModel | None"
 NAMES = (

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
-from trimtab.find.registry import METHODS, find
 from trimtab.levers.lora import train_lora
-from trimtab.levers.low_rank import LowRankUpdate
 from trimtab.levers.wanted_rows import wanted_texts
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.constraints import Constraints
+from trimtab.methods.registry import METHODS, find
+from trimtab.passes.calls import counting
 from trimtab.prompts.pipeline.stages import descent_stage, projection_stage, soft_stage
 from trimtab.prompts.pipeline.task import Settings, Task
-from trimtab.prompts.rows import Row, lay_out
-from trimtab.strength.calls import counting
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.weights import LowRankUpdate
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
 
 Progress = Callable[[int, int], None]
 SCOPES = ("all", "last")

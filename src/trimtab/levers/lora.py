@@ -21,16 +21,16 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError
 from trimtab.extras import extra
-from trimtab.levers.conversion import Conversion
-from trimtab.levers.low_rank import KINDS, LowRankUpdate, Writer, writer_of
+from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
-from trimtab.model import LanguageModel
-from trimtab.strength.calls import counting
-from trimtab.tables import Table, number
+from trimtab.models.model import LanguageModel
+from trimtab.passes.calls import counting
+from trimtab.results.tables import Table, number
+from trimtab.steering.weights import KINDS, LowRankUpdate, Writer, writer_of
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Encoded
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Encoded
 
 Progress = Callable[[int, int], None]
 

@@ -13,15 +13,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trimtab.model import LanguageModel
-from trimtab.prompts.rows import Row, lay_out
-from trimtab.prompts.teacher import answers_as_ids, target_log_probs
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trimtab.chat import Prompt
-    from trimtab.steering import Switch
+    from trimtab.models.chat import Prompt
+    from trimtab.steering.vector import Switch
 
 
 @dataclass(frozen=True)

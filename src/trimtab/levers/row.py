@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.measure.evaluate import Evaluation
-from trimtab.measure.intervals import share_interval
-from trimtab.measure.summary import Summary, with_p95
-from trimtab.tables import ABSENT, clean, number, with_interval
+from trimtab.evaluation.evaluate import Evaluation
+from trimtab.evaluation.summary import Summary, with_p95
+from trimtab.results.intervals import share_interval
+from trimtab.results.tables import ABSENT, clean, number, with_interval
 
 Interval = tuple[float, float, float]
 COLUMNS = (

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.levers.ablation import ablating
-from trimtab.levers.low_rank import LowRankUpdate
-from trimtab.levers.place import PUSHES, Placed, longest, place_lever, place_vector
-from trimtab.levers.together import Together
-from trimtab.measure.divergence import Reference
-from trimtab.measure.evaluate import Evaluator, Unsteered
-from trimtab.measure.summary import mean
-from trimtab.prompts.teacher import switched
+from trimtab.evaluation.divergence import Reference
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.evaluation.summary import mean
+from trimtab.levers.conversions.ablation import ablating
+from trimtab.prompts.task.teacher import switched
+from trimtab.steering.together import Together
+from trimtab.steering.weights import LowRankUpdate
+from trimtab.strength.place import PUSHES, Placed, longest, place_lever, place_vector
 from trimtab.strength.screen import Odds, Screen, candidates
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
-    from trimtab.steering import Switch, VectorSteering
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import Switch, VectorSteering
 
 SCREENED, GLANCED, ROUGH = 4, 8, 16  # prompts of the first look, of the glance, of the rough damage
 PLACES = 4  # whose answers are read

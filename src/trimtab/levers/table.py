@@ -14,29 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.compare import averaged
+from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.summary import Summary, mean, summary
 from trimtab.levers.advice import Advice, advise
+from trimtab.levers.conversions.recovered import gaps_of
 from trimtab.levers.entries import Entry, Lever, entries_of
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.perplexity import Text
-from trimtab.levers.recovered import gaps_of
 from trimtab.levers.row import COLUMNS, LeverRow, closed_share, validated
 from trimtab.levers.settle import Bench
 from trimtab.levers.timing import ROUNDS, extra_time
-from trimtab.measure.compare import averaged
-from trimtab.measure.evaluate import Evaluator, Progress, Unsteered
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.measure.summary import Summary, mean, summary
-from trimtab.model import LanguageModel
-from trimtab.prompts.teacher import switched
-from trimtab.tables import Printable, Table
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.task.teacher import switched
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.results.tables import Printable, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Prompt
-    from trimtab.prompt_steering import PromptSteering
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.steering.prompt import PromptSteering
+    from trimtab.steering.vector import VectorSteering
 
 SLACK = 1.02  # strengths are solved for to a few per cent of damage
 SHOWN = 2  # samples kept per row

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.model import LanguageModel
-from trimtab.prompts.teacher import switched
+from trimtab.models.model import LanguageModel
+from trimtab.prompts.task.teacher import switched
 
 if TYPE_CHECKING:
-    from trimtab.chat import Prompt
-    from trimtab.steering import Switch
+    from trimtab.models.chat import Prompt
+    from trimtab.steering.vector import Switch
 
 TOKENS = 16
 ROUNDS = 7

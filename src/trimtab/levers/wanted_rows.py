@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trimtab.chat import Encoded, Prompt
-from trimtab.find.registry import Task
-from trimtab.find.wanted import own_answers, wanted_answers
-from trimtab.scope import Scope
-from trimtab.strength.norms import Norms
+from trimtab.methods.registry import Task
+from trimtab.methods.wanted import own_answers, wanted_answers
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.steering.norms import Norms
+from trimtab.steering.scope import Scope
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.model import LanguageModel
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def wanted_texts(
     tokens: int = 32,
     kept: bool = True,
 ) -> Wanted:
-    """Collect what `find(..., "next_token")` trains on (find/wanted.py).
+    """Collect what `find(..., "next_token")` trains on (methods/wanted.py).
 
     Args:
         lm: the unsteered model.

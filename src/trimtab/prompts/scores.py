@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab import generation
-from trimtab.measure.coherence import coherence_for
-from trimtab.measure.divergence import token_kl
-from trimtab.measure.intervals import ratio_bootstrap, share_interval, two_way_bootstrap
-from trimtab.measure.judges import judge_for
-from trimtab.prompts.rows import Row
-from trimtab.prompts.teacher import answers_as_ids, target_log_probs
-from trimtab.tables import Printable, Table, percent, with_interval
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.divergence import token_kl
+from trimtab.evaluation.judges import judge_for
+from trimtab.models import generation
+from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
+from trimtab.results.intervals import ratio_bootstrap, share_interval, two_way_bootstrap
+from trimtab.results.tables import Printable, Table, percent, with_interval
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Prompt
-    from trimtab.model import LanguageModel
-    from trimtab.steering import Switch
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import Switch
 
 KS = (8, 24)
 ANSWER = 48  # tokens of a judged answer

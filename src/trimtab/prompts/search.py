@@ -16,24 +16,25 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from trimtab.behavior import Behavior
-from trimtab.engine import Engine, Job
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.constraints import Constraints
+from trimtab.passes.engine import Engine
+from trimtab.passes.job import Job
 from trimtab.prompts.pipeline.conclusion import conclude
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.pipeline.restarts import Progress, run_restarts
 from trimtab.prompts.pipeline.task import Settings, Task
-from trimtab.prompts.references import Reference, reference_of
-from trimtab.prompts.requests import Requests, behavior_requests, load_requests
-from trimtab.prompts.rows import slot_ids
 from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
-from trimtab.prompts.teacher import Teacher, teacher
+from trimtab.prompts.task.constraints import Constraints
+from trimtab.prompts.task.references import Reference, reference_of
+from trimtab.prompts.task.requests import Requests, behavior_requests, load_requests
+from trimtab.prompts.task.rows import slot_ids
+from trimtab.prompts.task.teacher import Teacher, teacher
+from trimtab.results.journal import Journal
+from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 Given: TypeAlias = "str | Reference | PromptSteering | Behavior"
 

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import torch
 
-from trimtab.explain.gap import GapReport
-from trimtab.explain.margin.audit import AuditReport
-from trimtab.explain.margin.census import Census, Share
-from trimtab.explain.margin.close import KlToClose
-from trimtab.explain.margin.radius import Radius
+from trimtab.margins.audit import AuditReport
+from trimtab.margins.census import Census, Share
+from trimtab.margins.close import KlToClose
+from trimtab.margins.gap import GapReport
+from trimtab.margins.radius import Radius
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Band, Bars, Series, bar_figure, described, line_figure
 from trimtab.report.laws_page import Section, write_laws_page
-from trimtab.tables import number
+from trimtab.results.tables import number
 
 T = TypeVar("T")
 BINS = 24

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trimtab.explain.attribution import AttributionSummary
-from trimtab.explain.circuits.faithful import Circuit
-from trimtab.explain.conclusions import PARTS, SIDES
-from trimtab.explain.explained import Explanation
-from trimtab.explain.freeze import FreezeRow, FreezeTable
-from trimtab.explain.geometry import GeometryReport
-from trimtab.explain.sparse.curve import SparsityCurve
-from trimtab.explain.value_vector import ValueVectors
+from trimtab.mechanism.circuits.attribution import AttributionSummary
+from trimtab.mechanism.circuits.faithful import Circuit
+from trimtab.mechanism.conclusions import PARTS, SIDES
+from trimtab.mechanism.explained import Explanation
+from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
+from trimtab.mechanism.geometry.geometry import GeometryReport
+from trimtab.mechanism.reading.value_vector import ValueVectors
+from trimtab.mechanism.sparse.curve import SparsityCurve
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, heat_figure, line_figure
 from trimtab.report.laws_page import Section, write_laws_page
-from trimtab.tables import number
+from trimtab.results.tables import number
 
 ORDER_COLORS = {"attribution": "--vector", "magnitude": "--prompt", "random": "--null"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.tables import percent
+from trimtab.results.tables import percent
 
 Row = Mapping[str, Any]
 Figure = dict[str, Any]

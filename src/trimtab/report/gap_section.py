@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.prompts.gap_search import GapSearch
+from trimtab.prompts.gap.gap_search import GapSearch
 from trimtab.report.law_figures import Series, line_figure
 from trimtab.report.laws_page import Section
-from trimtab.tables import number, percent
+from trimtab.results.tables import number, percent
 
 _COLORS = ("--vector", "--prompt", "--baked", "--coherence")
 

@@ -16,7 +16,7 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.report.figures import AXIS, Figure, axis_title, base_layout
-from trimtab.tables import clean, number
+from trimtab.results.tables import clean, number
 
 COLORS = (
     "--vector",

@@ -16,7 +16,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.report.figures import Figure
 from trimtab.report.page import environment, write_page
-from trimtab.tables import ABSENT, Table, clean, to_plain
+from trimtab.results.tables import ABSENT, Table, clean, to_plain
 
 
 @dataclass(frozen=True)

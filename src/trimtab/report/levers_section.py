@@ -9,7 +9,7 @@ from trimtab.levers.table import LeversTable
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, bar_figure
 from trimtab.report.laws_page import Section
-from trimtab.tables import Table, number, percent
+from trimtab.results.tables import Table, number, percent
 
 
 def levers_section(found: LeversTable) -> Section:

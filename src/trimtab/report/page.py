@@ -19,8 +19,8 @@ from trimtab.errors import TrimtabError
 from trimtab.report import figures
 from trimtab.report.figures import Row
 from trimtab.report.words import answer, warnings
-from trimtab.tables import ABSENT, clean, number, percent, to_plain
-from trimtab.written import written
+from trimtab.results.files import written
+from trimtab.results.tables import ABSENT, clean, number, percent, to_plain
 
 
 def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:

@@ -10,11 +10,11 @@ from pathlib import Path
 from trimtab.prompts.pipeline.attempt import STAGES, TITLES
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.scores import Scores
-from trimtab.prompts.states import StateSweep
+from trimtab.prompts.soft.states import StateSweep
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, line_figure
 from trimtab.report.laws_page import Section, write_laws_page
-from trimtab.tables import Table, number, percent
+from trimtab.results.tables import Table, number, percent
 
 SAMPLED = ("chosen", "soft", "reference", "random", "no prompt")
 

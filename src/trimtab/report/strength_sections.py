@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+from trimtab.prediction.calibration import Calibration
+from trimtab.prediction.law_check import LawCheck
+from trimtab.prediction.laws import TARGET, Laws
+from trimtab.prediction.recovery import Recovery
+from trimtab.prediction.study import Study
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import (
     Band,
@@ -15,13 +20,8 @@ from trimtab.report.law_figures import (
     line_figure,
 )
 from trimtab.report.laws_page import Section
-from trimtab.strength.calibration import Calibration
-from trimtab.strength.law_check import LawCheck
-from trimtab.strength.laws import TARGET, Laws
-from trimtab.strength.recovery import Recovery
-from trimtab.strength.study import Study
+from trimtab.results.tables import number, percent
 from trimtab.strength.tune import TuneReport
-from trimtab.tables import number, percent
 
 _PREDICTED = (
     ("quadratic", "--prompt", "dot"),

@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.report.figures import LABELS, Row, curve_rows, levers_of, null_band
 from trimtab.report.page import write_text
-from trimtab.tables import escape, percent, to_plain
+from trimtab.results.tables import escape, percent, to_plain
 
 INK, SOFT, GRID, LINE, CARD = "#1d2530", "#545f6d", "#e8eaee", "#c6ccd4", "#ffffff"
 VECTOR, COHERENCE = "#0b6e7f", "#4f7326"

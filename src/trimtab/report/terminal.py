@@ -9,7 +9,7 @@ from rich.text import Text
 
 from trimtab.report.figures import LABELS, Row, levers_of
 from trimtab.report.words import answer, warnings
-from trimtab.tables import Table, clean, number, percent
+from trimtab.results.tables import Table, clean, number, percent
 
 SHOWN = 2  # answers before and after
 

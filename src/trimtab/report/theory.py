@@ -7,8 +7,8 @@ import torch
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, described, line_figure
 from trimtab.report.laws_page import Section
-from trimtab.strength.theory.theorems import Theorems
-from trimtab.tables import number, percent
+from trimtab.results.tables import number, percent
+from trimtab.theory.theorems import Theorems
 
 OTHERS = ("--prompt", "--baked", "--baseline", "--coherence", "--spill", "--damage")
 EVERY = 12  # of the strengths, drawn as a brute-force point

@@ -6,7 +6,7 @@ The sentences are made from the measured figures alone, the terminal and the pag
 from __future__ import annotations
 
 from trimtab.report.figures import Row
-from trimtab.tables import percent
+from trimtab.results.tables import percent
 
 COHERENCE_LOST = 0.9  # of the unsteered coherence; below, the text falls apart
 

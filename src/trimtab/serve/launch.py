@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.registry import Registry, Served

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.tokens import SCOPES
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 SITES = ("resid_post", "resid_pre")
 UNCHECKED = "unchecked"
@@ -37,7 +37,7 @@ class Served:
         name: The checkpoint.
         n_layers: Its depth.
         d_model: Its width.
-        fingerprint: Of its weights (`trimtab.fingerprint`), or `UNCHECKED`.
+        fingerprint: Of its weights (`trimtab.models.fingerprint`), or `UNCHECKED`.
         largest: The largest number that its stream's dtype holds.
     """
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 
 from trimtab.errors import TrimtabError
-from trimtab.scope import Scope
 from trimtab.serve.registry import Registry
 from trimtab.serve.tokens import SCOPES, Term
+from trimtab.steering.scope import Scope
 
 __all__ = ["KEY", "RESOLVED", "SCOPES", "Term", "asked_for", "pack", "terms", "unpack"]
 

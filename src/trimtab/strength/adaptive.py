@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.measure.coherence import coherence_for
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.intervals import share_interval
-from trimtab.measure.judges import judge_for
-from trimtab.measure.summary import mean
-from trimtab.strength.laws import decisions
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.summary import mean
+from trimtab.prediction.laws import decisions
+from trimtab.results.intervals import share_interval
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Prompt
-    from trimtab.measure.evaluate import Evaluator
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.evaluation.evaluate import Evaluator
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
     from trimtab.strength.screen import Odds
 
 

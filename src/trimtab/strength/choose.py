@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluator, Progress, Unsteered
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.results.tables import Printable, Table
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row
-from trimtab.tables import Printable, Table
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.model import LanguageModel
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True)

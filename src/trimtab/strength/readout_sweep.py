@@ -1,6 +1,6 @@
 """The readout at many strengths: what the answer's first position says, without generating.
 
-One row per prompt and strength, from one fan (`trimtab.fan`): fit for a fine grid. It sees only the
+One row per prompt and strength, from one fan (`trimtab.passes.fan`): fit for a fine grid. It sees only the
 first position; what becomes of whole answers is measured by `strength/sweep.py`.
 """
 
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.fan import Fan, Part
-from trimtab.measure.divergence import percentile_95, token_kl
-from trimtab.measure.readout import readout_tokens
-from trimtab.tables import Printable, Table, number
+from trimtab.evaluation.divergence import percentile_95, token_kl
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.passes.fan import Fan, Part
+from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Prompt
-    from trimtab.measure.evaluate import Progress
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.evaluation.evaluate import Progress
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.fan import Fan
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.readout import readout_tokens
-from trimtab.scope import Scope
-from trimtab.strength.laws import answer_variance
-from trimtab.strength.layers import default_layers
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.passes.fan import Fan
+from trimtab.prediction.laws import answer_variance
+from trimtab.steering.layers import default_layers
+from trimtab.steering.scope import Scope
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.chat import Prompt
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
 
 SCOPES = ("all", "last", "post_instruction")
 ENOUGH = 3.0  # nats on the wanted side: a prompt that is 95 % decided cannot be moved much further

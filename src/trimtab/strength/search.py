@@ -7,23 +7,23 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engine import Engine, Job
-from trimtab.engine.job import Result
-from trimtab.journal import Notes
-from trimtab.measure.correlation import spearman
-from trimtab.measure.divergence import Reference, summarize
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Unsteered
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.measure.summary import mean
-from trimtab.steering import VectorSteering
-from trimtab.strength.calls import counting
+from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Unsteered
+from trimtab.evaluation.summary import mean
+from trimtab.passes.calls import counting
+from trimtab.passes.engine import Engine
+from trimtab.passes.job import Job, Result
+from trimtab.results.correlation import spearman
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.results.journal import Notes
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses, Tried
 from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
 from trimtab.strength.sweep import SweepRow, sweep_row
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.model import LanguageModel
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
 
 SCREENED = 4  # prompts a side of the first look
 SAMPLED, GLANCED = 7, 4  # places of which a few answers are read, prompts a side of that

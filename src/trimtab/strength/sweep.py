@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.journal import Journal
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Sample, Unsteered
-from trimtab.measure.spread import run_groups
-from trimtab.measure.summary import Summary, alpha_text, raw_alphas, summary, with_p95
-from trimtab.tables import Printable, Table, number, with_interval
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Sample, Unsteered
+from trimtab.evaluation.spread import run_groups
+from trimtab.evaluation.summary import Summary, alpha_text, raw_alphas, summary, with_p95
+from trimtab.results.journal import Journal
+from trimtab.results.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.engine import Engine
-    from trimtab.model import LanguageModel
-    from trimtab.steering import VectorSteering
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.passes.engine import Engine
+    from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True, kw_only=True)

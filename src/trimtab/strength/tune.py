@@ -22,24 +22,24 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress
-from trimtab.measure.intervals import paired_bootstrap
-from trimtab.measure.nulls import null_seeds, random_null
-from trimtab.measure.spread import run_each
-from trimtab.measure.summary import mean
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress
+from trimtab.evaluation.spread import run_each
+from trimtab.evaluation.summary import mean
+from trimtab.passes.calls import counting
+from trimtab.results.intervals import paired_bootstrap
+from trimtab.results.tables import Printable, Table, number, with_interval
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
-from trimtab.strength.calls import counting
 from trimtab.strength.choose import Tried
 from trimtab.strength.screen import Candidate
 from trimtab.strength.search import Search
 from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row
-from trimtab.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
-    from trimtab.behavior import Behavior
-    from trimtab.engine import Engine
-    from trimtab.model import LanguageModel
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.passes.engine import Engine
 
 NULLS = 2
 

@@ -20,20 +20,20 @@ from gradio.themes import Default
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 
-from trimtab.behavior import Behavior, load_behavior
-from trimtab.behavior_file import built_in_names
+from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.file import built_in_names
 from trimtab.errors import TrimtabError
-from trimtab.find import METHODS
-from trimtab.measure.evaluate import Progress
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.steering_file import load_steering
+from trimtab.evaluation.evaluate import Progress
+from trimtab.methods import METHODS
+from trimtab.models.model import LanguageModel
+from trimtab.results.tables import clean
+from trimtab.steering.file import load_steering
+from trimtab.steering.vector import VectorSteering
 from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk
 from trimtab.studio.lever import Bounds
 from trimtab.studio.uploads import Page
 from trimtab.studio.workshop import Bench, Workshop, written_behavior
-from trimtab.tables import clean
 
 LOOPBACK = ("127.0.0.1", "localhost")
 WRITE, FILE = "write my own", "from a file"

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trimtab.capture import capture
-from trimtab.chat import Prompt
-from trimtab.measure.divergence import percentile_95
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.divergence import percentile_95
+from trimtab.models.capture import capture
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from trimtab.measure.evaluate import Evaluation, Evaluator, Progress, Sample
-from trimtab.measure.summary import mean
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Sample
+from trimtab.evaluation.summary import mean
+from trimtab.results.tables import number
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.tune import Tuned
-from trimtab.tables import number
 
 # Strengths measured beforehand on each side of 0; the slider has STEPS stops between two of them.
 GRID = 10

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from trimtab import generation
-from trimtab.chat import Prompt
-from trimtab.fan import Fan, State, step
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
+from trimtab.models import generation
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.passes.fan import Fan, State, step
+from trimtab.steering.vector import VectorSteering
 
 # Where a model takes no part in shared passes, answers are made anew, each time twice as long.
 FIRST_LENGTH = 4

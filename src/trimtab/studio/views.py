@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.measure.measurement import Measurement
-from trimtab.steering import VectorSteering
+from trimtab.evaluation.measurement import Measurement
+from trimtab.results.tables import escape, number
+from trimtab.steering.vector import VectorSteering
 from trimtab.studio.coloring import layer_read
 from trimtab.studio.lever import Lever, Reading, inside, span
-from trimtab.tables import escape, number
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 8.0, 34.0

@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.behavior import Behavior
-from trimtab.chat import Prompt
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.explain import explain
-from trimtab.find import METHODS, find
-from trimtab.measure import Measurement, judge_for, measure
-from trimtab.measure.evaluate import Evaluator, Progress, Unsteered
-from trimtab.model import LanguageModel
-from trimtab.prompt_steering import prompt as prompt_lever
+from trimtab.evaluation import Measurement, judge_for, measure
+from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.mechanism import explain
+from trimtab.methods import METHODS, find
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.report.explain_page import write_explain_page
-from trimtab.steering import VectorSteering
+from trimtab.results.files import written
+from trimtab.steering.prompt import prompt as prompt_lever
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses
 from trimtab.strength.tune import tune
 from trimtab.studio.coloring import Scale, projections, scale_of
 from trimtab.studio.lever import Bounds, Lever, Reading, measure_lever, span
 from trimtab.studio.streaming import stream
 from trimtab.weights import bake
-from trimtab.written import written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ class Workshop:
 
         Args:
             behavior: what is to change.
-            method: of `trimtab.find`.
+            method: of `trimtab.methods`.
             side: +1 toward, -1 away.
             bounds: of the window.
             report: makes the progress callback of a stage from its name.

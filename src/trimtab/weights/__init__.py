@@ -2,11 +2,11 @@
 
 from trimtab.weights.bake import bake, plan
 from trimtab.weights.inspect import CheckpointFacts, inspect_checkpoint
-from trimtab.weights.low_rank import at_every_writer
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
-from trimtab.weights.soft_prompt import bake_prompt
-from trimtab.weights.soft_value import SoftPrompt
+from trimtab.weights.routes.low_rank import at_every_writer
+from trimtab.weights.soft.prompt import bake_prompt
+from trimtab.weights.soft.value import SoftPrompt
 
 __all__ = [
     "BakeReport",

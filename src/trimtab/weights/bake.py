@@ -11,27 +11,27 @@ from pathlib import Path
 
 import torch
 
-from trimtab.baked import RECORD
-from trimtab.behavior import Behavior
-from trimtab.chat import Prompt
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.sites import Site
-from trimtab.steering import VectorSteering
-from trimtab.strength.norms import NEUTRAL_PROMPTS
-from trimtab.tables import write_json
-from trimtab.weights.base import Model, folder_of, save_model
+from trimtab.models.baked import RECORD
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.models.sites import Site
+from trimtab.results.staging import staged
+from trimtab.results.tables import write_json
+from trimtab.steering.norms import NEUTRAL_PROMPTS
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.card import model_card
-from trimtab.weights.changes import changes_of
-from trimtab.weights.checkpoint import Checkpoint, open_checkpoint
-from trimtab.weights.draft import Draft
-from trimtab.weights.layout import layout_of
+from trimtab.weights.disk.base import Model, folder_of, save_model
+from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
+from trimtab.weights.disk.draft import Draft
+from trimtab.weights.disk.layout import layout_of
+from trimtab.weights.disk.stream import check_space, write
 from trimtab.weights.plan import Plan, prepare, refused_plan
 from trimtab.weights.record import record_of
 from trimtab.weights.report import BakeReport
+from trimtab.weights.routes.changes import changes_of
 from trimtab.weights.slices import write_slices
-from trimtab.weights.staging import staged
-from trimtab.weights.stream import check_space, write
 from trimtab.weights.verify import (
     Base,
     Verified,

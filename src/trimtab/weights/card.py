@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from trimtab.steering import VectorSteering
-from trimtab.strength.units import convert
-from trimtab.tables import Table, clean
+from trimtab.results.tables import Table, clean
+from trimtab.steering.units import convert
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.margin import Margin
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport

@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.baked import read_record
 from trimtab.errors import TrimtabError
-from trimtab.tables import Printable, Table
-from trimtab.weights.checkpoint import Checkpoint, open_checkpoint
-from trimtab.weights.draft import stray_tensors
-from trimtab.weights.layout import layout_of
+from trimtab.models.baked import read_record
+from trimtab.results.tables import Printable, Table
+from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
+from trimtab.weights.disk.draft import stray_tensors
+from trimtab.weights.disk.layout import layout_of
 
 _SHOWN = 8
 

@@ -1,6 +1,6 @@
 """How a baked steering moves a behavior's readout margin: before, after, and beside it a null.
 
-The margin is the gap (measure/readout.py) on held-out prompts. A steering hardens a behavior where
+The margin is the gap (evaluation/readout.py) on held-out prompts. A steering hardens a behavior where
 the gap grows on prompts that call for it; with the other sign it softens it.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.behavior import Behavior
-from trimtab.measure.intervals import bootstrap
-from trimtab.measure.nulls import null_seeds, random_null
-from trimtab.measure.readout import gap
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.tables import Printable, Table, number, with_interval
+from trimtab.behaviors.behavior import Behavior
+from trimtab.evaluation.readout import gap
+from trimtab.models.model import LanguageModel
+from trimtab.results.intervals import bootstrap
+from trimtab.results.tables import Printable, Table, number, with_interval
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.vector import VectorSteering
 
 SIDES = ("toward", "away")
 NULLS = 3

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import VectorSteering
-from trimtab.tables import Printable, Table
-from trimtab.weights.changes import HOOK, Changes, Point, changes_of, point_of
-from trimtab.weights.checkpoint import Checkpoint
-from trimtab.weights.draft import Draft, start_draft
-from trimtab.weights.layout import Layout, short
-from trimtab.weights.routes import choose, constants_of, execute, refuse_post_norm
-from trimtab.weights.sources import Source, Zeros
-from trimtab.weights.stream import arrange
+from trimtab.results.tables import Printable, Table
+from trimtab.steering.vector import VectorSteering
+from trimtab.weights.disk.checkpoint import Checkpoint
+from trimtab.weights.disk.draft import Draft, start_draft
+from trimtab.weights.disk.layout import Layout, short
+from trimtab.weights.disk.sources import Source, Zeros
+from trimtab.weights.disk.stream import arrange
+from trimtab.weights.routes.changes import HOOK, Changes, Point, changes_of, point_of
+from trimtab.weights.routes.choose import choose, constants_of, execute, refuse_post_norm
 
 ROUTES = ("bias", "null_block", "convert")
 # Their modeling code in vLLM has no bias behind the attention, and leaves out what it does not know.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
-from trimtab.baked import read_record
-from trimtab.steering import VectorSteering
+from trimtab.models.baked import read_record
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.tables import Printable, Table
+from trimtab.results.tables import Printable, Table
 from trimtab.weights.margin import Margin
 from trimtab.weights.plan import Plan
 

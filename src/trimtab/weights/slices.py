@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trimtab.steering import VectorSteering
-from trimtab.weights.checkpoint import open_checkpoint
-from trimtab.weights.draft import Draft, start_draft
-from trimtab.weights.stream import write
+from trimtab.steering.vector import VectorSteering
+from trimtab.weights.disk.checkpoint import open_checkpoint
+from trimtab.weights.disk.draft import Draft, start_draft
+from trimtab.weights.disk.stream import write
 
 
 def write_slices(

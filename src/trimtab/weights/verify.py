@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trimtab.behavior import Behavior
-from trimtab.chat import Prompt
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.loading import read_weights
-from trimtab.model import LanguageModel
-from trimtab.steering import VectorSteering
-from trimtab.weights.checkpoint import open_checkpoint
-from trimtab.weights.draft import Draft, stray_tensors
-from trimtab.weights.layout import layout_of
+from trimtab.models.chat import Prompt
+from trimtab.models.loading import read_weights
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
+from trimtab.weights.disk.checkpoint import open_checkpoint
+from trimtab.weights.disk.draft import Draft, stray_tensors
+from trimtab.weights.disk.layout import layout_of
+from trimtab.weights.disk.sources import Copy, copied
 from trimtab.weights.margin import Before, Margin, measure_after, measure_before
-from trimtab.weights.sources import Copy, copied
 
 ANSWER_TOKENS = 24
 WHOLE = "logits and greedy text of the whole model, every tensor bit by bit"

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from trimtab.errors import TrimtabError
-from trimtab.find.training import frozen
-from trimtab.prompts.embeddings import soft_loss, token_embeddings
+from trimtab.methods.training import frozen
 from trimtab.prompts.gap.sort_sum_stop import need
 from trimtab.prompts.gap.steps import Found, GapStep, concluded
+from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 
 if TYPE_CHECKING:
-    from trimtab.prompts.constraints import Bound
     from trimtab.prompts.gap.readings import Reader
+    from trimtab.prompts.task.constraints import Bound
 
 Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.measure.divergence import token_kl
-from trimtab.prompts.objective import GapLoss
-from trimtab.prompts.rows import Row
+from trimtab.evaluation.divergence import token_kl
+from trimtab.prompts.scoring.objective import GapLoss
+from trimtab.prompts.task.rows import Row
 
 if TYPE_CHECKING:
-    from trimtab.chat import Encoded
-    from trimtab.model import LanguageModel
+    from trimtab.models.chat import Encoded
+    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from trimtab.errors import TrimtabError
 from trimtab.prompts.gap.steps import Found, GapStep, concluded
 
 if TYPE_CHECKING:
-    from trimtab.prompts.constraints import Bound
     from trimtab.prompts.gap.readings import Reader, Reading
+    from trimtab.prompts.task.constraints import Bound
 
 Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]

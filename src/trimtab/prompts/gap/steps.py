@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.measure.correlation import spearman
-from trimtab.tables import Printable, Table, number
+from trimtab.results.correlation import spearman
+from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
     from trimtab.prompts.gap.readings import Reader, Reading

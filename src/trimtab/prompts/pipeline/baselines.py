@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.prompts.gcg import gcg
-from trimtab.prompts.hotflip import hotflip
-from trimtab.prompts.objective import CrossEntropy
+from trimtab.prompts.discrete.gcg import gcg
+from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.cost import costing
 from trimtab.prompts.pipeline.stages import descended, descent_stage
 from trimtab.prompts.pipeline.task import Task
-from trimtab.prompts.project import slot_losses
+from trimtab.prompts.projections.project import slot_losses
+from trimtab.prompts.scoring.objective import CrossEntropy
 
 ROUNDS = 50  # descents of one restart at most, whatever the budget
 RATE_STEPS = 4

@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from trimtab.behavior import Behavior
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.prompt_steering import PromptSteering
-from trimtab.prompts.objective import CrossEntropy, plain_loss
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarize
 from trimtab.prompts.pipeline.restarts import Found
 from trimtab.prompts.pipeline.task import Task, soft_slot_loss
-from trimtab.prompts.project import slot_losses
-from trimtab.prompts.references import Reference
-from trimtab.prompts.requests import SPLITS, Requests
-from trimtab.prompts.rows import Row, slot_ids
+from trimtab.prompts.projections.project import slot_losses
 from trimtab.prompts.scores import Scorer, Scores, score
-from trimtab.prompts.teacher import Teacher
+from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
+from trimtab.prompts.task.references import Reference
+from trimtab.prompts.task.requests import SPLITS, Requests
+from trimtab.prompts.task.rows import Row, slot_ids
+from trimtab.prompts.task.teacher import Teacher
+from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
-    from trimtab.steering import Switch
+    from trimtab.steering.vector import Switch
 
 SEARCHING = ("repaired", "hotflip_random", "hotflip_reference", "gcg")
 # Arms whose chosen prompt gets every score.

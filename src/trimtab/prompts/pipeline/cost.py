@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.hooking import Hooks
+from trimtab.models.hooking import Hooks
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 # A backward pass costs about twice its forward pass (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
 BACKWARD = 2

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.prompt_steering import PromptSteering
 from trimtab.prompts.pipeline.attempt import ARMS, TITLES, Attempt
 from trimtab.prompts.scores import Scores
-from trimtab.tables import Printable, Table, number
+from trimtab.results.tables import Printable, Table, number
+from trimtab.steering.prompt import PromptSteering
 
 COLUMNS = (
     "arm", "restarts", "infeasible starts", "mean", "sd", "min", "max", "mean excess", "chosen",

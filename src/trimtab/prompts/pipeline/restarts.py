@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
-from trimtab.engine import Engine, Job
-from trimtab.journal import Notes
+from trimtab.passes.engine import Engine
+from trimtab.passes.job import Job
 from trimtab.prompts.pipeline import baselines, stages
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.task import Settings, Task
-from trimtab.prompts.soft import Soft
+from trimtab.prompts.soft.soft import Soft
+from trimtab.results.journal import Notes
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 PER_RESTART = 7  # attempts, GCG aside

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trimtab.prompts.hotflip import hotflip
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.moves.descent import Descent
+from trimtab.prompts.discrete.descent import Descent
+from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.pipeline.attempt import Attempt, pack, unpack
 from trimtab.prompts.pipeline.cost import Cost, costing
 from trimtab.prompts.pipeline.task import Task
-from trimtab.prompts.project import Projected, project
-from trimtab.prompts.soft import Soft, train_soft
+from trimtab.prompts.projections.project import Projected, project
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.soft.soft import Soft, train_soft
 
 if TYPE_CHECKING:
     pass

@@ -11,18 +11,18 @@ import torch
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
-from trimtab.journal import Notes
-from trimtab.prompts.constraints import Bound
-from trimtab.prompts.embeddings import soft_loss
-from trimtab.prompts.kernel import Kernel
-from trimtab.prompts.objective import CrossEntropy
 from trimtab.prompts.pipeline.attempt import Attempt
-from trimtab.prompts.project import PROJECTIONS, slot_losses
-from trimtab.prompts.rows import EARLY, EARLY_WEIGHT, Row, slot_text
-from trimtab.prompts.soft import Soft
+from trimtab.prompts.projections.project import PROJECTIONS, slot_losses
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.scoring.objective import CrossEntropy
+from trimtab.prompts.soft.embeddings import soft_loss
+from trimtab.prompts.soft.soft import Soft
+from trimtab.prompts.task.constraints import Bound
+from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, slot_text
+from trimtab.results.journal import Notes
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 INITS = ("random_tokens", "reference", "alternate")
 

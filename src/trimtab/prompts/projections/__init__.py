@@ -1,1 +1,1 @@
-"""Ways from a soft slot to allowed tokens, one a file; `trimtab.prompts.project` runs them."""
+"""Ways from a soft slot to allowed tokens, one a file; `trimtab.prompts.projections.project` runs them."""

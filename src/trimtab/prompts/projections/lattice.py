@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.chat import Encoded
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Encoded
 from trimtab.prompts.projections.registry import ProjectionTask, register
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.find.training import frozen
-from trimtab.prompts.embeddings import soft_loss
+from trimtab.methods.training import frozen
 from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
+from trimtab.prompts.soft.embeddings import soft_loss
 
 
 @dataclass(frozen=True, eq=False)

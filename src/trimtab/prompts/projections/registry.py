@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.embeddings import token_embeddings
-from trimtab.prompts.objective import Objective
-from trimtab.prompts.rows import Row
-from trimtab.prompts.soft import Progress, Soft, allowed_tokens, batches
+from trimtab.prompts.scoring.objective import Objective
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, batches
+from trimtab.prompts.task.rows import Row
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
 SCORED_TOKENS = 8192  # of a batch of candidates

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.find.training import frozen
-from trimtab.prompts.embeddings import soft_loss
+from trimtab.methods.training import frozen
 from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
-from trimtab.prompts.soft import embedding_scale
+from trimtab.prompts.soft.embeddings import soft_loss
+from trimtab.prompts.soft.soft import embedding_scale
 
 
 @register("straight_through")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 if TYPE_CHECKING:
     from torch import Tensor

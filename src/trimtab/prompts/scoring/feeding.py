@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.batch import Batch
-from trimtab.chat import Encoded
-from trimtab.generation import pad_id
-from trimtab.hooking import Hooks
+from trimtab.models.batch import Batch
+from trimtab.models.chat import Encoded
+from trimtab.models.generation import pad_id
+from trimtab.models.hooking import Hooks
+from trimtab.models.replay import KeptCache
+from trimtab.passes.sharing import call
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.room import out_of_memory
-from trimtab.replay import KeptCache
-from trimtab.sharing import call
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 _FURTHER_ON = 1 << 30
 # What a model says that wants another cache.

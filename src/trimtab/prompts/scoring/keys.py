@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.replay import KeptCache, KeptLayer
+from trimtab.models.replay import KeptCache, KeptLayer
 
 
 @dataclass(frozen=True, eq=False)

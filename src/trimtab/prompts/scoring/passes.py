@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from trimtab.fan import CALL_TOKENS, CALL_TOKENS_ELSEWHERE
-from trimtab.probe import text_config
-from trimtab.prompts.objective import Objective
-from trimtab.prompts.rows import Row
+from trimtab.models.probe import text_config
+from trimtab.passes.fan import CALL_TOKENS, CALL_TOKENS_ELSEWHERE
 from trimtab.prompts.scoring.feeding import Feeder, beginning
 from trimtab.prompts.scoring.keys import Keys
+from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.scoring.tricks import Tricks
+from trimtab.prompts.task.rows import Row
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.models.model import LanguageModel
 
 Slot: TypeAlias = "tuple[int, ...]"
 _FURTHER_ON = 1 << 30

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trimtab.prompts.rows import Row
+from trimtab.prompts.task.rows import Row
 
 # With fewer rows than this a part of them says too little.
 _ROWS = 4

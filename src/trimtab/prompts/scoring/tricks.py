@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from trimtab.tables import Printable, Table, number
+from trimtab.results.tables import Printable, Table, number
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What is to change: the value, its files, its splits."""

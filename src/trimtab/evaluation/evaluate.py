@@ -1,0 +1,262 @@
+"""One lever, one sign: its answers scored, and its damage and spill along unsteered answers.
+
+Which prompts are which (DESIGN, damage and spill):
+
+| | m > 0 | m < 0 |
+|---|---|---|
+| scored | away prompts, share of verdicts toward | toward prompts, share of verdicts away |
+| scored, if there are any | requests, share toward | requests, share away |
+| damage | toward prompts | away prompts |
+| spill | neutral prompts | neutral prompts |
+
+A behavior has `requests`, prompts that call for neither side, when its away prompts demand the
+opposite in so many words: steering is then asked to decide, not to contradict.
+Unsteered answers and their tokens are made once per `Evaluator` and shared by all levers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.divergence import Divergence, Reference, summarize
+from trimtab.evaluation.judges import judge_for
+from trimtab.models.model import LanguageModel
+from trimtab.passes.engine import Engine
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.steering.vector import Switch, VectorSteering
+
+Progress = Callable[[int, int], None]  # done, in all
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with the unsteered and the steered answer."""
+
+    prompt: str | list[dict[str, str]]
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one lever did; every tuple has one entry per scored prompt, in order.
+
+    Attributes:
+        sign: +1 scored toward, -1 away.
+        scores: verdicts on the wanted side.
+        coherences: of the same answers.
+        damage_tokens: per-token KL, one tensor per prompt that already shows the behavior.
+        spill_tokens: the same on neutral prompts; None without neutral prompts.
+        samples: prompt, unsteered answer and steered answer.
+    """
+
+    sign: int
+    scores: tuple[float, ...]
+    coherences: tuple[float, ...]
+    damage_tokens: tuple[torch.Tensor, ...]
+    spill_tokens: tuple[torch.Tensor, ...] | None
+    samples: tuple[Sample, ...]
+
+    def damage(self, seed: int) -> Divergence:
+        """Summarize the damage."""
+        return summarize(self.damage_tokens, seed)
+
+    def spill(self, seed: int) -> Divergence | None:
+        """Summarize the spill; None without neutral prompts."""
+        return None if self.spill_tokens is None else summarize(self.spill_tokens, seed)
+
+
+class Unsteered:
+    """The unsteered greedy answers of one model, each generated once, for any number of evaluators."""
+
+    def __init__(
+        self, lm: LanguageModel, max_new_tokens: int = 40, engine: Engine | None = None
+    ) -> None:
+        """Start without answers.
+
+        Args:
+            lm: the unsteered model.
+            max_new_tokens: length of answers.
+            engine: writes them; this process by default.
+        """
+        self.lm, self.max_new_tokens = lm, max_new_tokens
+        self.engine = engine or Engine(lm)
+        self._known: dict[str, str] = {}
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return one answer per prompt; only those not asked before are generated."""
+        keys = [json.dumps(prompt) for prompt in prompts]
+        new = {
+            key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known
+        }
+        if new:
+            found = self.engine.answer(None, list(new.values()), self.max_new_tokens)
+            self._known.update(zip(new, found, strict=True))
+        return [self._known[key] for key in keys]
+
+
+class Evaluator:
+    """Runs levers on one behavior's prompts."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        behavior: Behavior,
+        *,
+        max_new_tokens: int = 40,
+        max_prompts: int | None = None,
+        unsteered: Unsteered | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        """Build the judge and the coherence scorer; nothing is run yet.
+
+        Args:
+            lm: the unsteered model.
+            behavior: the split whose prompts are used, all of them or the first `max_prompts`.
+            max_new_tokens: length of answers.
+            max_prompts: cap per side, to keep a look quick.
+            unsteered: answers shared with other evaluators of this model at this length.
+            engine: writes the answers; that of `unsteered`, or this process, by default.
+        """
+        if max_new_tokens < 1 or (max_prompts is not None and max_prompts < 1):
+            raise TrimtabError(
+                asked=f"answers of {max_new_tokens} tokens to {max_prompts} prompts",
+                found="a count below 1",
+                advice="use at least one token and one prompt",
+            )
+        self.lm, self.behavior = lm, behavior
+        self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
+        self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
+        self._unsteered = unsteered or Unsteered(lm, max_new_tokens, engine)
+        self.engine = engine or self._unsteered.engine
+        if (self._unsteered.lm, self._unsteered.max_new_tokens) != (lm, max_new_tokens):
+            raise TrimtabError(
+                asked="to share unsteered answers",
+                found="answers of another model or another length",
+                advice="make Unsteered(lm, max_new_tokens) with the same two",
+            )
+        self._references: dict[str, Reference] = {}
+
+    def prompts(self, side: str) -> list[Prompt]:
+        """Return the prompts of the side `toward`, `away`, `neutral` or `requests`.
+
+        Raises:
+            TrimtabError: when toward or away has none.
+        """
+        sides = {
+            "toward": self.behavior.toward,
+            "away": self.behavior.away,
+            "neutral": self.behavior.neutral,
+            "requests": self.behavior.requests,
+        }
+        chosen = [example.prompt for example in sides[side][: self.max_prompts]]
+        if not chosen and side in ("toward", "away"):
+            raise TrimtabError(
+                asked=f"to measure the behavior {self.behavior.name!r}",
+                found=f"no {side} prompt in this split",
+                advice="give it more examples, or measure with split=None",
+            )
+        return chosen
+
+    def scored(self, sign: int) -> str:
+        """Return the side whose answers are scored for a strength of this sign."""
+        if self.behavior.requests:
+            return "requests"
+        return "away" if sign > 0 else "toward"
+
+    def unsteered(self, side: str) -> list[str]:
+        """Return the unsteered greedy answers of a side, generated once."""
+        return self._unsteered.answers(self.prompts(side))
+
+    def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
+        """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
+        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        prompts, before = self.prompts(scored), self.unsteered(scored)
+        if lever is None:
+            answers = before
+        elif isinstance(lever, LanguageModel):
+            answers = lever.generate(list(prompts), max_new_tokens=self.max_new_tokens)
+        else:
+            answers = self.engine.answer(lever, prompts, self.max_new_tokens)
+        spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
+        return self._evaluation(sign, prompts, before, answers, self._kl(lever, damaged), spilled)
+
+    def run_many(
+        self, vector: VectorSteering, strengths: Sequence[float], sign: int
+    ) -> list[Evaluation]:
+        """Score a vector at every strength; equal to `run(vector.at(m), sign)` one by one.
+
+        Answers are generated for all strengths together (`trimtab.passes.rollout`), and what no strength
+        changes is read once (`trimtab.passes.fan`).
+
+        Args:
+            vector: the lever; its own strength does not matter.
+            strengths: multipliers m; 0 gives the unsteered model.
+            sign: which side is scored.
+        """
+        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        prompts, before = self.prompts(scored), self.unsteered(scored)
+        moving = sorted({float(m) for m in strengths} - {0.0})
+        answers, damage, spill = {0.0: before}, {}, {}
+        if moving:
+            found = self.engine.rollout(vector, prompts, moving, self.max_new_tokens)
+            answers |= dict(zip(moving, found, strict=True))
+        each = [*moving, 0.0]
+        damage = dict(zip(each, self._reference(damaged).kl_many(vector, each), strict=True))
+        if self.prompts("neutral"):
+            spill = dict(zip(each, self._reference("neutral").kl_many(vector, each), strict=True))
+        return [
+            self._evaluation(
+                sign,
+                prompts,
+                before,
+                answers[m],
+                tuple(damage[m]),
+                tuple(spill[m]) if spill else None,
+            )
+            for m in map(float, strengths)
+        ]
+
+    def _evaluation(
+        self,
+        sign: int,
+        prompts: Sequence[Prompt],
+        before: Sequence[str],
+        answers: Sequence[str],
+        damage: tuple[torch.Tensor, ...],
+        spill: tuple[torch.Tensor, ...] | None,
+    ) -> Evaluation:
+        return Evaluation(
+            sign=sign,
+            scores=tuple(verdict.share(sign) for verdict in self._judge(prompts, answers)),
+            coherences=tuple(self._coherence(answers)),
+            damage_tokens=damage,
+            spill_tokens=spill,
+            samples=tuple(
+                Sample(p if isinstance(p, str) else [dict(m) for m in p], b, a)
+                for p, b, a in zip(prompts, before, answers, strict=True)
+            ),
+        )
+
+    def _reference(self, side: str) -> Reference:
+        if side not in self._references:
+            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
+        return self._references[side]
+
+    def _kl(self, lever: Switch | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+        reference = self._reference(side)
+        if lever is None:  # the unsteered model does not differ from itself
+            return tuple(reference.zeros())
+        if isinstance(lever, LanguageModel):
+            return tuple(reference.kl(other=lever))
+        return tuple(reference.kl(lever))

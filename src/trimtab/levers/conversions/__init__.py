@@ -1,0 +1,1 @@
+"""One lever made from another, with what is lost."""

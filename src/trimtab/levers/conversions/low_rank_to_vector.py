@@ -1,0 +1,204 @@
+"""Low-rank update to vector: its mean output, and how constant that output is.
+
+    v = E B A x,     constant share = |E B A x|^2 / E |B A x|^2
+
+over the tokens of held-out texts. 1 minus it is what the update does that no vector of scope `all` can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.rank_one import answered
+from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.models.hooking import Hooks
+from trimtab.results.tables import Table, number
+from trimtab.steering.norms import calibrate
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import LowRankUpdate, Writer, writer_of
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Encoded
+    from trimtab.models.model import LanguageModel
+
+SITES = {"attention": "attn_out", "mlp": "mlp_out"}
+
+
+@dataclass(frozen=True)
+class MeanOutput:
+    """What an update adds at one writer.
+
+    Attributes:
+        writer: the sublayer and its layer.
+        length: |v| in the units of the stream, at the update's strength.
+        fitted: constant share on the texts that v is the mean of.
+        held_out: 1 - E |B A x - v|^2 / E |B A x|^2 on held-out texts.
+        null: the same for v of the same length in a random direction.
+    """
+
+    writer: Writer
+    length: float
+    fitted: float
+    held_out: float
+    null: float
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankAsVector(Conversion):
+    """A low-rank update as vectors, with its residual.
+
+    Attributes:
+        lever: vectors at `attn_out` and `mlp_out`, scope all, on together; m = 1 adds them as they are.
+        outputs: one per writer.
+        share: constant share over all writers, on held-out texts.
+        recovered: gap and behavior on test prompts, beside random vectors of the same lengths.
+    """
+
+    lever: Together
+    outputs: tuple[MeanOutput, ...]
+    share: float
+    recovered: Recovered
+
+    @property
+    def residual(self) -> float:
+        """The share of the update's output on held-out texts that is not constant."""
+        return 1 - self.share
+
+    def table(self) -> Table:
+        """Return one line per writer, the recovery underneath."""
+        rows = tuple(
+            (
+                f"{o.writer[0]} of layer {o.writer[1]}",
+                *(number(x, 3) for x in (o.length, o.fitted, o.held_out, o.null)),
+            )
+            for o in self.outputs
+        )
+        columns = ("writer", "|v|", "constant, fitted", "held out", "random")
+        notes = (
+            f"constant share over all writers {number(self.share, 3)}",
+            *self.recovered.table().notes,
+        )
+        return Table("low-rank update to vector", columns, rows, notes)
+
+
+def low_rank_to_vector(
+    lm: LanguageModel,
+    behavior: Behavior,
+    update: LowRankUpdate,
+    *,
+    sign: int = 1,
+    train_requests: int = 48,
+    max_prompts: int = 32,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+) -> LowRankAsVector:
+    """Convert a low-rank update into the vectors that it adds on average.
+
+    Args:
+        lm: the unsteered model.
+        behavior: split here: means are of train prompts with the unsteered answers, the shares and
+            the recovery of test prompts.
+        update: at the strength to convert.
+        sign: side of the prompts, as in `Evaluator`.
+        train_requests: most train prompts of each side.
+        max_prompts: most test prompts of each side.
+        max_new_tokens: length of answers.
+        seed: of the split, the null and the intervals.
+
+    Raises:
+        TrimtabError: an update of another model, at strength 0, or behind a post-norm.
+    """
+    update.check(lm)
+    if lm.sites.post_norm or not update.strength:
+        raise TrimtabError(
+            asked=f"{update.label} as a vector",
+            found="strength 0"
+            if not update.strength
+            else f"{type(lm.model).__name__} puts a norm between the output projection and the stream",
+            advice="give an update that steers" if not update.strength else "keep the update",
+        )
+    splits = behavior.split(seed)
+    fitted = outputs_of(lm, update, answered(lm, splits.train, train_requests, max_new_tokens))
+    held = outputs_of(lm, update, answered(lm, splits.test, max_prompts, max_new_tokens))
+    means = {writer: values.mean(0) for writer, values in fitted.items()}
+    if not all(float(v.norm()) > 0 for v in means.values()):
+        means = {writer: v for writer, v in means.items() if float(v.norm()) > 0}
+    lever = _vectors(lm, means)
+    generator = torch.Generator().manual_seed(seed)
+    rows = tuple(_row(w, means[w], fitted[w], held[w], generator) for w in means)
+    left = sum(float((held[w] - means[w]).square().sum()) for w in means)
+    whole = sum(float(held[w].square().sum()) for w in held)
+    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
+    nulls = [random_null(v, s) for v, s in zip(lever.vectors, null_seeds(seed, len(means)), strict=False)]  # fmt: skip
+    found = recovered(lm, test, update, lever, sign=sign, null=Together(tuple(nulls)), seed=seed)
+    return LowRankAsVector(lever, rows, 1 - left / whole, found)
+
+
+@torch.no_grad()
+def outputs_of(
+    lm: LanguageModel, update: LowRankUpdate, encoded: Sequence[Encoded]
+) -> dict[Writer, Tensor]:
+    """Return writer -> m r B A x at every token under the update, float64 `[tokens, d_model]`.
+
+    r is the model's residual multiplier, so that they are in the units of the stream.
+    """
+    found: dict[Writer, list[Tensor]] = {writer: [] for writer in update.left}
+    mask = torch.empty(0)
+    scale = update.strength * lm.sites.residual_multiplier
+
+    factors = {w: (update.left[w].double(), update.right[w].double()) for w in found}
+
+    def read(writer: Writer, hidden: Tensor) -> None:
+        b, a = factors[writer]
+        x = hidden[mask.to(hidden.device)].double().cpu()
+        found[writer].append(scale * ((x @ a.T) @ b.T))
+
+    with update.on(lm), Hooks() as hooks:
+        for writer in found:
+            hooks.before(writer_of(lm, writer), partial(read, writer))
+        for batch in lm.batches(encoded):
+            mask = batch.attention_mask.bool()
+            lm.forward(batch, logits_to_keep=1)
+    return {writer: torch.cat(values) for writer, values in found.items()}
+
+
+def _vectors(lm: LanguageModel, means: dict[Writer, Tensor]) -> Together:
+    vectors: list[VectorSteering] = []
+    for kind, site in SITES.items():
+        mine = {layer: v for (k, layer), v in means.items() if k == kind}
+        if mine:
+            made = VectorSteering.from_directions(lm, mine, site=site)
+            norms = calibrate(lm, site=site).mean
+            note = {"method": "mean output of a low-rank update"}
+            vectors.append(replace(made, norms={k: norms[k] for k in mine}, provenance=note))
+    return Together(tuple(vectors), "mean output")
+
+
+def _row(
+    writer: Writer, v: Tensor, fitted: Tensor, held: Tensor, generator: torch.Generator
+) -> MeanOutput:
+    random = torch.randn(v.shape, generator=generator, dtype=v.dtype)
+    random *= v.norm() / random.norm()
+    return MeanOutput(
+        writer=writer,
+        length=float(v.norm()),
+        fitted=float(v.square().sum() / fitted.square().sum(-1).mean()),
+        held_out=_explained(held, v),
+        null=_explained(held, random),
+    )
+
+
+def _explained(values: Tensor, v: Tensor) -> float:
+    return float(1 - (values - v).square().sum() / values.square().sum())

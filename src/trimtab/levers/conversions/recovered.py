@@ -1,0 +1,185 @@
+"""How much of one lever's effect another one has: the gap and the behavior recovered.
+
+On the prompts of a split, with g the readout gap at the first answer position,
+
+    gap recovered = sum_i (g_i(after) - g_i) / sum_i (g_i(before) - g_i)
+
+where g_i is unsteered, before is the lever that was converted and after what it became; the
+behavior recovered is the same of the judge's scores. 1 is all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.evaluation.evaluate import Evaluation, Evaluator
+from trimtab.evaluation.readout import gap
+from trimtab.evaluation.summary import mean
+from trimtab.prompts.task.teacher import switched
+from trimtab.results.intervals import paired_bootstrap, ratio_bootstrap, share_interval
+from trimtab.results.tables import Printable, Table, number, with_interval
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import Switch
+
+Interval = tuple[float, float, float]
+LEAST_EFFECT = 0.05  # a score that moved less has nothing to recover
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One lever on the scored prompts of a split.
+
+    Attributes:
+        name: which lever.
+        gap: mean readout gap, nats; None for a behavior without readout words.
+        score: mean verdict on the wanted side with its interval.
+        coherence: mean of the answers.
+        damage_p95: nats per token, 95th percentile.
+    """
+
+    name: str
+    gap: float | None
+    score: Interval
+    coherence: float
+    damage_p95: float
+
+
+@dataclass(frozen=True)
+class Recovered(Printable):
+    """The lever before and after a conversion, beside the unsteered model and a null.
+
+    Attributes:
+        behavior: its name.
+        sign: +1 toward, -1 away.
+        n: prompts.
+        effects: unsteered, before, after, and the null where there is one.
+        gap: share of the gap's movement recovered, with its interval; None without readout words.
+        score: share of the score's movement recovered; None where it moved by less than 0.05.
+        null_gap: the null's share of the gap's movement; None without a null.
+    """
+
+    behavior: str
+    sign: int
+    n: int
+    effects: tuple[Effect, ...]
+    gap: Interval | None
+    score: Interval | None
+    null_gap: float | None
+
+    def effect(self, name: str) -> Effect:
+        """Return the effect of `unsteered`, `before`, `after` or `null`."""
+        return next(effect for effect in self.effects if effect.name == name)
+
+    def table(self) -> Table:
+        """Return one line per lever, the shares recovered underneath."""
+        rows = tuple(
+            (
+                e.name,
+                number(e.gap),
+                with_interval(*e.score),
+                number(e.coherence),
+                number(e.damage_p95, 3),
+            )
+            for e in self.effects
+        )
+        notes = [f"{self.n} prompts of {self.behavior}, sign {self.sign:+d}; intervals 95 %"]
+        if self.gap is not None:
+            notes.append(f"gap recovered {with_interval(*self.gap)}, by the null {number(self.null_gap)}")  # fmt: skip
+        if self.score is not None:
+            notes.append(f"behavior recovered {with_interval(*self.score)}")
+        columns = ("lever", "gap", "score", "coherence", "damage p95")
+        return Table("recovered by the conversion", columns, rows, tuple(notes))
+
+
+def recovered(
+    lm: LanguageModel,
+    evaluator: Evaluator,
+    before: Switch,
+    after: Switch,
+    *,
+    sign: int = 1,
+    null: Switch | None = None,
+    seed: int = 0,
+) -> Recovered:
+    """Measure a lever and what it was converted into on the same prompts.
+
+    Args:
+        lm: the unsteered model.
+        evaluator: of the split to score on, on which nothing was chosen.
+        before: the lever that was converted.
+        after: what it became.
+        sign: +1 toward, -1 away.
+        null: the same conversion of something without meaning, such as a random direction.
+        seed: of the intervals.
+    """
+    data, prompts = evaluator.behavior, evaluator.prompts(evaluator.scored(sign))
+    levers: dict[str, Switch | None] = {"unsteered": None, "before": before, "after": after}
+    levers |= {} if null is None else {"null": null}
+    results = {name: evaluator.run(lever, sign) for name, lever in levers.items()}
+    gaps = {name: gaps_of(lm, data, prompts, lever) for name, lever in levers.items()}
+    rest = gaps["unsteered"]
+    moved: dict[str, list[float]] = {}
+    for name, values in gaps.items():
+        if values is not None and rest is not None:
+            moved[name] = (values - rest).tolist()
+    null_gap = None
+    if "null" in moved:
+        null_gap = _share(moved["null"], moved["before"], seed)[0]
+    return Recovered(
+        behavior=data.name,
+        sign=sign,
+        n=len(prompts),
+        effects=tuple(_effect(n, r, gaps[n], seed) for n, r in results.items()),
+        gap=_share(moved["after"], moved["before"], seed) if moved else None,
+        score=_behavior(results, seed),
+        null_gap=null_gap,
+    )
+
+
+def gaps_of(
+    lm: LanguageModel, behavior: Behavior, prompts: Sequence[Prompt], lever: Switch | None
+) -> torch.Tensor | None:
+    """Return the readout gap of every prompt under a lever, `[n]` nats; None without readout words."""
+    if behavior.readout is None:
+        return None
+    with switched(lm, lever):
+        return gap(lm, behavior, prompts).double()
+
+
+def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval:
+    """The ratio of two sums over prompts, which are resampled."""
+    side = 1.0 if sum(whole) >= 0 else -1.0  # the bootstrap of a ratio wants a positive divisor
+    below, above = [side * x for x in whole], [side * x for x in part]
+    if not sum(below) > 0:
+        return math.nan, math.nan, math.nan
+    low, high = ratio_bootstrap(above, below, seed)
+    return sum(above) / sum(below), low, high
+
+
+def _behavior(results: dict[str, Evaluation], seed: int) -> Interval | None:
+    """The share of the score's movement; its interval that of after - before, paired."""
+    rest, before, after = (results[name].scores for name in ("unsteered", "before", "after"))
+    moved = mean(before) - mean(rest)
+    if abs(moved) < LEAST_EFFECT:
+        return None
+    ends = sorted(1 + bound / moved for bound in paired_bootstrap(after, before, seed))
+    return (mean(after) - mean(rest)) / moved, ends[0], ends[1]
+
+
+def _effect(name: str, result: Evaluation, gaps: torch.Tensor | None, seed: int) -> Effect:
+    return Effect(
+        name=name,
+        gap=None if gaps is None else float(gaps.mean()),
+        score=(mean(result.scores), *share_interval(result.scores, seed)),
+        coherence=mean(result.coherences),
+        damage_p95=result.damage(seed).p95,
+    )

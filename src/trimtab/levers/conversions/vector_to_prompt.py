@@ -1,0 +1,243 @@
+"""Vector to hard prompt: the pull-back of a vector to the embeddings, its nearest tokens, repaired.
+
+1. delta* `[k, d_model]`: the gradient, with respect to what stands in each place of the slot (at first
+   the mean embedding), of the mean projection of the last prompt token's state on the vector.
+2. Tokens: at each place the allowed ones of largest cosine with delta*, searched with a beam.
+3. Repair: HotFlip lowers the cross-entropy of the answers that the steered model gives.
+
+The pull-back is that of arXiv 2506.24056's authors, who treat prompts as vectors at the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.vector_to_soft import Matched, induced, match
+from trimtab.methods.training import frozen
+from trimtab.models.sites import Site
+from trimtab.prompts.discrete.hotflip import Progress, hotflip
+from trimtab.prompts.projections.project import project
+from trimtab.prompts.scoring.kernel import Kernel
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.prompts.soft.soft import Soft
+from trimtab.prompts.soft.states import states
+from trimtab.prompts.task.constraints import Bound, Constraints
+from trimtab.prompts.task.rows import Row, lay_out, slot_text
+from trimtab.prompts.task.teacher import COMPLETION, answers_as_ids
+from trimtab.results.tables import Table, number
+from trimtab.steering.prompt import PromptSteering
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
+
+
+@dataclass(frozen=True)
+class TokensMatched:
+    """What some tokens in the slot are worth.
+
+    Attributes:
+        text: theirs.
+        cosine: mean over places of cos(E(t) - mean E, delta*).
+        reconstruction: cos(sum of E(t) - mean E over places, sum of delta*).
+        loss: cross-entropy of the steered model's answers on train prompts, nats per token.
+        matched: states on held-out requests against the steered ones, at the deepest steered layer.
+    """
+
+    text: str
+    cosine: float
+    reconstruction: float
+    loss: float
+    matched: Matched
+
+
+@dataclass(frozen=True, eq=False)
+class VectorAsPrompt(Conversion):
+    """A vector as a hard prompt, with its residual.
+
+    Attributes:
+        lever: the repaired prompt in its slot.
+        projected: the tokens nearest to the pull-back.
+        repaired: the tokens after repair.
+        null: random allowed tokens.
+        recovered: gap and behavior of the repaired prompt on test prompts, beside random tokens.
+        scored: candidates that repair scored.
+    """
+
+    lever: PromptSteering
+    projected: TokensMatched
+    repaired: TokensMatched
+    null: TokensMatched
+    recovered: Recovered
+    scored: int
+
+    @property
+    def residual(self) -> float:
+        """One minus the reconstruction cosine of the repaired tokens."""
+        return 1 - self.repaired.reconstruction
+
+    def table(self) -> Table:
+        """Return one line per stage, the recovery underneath."""
+        rows = tuple(
+            (
+                name,
+                repr(found.text),
+                *(number(x, 3) for x in (found.cosine, found.reconstruction, found.loss)),
+                number(found.matched.shift, 3),
+                number(found.matched.closed, 3),
+            )
+            for name, found in (
+                ("nearest tokens", self.projected),
+                ("repaired", self.repaired),
+                ("random tokens", self.null),
+            )
+        )
+        columns = (
+            "stage",
+            "text",
+            "cosine",
+            "reconstruction",
+            "CE",
+            "cosine of the shift",
+            "closed",
+        )
+        return Table("vector to hard prompt", columns, rows, self.recovered.table().notes)
+
+
+def vector_to_prompt(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    k: int = 4,
+    *,
+    sign: int = 1,
+    slot: str = "prefix",
+    constraints: Constraints | None = None,
+    steps: int = 16,
+    top_k: int = 32,
+    train_requests: int = 6,
+    max_prompts: int = 32,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VectorAsPrompt:
+    """Convert a vector into a prompt of k tokens.
+
+    Args:
+        lm: the unsteered model.
+        behavior: split here: found on train prompts, reported on test prompts.
+        vector: at the strength to reproduce.
+        k: tokens.
+        sign: side of the prompts, as in `Evaluator`.
+        slot: where they stand.
+        constraints: what the tokens may be; printable ASCII by default.
+        steps: of HotFlip; 0 leaves the nearest tokens, made legal.
+        top_k: replacements of each place.
+        train_requests: so many train prompts are searched on.
+        max_prompts: most test prompts.
+        max_new_tokens: length of judged answers.
+        seed: of everything random.
+        progress: called with HotFlip's steps.
+
+    Raises:
+        TrimtabError: a vector at strength 0, no legal tokens, or a behavior that cannot be scored.
+    """
+    if not vector.strength:
+        raise TrimtabError(f"{vector.label} as a prompt", "strength 0", "give one that steers")
+    splits = behavior.split(seed)
+    train = Evaluator(lm, splits.train, max_prompts=train_requests)
+    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
+    side = train.scored(sign)
+    prompts = train.prompts(side)
+    rows = lay_out(lm, prompts, slot, targets=answers_as_ids(lm, vector, prompts, COMPLETION))
+    bound = (constraints or Constraints()).bind(lm, rows)
+    generator = torch.Generator().manual_seed(seed)
+    delta = pull_back(lm, rows, vector, k, bound)
+    soft = Soft(delta, 0.0, 0.0, (), 0, 0, 0.0, "pull-back")
+    near = project(
+        lm, rows, soft, "lattice", generator=generator, allowed=bound.allowed, legal=bound.legal,
+    )  # fmt: skip
+    kernel = Kernel(lm, rows)
+    found = hotflip(
+        kernel, bound, near.ids, steps=steps, top_k=top_k, generator=generator, progress=progress,
+    )  # fmt: skip
+    random = _random(bound, k, generator)
+    held = induced(lm, vector, test.prompts(side)[:train_requests], max(vector.layers), slot)
+
+    def worth(ids: Sequence[int]) -> TokensMatched:
+        embedded = token_embeddings(lm, ids).float().cpu() - _middle(lm, bound)
+        return TokensMatched(
+            text=slot_text(lm, ids),
+            cosine=float(nn.functional.cosine_similarity(embedded, delta, dim=-1).mean()),
+            reconstruction=float(
+                nn.functional.cosine_similarity(embedded.sum(0), delta.sum(0), dim=0)
+            ),
+            loss=kernel.one(ids),
+            matched=match(lm, held, token_embeddings(lm, ids).float()),
+        )
+
+    levers = [_lever(slot_text(lm, ids), slot, vector) for ids in (found.ids, random)]
+    return VectorAsPrompt(
+        lever=levers[0],
+        projected=worth(near.ids),
+        repaired=worth(found.ids),
+        null=worth(random),
+        recovered=recovered(lm, test, vector, levers[0], sign=sign, null=levers[1], seed=seed),
+        scored=found.scored,
+    )
+
+
+def pull_back(
+    lm: LanguageModel, rows: Sequence[Row], vector: VectorSteering, k: int, bound: Bound
+) -> Tensor:
+    """Return delta*, float32 `[k, d_model]`: what to add to the slot's places to move along the vector.
+
+    The gradient of sum_l alpha_l (h_l . c_l), meaned over rows at their last prompt token, at the mean
+    embedding of the allowed tokens in every place.
+    """
+    middle = _middle(lm, bound).expand(k, -1).clone().to(lm.device).requires_grad_(True)
+    sites = [Site(vector.site, layer) for layer in vector.layers]
+    prompts = [row.first(0) for row in rows]
+    with frozen(lm.model):
+        read = states(lm, prompts, middle, sites, last=True)
+        moved = sum(
+            vector.alphas[site.layer] * (h @ vector.directions[site.layer].to(h.device)).mean()
+            for site, h in zip(sites, read, strict=True)
+        )
+        assert isinstance(moved, Tensor)  # a vector has at least one layer
+        (gradient,) = torch.autograd.grad(moved, middle)
+    if not float(gradient.norm()) > 0:
+        raise TrimtabError(
+            f"the pull-back of {vector.label} to the embeddings",
+            "a slot from which nothing reaches the vector",
+            "use a slot in front of the last prompt token",
+        )
+    return gradient.detach().float().cpu()
+
+
+def _middle(lm: LanguageModel, bound: Bound) -> Tensor:
+    """The mean embedding of the allowed tokens `[d_model]`."""
+    return token_embeddings(lm)[bound.allowed.to(lm.device)].float().mean(0).cpu()
+
+
+def _random(bound: Bound, k: int, generator: torch.Generator, tries: int = 256) -> tuple[int, ...]:
+    pool = bound.allowed.nonzero().flatten()
+    drawn = pool[torch.randint(len(pool), (tries, k), generator=generator)].tolist()
+    legal = bound.legal(drawn)
+    return tuple(next((s for s, fine in zip(drawn, legal, strict=True) if fine), drawn[0]))
+
+
+def _lever(text: str, slot: str, vector: VectorSteering) -> PromptSteering:
+    note: dict[str, object] = {"method": "vector to prompt", "vector": vector.label}
+    return PromptSteering(text, slot=slot, provenance=note)

@@ -1,0 +1,262 @@
+"""Vector to soft prompt: vectors in the slot that leave the stream as the steering leaves it.
+
+With r the states of the steered model and h those with k free vectors in the slot, over the tokens of
+the template behind the request and of the answer, at one layer,
+
+    minimize mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
+
+as in state matching (prompts/soft/states.py), where r comes from a reference prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.models.sites import Site
+from trimtab.prompts.soft.embeddings import token_embeddings
+from trimtab.prompts.soft.soft import Progress, Soft, descend, starting_vectors
+from trimtab.prompts.soft.states import NEAR, states
+from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.teacher import answers_as_ids, switched
+from trimtab.results.tables import Table, number
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.prompt import PromptSteering
+    from trimtab.steering.vector import Switch, VectorSteering
+
+ANSWER = 12  # answer tokens whose states are matched
+
+
+@dataclass(frozen=True)
+class Matched:
+    """States with a lever against the steered ones, at tokens of held-out requests.
+
+    Attributes:
+        cosine: mean cos(h, r).
+        shift: mean cos(h - h0, r - h0), h0 the unsteered states: of what the steering changed alone.
+        closed: 1 - sum |h - r|^2 / sum |h0 - r|^2; 0 for the unsteered states, negative for worse.
+        loss: of the objective.
+    """
+
+    cosine: float
+    shift: float
+    closed: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class VectorAsSoft(Conversion):
+    """A vector as a soft prompt, with its residual.
+
+    Attributes:
+        lever: the soft prompt in its slot.
+        soft: the vectors and their training.
+        layer: whose output was matched.
+        matched: on held-out requests.
+        null: the same with the random tokens that training started from.
+        recovered: gap and behavior on test prompts.
+    """
+
+    lever: PromptSteering
+    soft: Soft
+    layer: int
+    matched: Matched
+    null: Matched
+    recovered: Recovered
+
+    @property
+    def residual(self) -> float:
+        """The share of the steering's displacement that is left open on held-out requests."""
+        return 1 - self.matched.closed
+
+    def table(self) -> Table:
+        """Return the match beside its null, the recovery underneath."""
+        rows = tuple(
+            (name, number(m.cosine, 3), number(m.shift, 3), number(m.closed, 3), number(m.loss, 3))
+            for name, m in (("trained", self.matched), ("random tokens", self.null))
+        )
+        columns = ("vectors", "cosine", "cosine of the shift", "closed", "loss")
+        notes = (
+            f"layer {self.layer}, {len(self.soft.vectors)} vectors, {self.soft.steps} steps",
+            *self.recovered.table().notes,
+        )
+        return Table("vector to soft prompt", columns, rows, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Rows with the states that a lever induces at the tokens behind the request.
+
+    Attributes:
+        rows: with the lever's answers.
+        steered: float32 `[tokens, d_model]`.
+        unsteered: the same tokens without it.
+        layer: whose output they are.
+    """
+
+    rows: list[Row]
+    steered: Tensor
+    unsteered: Tensor
+    layer: int
+
+
+def vector_to_soft(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    k: int = 4,
+    *,
+    layer: int | None = None,
+    sign: int = 1,
+    slot: str = "prefix",
+    steps: int = 80,
+    learning_rate: float = 0.2,
+    train_requests: int = 8,
+    max_prompts: int = 32,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VectorAsSoft:
+    """Convert a vector into a soft prompt by matching the states it induces.
+
+    Args:
+        lm: the unsteered model.
+        behavior: split here: trained on train prompts, reported on test prompts.
+        vector: at the strength to match.
+        k: vectors in the slot.
+        layer: whose output is matched; the deepest steered one when absent.
+        sign: side of the prompts, as in `Evaluator`.
+        slot: where the vectors stand.
+        steps: of Adam.
+        learning_rate: per coordinate, in units of the embeddings' root mean square.
+        train_requests: so many train prompts are trained on.
+        max_prompts: most test prompts.
+        max_new_tokens: length of judged answers.
+        seed: of the split and the start.
+        progress: called with steps done and steps in all.
+
+    Raises:
+        TrimtabError: a vector that changes nothing, or a layer above all that it steers.
+    """
+    at = max(vector.layers) if layer is None else layer
+    if not vector.strength or at < min(vector.layers):
+        raise TrimtabError(
+            asked=f"the states of {vector.label} at layer {at}",
+            found="strength 0"
+            if not vector.strength
+            else f"steered layers from {min(vector.layers)}",
+            advice="give a strength that steers, and a layer at or behind the steered ones",
+        )
+    splits = behavior.split(seed)
+    train = Evaluator(lm, splits.train, max_prompts=train_requests)
+    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
+    side = train.scored(sign)
+    target = induced(lm, vector, train.prompts(side), at, slot)
+    held = induced(lm, vector, test.prompts(side)[:train_requests], at, slot)
+    start, named = starting_vectors(lm, k, "random_tokens", torch.Generator().manual_seed(seed))
+
+    def loss(vectors: Tensor) -> Tensor:
+        return _loss(_states(lm, target, vectors), target.steered)
+
+    soft = descend(
+        lm,
+        start,
+        loss,
+        lambda vectors: float(loss(vectors)),
+        steps=steps,
+        learning_rate=learning_rate,
+        init=named,
+        progress=progress,
+    )
+    lever = soft.lever(lm, slot)
+    return VectorAsSoft(
+        lever=lever,
+        soft=soft,
+        layer=at,
+        matched=match(lm, held, soft.vectors),
+        null=match(lm, held, start),
+        recovered=recovered(lm, test, vector, lever, sign=sign, seed=seed),
+    )
+
+
+def induced(
+    lm: LanguageModel, lever: Switch, prompts: Sequence[Prompt], layer: int, slot: str = "prefix"
+) -> Target:
+    """Read the states that a lever induces, along the answers that it gives.
+
+    Args:
+        lm: the model.
+        lever: one that leaves the prompts' tokens as they are.
+        prompts: requests.
+        layer: whose output is read.
+        slot: of the rows, which another lever is to fill.
+    """
+    answers = answers_as_ids(lm, lever, prompts, ANSWER)
+    rows = lay_out(lm, prompts, slot, targets=answers)
+    read = []
+    for each in (lever, None):
+        with torch.no_grad(), switched(lm, each):
+            read.append(torch.cat([_tail(lm, row, layer) for row in rows]))
+    return Target(rows, read[0], read[1], layer)
+
+
+@torch.no_grad()
+def match(lm: LanguageModel, target: Target, vectors: Tensor) -> Matched:
+    """Compare the states with vectors in the slot with the induced ones."""
+    found = _states(lm, target, vectors.to(lm.device))
+    before, wanted = target.unsteered, target.steered
+    left = (found - wanted).square().sum()
+    return Matched(
+        cosine=float(_cosine(found, wanted)),
+        shift=float(_cosine(found - before, wanted - before)),
+        closed=float(1 - left / (before - wanted).square().sum().clamp(min=NEAR)),
+        loss=float(_loss(found, wanted)),
+    )
+
+
+def _tail(lm: LanguageModel, row: Row, layer: int) -> Tensor:
+    """States of a row's read tokens in the plain prompt, without a slot `[tokens, d_model]`."""
+    prompt = lm.encode(row.request)
+    first, *rest = prompt.ids
+    head = prompt.prompt_length - prompt.instruction_end
+    # Its first token stands in the slot, as its own embedding: the boundaries that scopes need stay.
+    plain = replace(row, before=(), after=tuple(rest), head=head)
+    (found,) = states(lm, [plain], token_embeddings(lm, [first]), [Site("resid_post", layer)])
+    return found[-_width(row) :]
+
+
+def _width(row: Row) -> int:
+    """Tokens read of a row: the template's behind the request, at least one, and the answer's."""
+    return max(1, row.head) + max(0, len(row.target) - 1)
+
+
+def _states(lm: LanguageModel, target: Target, vectors: Tensor) -> Tensor:
+    """The same tokens' states with vectors in the slot, differentiable in them."""
+    (found,) = states(lm, target.rows, vectors, [Site("resid_post", target.layer)])
+    pieces, start = [], 0
+    for row in target.rows:
+        end = start + len(row.after) + max(0, len(row.target) - 1)
+        pieces.append(found[end - _width(row) : end])
+        start = end
+    return torch.cat(pieces)
+
+
+def _loss(found: Tensor, wanted: Tensor) -> Tensor:
+    size = wanted.square().sum(-1).mean().clamp(min=NEAR)
+    return (found - wanted).square().sum(-1).mean() / size + 1 - _cosine(found, wanted)
+
+
+def _cosine(found: Tensor, wanted: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(found, wanted, dim=-1, eps=NEAR).mean()

@@ -1,0 +1,138 @@
+"""Two checkpoints on the same prompts: the paired difference of their gaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.margins.census import Census, Share
+from trimtab.margins.close import SIGNS, KlToClose
+from trimtab.margins.gap import GapReport
+from trimtab.margins.radius import Radius
+from trimtab.margins.sets import Resolution
+from trimtab.results.quantiles import Quantiles, quantiles
+from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that is audited of one checkpoint."""
+
+    gap: GapReport
+    census: Census
+    resolution: Resolution
+    radius: Radius
+    kl_to_close: KlToClose
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Audited model minus the one it is compared with, paired by prompt.
+
+    Attributes:
+        n: prompts.
+        gap: difference of the gaps, nats.
+        standard: difference of the gaps over the standard deviation of each prompt's logits.
+        relative_radius: difference of the signed first-order radii over the stream's norm after the
+            last block; None for lists of prompts without radii.
+        wider: share of prompts whose margin grew: a larger gap on `toward`, a smaller one on `away`
+            prompts; None for lists that call for neither side.
+        values: the gaps' difference per prompt.
+    """
+
+    n: int
+    gap: Quantiles
+    standard: Quantiles
+    relative_radius: Quantiles | None
+    wider: Share | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Compared(Printable):
+    """A second checkpoint and how the audited one differs from it.
+
+    Attributes:
+        model: the audited one; other: the one it is compared with.
+        sign: what a positive difference means.
+        difference: list of prompts to the paired difference.
+        gap: of the other, like the remaining fields.
+        census: of the other.
+        resolution: of the other.
+        radius: of the other.
+        kl_to_close: of the other.
+    """
+
+    model: str
+    other: str
+    sign: str
+    difference: dict[str, Difference]
+    gap: GapReport
+    census: Census
+    resolution: Resolution
+    radius: Radius
+    kl_to_close: KlToClose
+
+    def table(self) -> Table:
+        """Return one line per list of prompts."""
+        rows = tuple(
+            (
+                side,
+                str(one.n),
+                number(self.gap.sides[side].gap.median),
+                with_interval(one.gap.mean, one.gap.low, one.gap.high),
+                one.gap.cell,
+                with_interval(one.standard.mean, one.standard.low, one.standard.high),
+                ABSENT if one.wider is None else one.wider.cell,
+            )
+            for side, one in self.difference.items()
+        )
+        columns = ("prompts", "n", "median of the other", "mean difference", "median difference")
+        columns += ("mean difference / sd", "share wider")
+        return Table(f"{self.model} against {self.other}", columns, rows, (self.sign,))
+
+
+def compare(model: str, mine: Parts, other: str, theirs: Parts, seed: int = 0) -> Compared:
+    """Pair two audits of the same prompts."""
+    aggregator = mine.gap.aggregator
+    difference = {}
+    for side, one in mine.gap.sides.items():
+        values, before = one.values, theirs.gap.sides[side].values
+        pairs = {
+            name: torch.tensor(values[name]).double() - torch.tensor(before[name]).double()
+            for name in (aggregator, "standard")
+        }
+        delta = pairs[aggregator]
+        sign = SIGNS.get(side)
+        difference[side] = Difference(
+            one.n,
+            quantiles(delta, seed),
+            quantiles(pairs["standard"], seed),
+            _radii(mine.radius, theirs.radius, side, seed),
+            None if sign is None else Share.of(int((sign * delta > 0).sum()), one.n),
+            tuple(delta.tolist()),
+        )
+    said = (
+        f"difference = gap of {model} - gap of {other}, paired by prompt. The margin is wider where "
+        "it is positive on toward prompts, negative on away prompts. Raw gaps compare checkpoints "
+        "of one model; between families use the units over sd or the radius."
+    )
+    return Compared(
+        model,
+        other,
+        said,
+        difference,
+        theirs.gap,
+        theirs.census,
+        theirs.resolution,
+        theirs.radius,
+        theirs.kl_to_close,
+    )
+
+
+def _radii(mine: Radius, theirs: Radius, side: str, seed: int) -> Quantiles | None:
+    if side not in mine.values:
+        return None
+    last = [torch.tensor([row[-1] for row in r.values[side]]).double() for r in (mine, theirs)]
+    return quantiles(last[0] - last[1], seed)

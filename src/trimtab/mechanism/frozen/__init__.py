@@ -1,0 +1,1 @@
+"""Runs in which parts are held at what they do unsteered."""

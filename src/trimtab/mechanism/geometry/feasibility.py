@@ -1,0 +1,322 @@
+"""Feasibility: one push for all prompts, the real content of "the behavior is low rank".
+
+To first order one delta at a layer moves prompt i from b_i to b_i + g_i . delta. The shortest delta
+that crosses zero on every prompt (program.py: exact, or a certificate that there is none) lies
+between two lengths: what the hardest prompt needs alone, reached where all gradients are parallel,
+and what gradients of the same lengths in random directions need, the null. More dimensions than
+prompts make almost everything feasible, so the length is the answer, not the yes.
+
+Linear, so the delta is then really pushed, at growing multiples, on the train prompts that it comes
+from and on held-out ones, beside the mean gradient, the steering vector and a random direction of
+the same length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.readout import ReadoutTokens
+from trimtab.margins.census import Share
+from trimtab.margins.close import SIGNS, Pusher, pusher
+from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
+from trimtab.mechanism.geometry.program import largest_share, smallest_norm
+from trimtab.results.tables import Printable, Table, number
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
+
+MARGIN = 0.01  # nats beyond zero: the gap is to cross it, not to touch it
+RADII = (0.05, 0.1, 0.2, 0.4, 0.8)  # over |h|
+FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the linear length
+NULLS = 10
+
+
+@dataclass(frozen=True)
+class ShareWithin:
+    """The largest share of prompts that one push of bounded length can move, to first order.
+
+    Attributes:
+        radius: the length over |h|.
+        count: prompts that a push found satisfies.
+        bound: no push that short satisfies more.
+        n: prompts.
+    """
+
+    radius: float
+    count: int
+    bound: int
+    n: int
+
+    @property
+    def cell(self) -> str:
+        """The two shares, for a table."""
+        if self.count == self.bound:
+            return number(self.count / self.n)
+        return f"{number(self.count / self.n)}..{number(self.bound / self.n)}"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """One direction really pushed.
+
+    Attributes:
+        direction: `program`, `mean gradient`, `vector` or `random`.
+        factor: length over that of the shortest linear push.
+        train: share of train prompts whose gap crosses zero.
+        test: share of held-out prompts.
+        test_kl: median KL(unsteered, pushed) of the held-out prompts' first answer token, nats.
+    """
+
+    direction: str
+    factor: float
+    train: Share
+    test: Share
+    test_kl: float
+
+
+@dataclass(frozen=True)
+class FeasibilityRow:
+    """One side at one site.
+
+    Attributes:
+        side: `away` prompts, pushed up past 0, or `toward` prompts, pushed down.
+        site: whose last position is pushed.
+        n: train prompts.
+        feasible: whether one delta crosses zero on all of them, to first order.
+        norm: length of the shortest over the median |h|; infinite where there is none.
+        alone: what the hardest prompt needs by itself, likewise.
+        null: mean of `norm` for random gradients of the same lengths, with its range
+            `null_low` to `null_high`; infinite where some are infeasible.
+        null_low: see `null`.
+        null_high: see `null`.
+        binding: prompts that hold the shortest push back.
+        within: largest shares by length, to first order.
+        works: smallest multiple tried at which the push really crosses zero on every train prompt;
+            infinite for none.
+        pushed: what real pushes do at 1 and at `works` (or the largest multiple tried).
+    """
+
+    side: str
+    site: str
+    n: int
+    feasible: bool
+    norm: float
+    alone: float
+    null: float
+    null_low: float
+    null_high: float
+    binding: int
+    within: tuple[ShareWithin, ...]
+    works: float
+    pushed: tuple[Pushed, ...]
+
+
+@dataclass(frozen=True)
+class Feasibility(Printable):
+    """One push for all prompts, by side.
+
+    Attributes:
+        margin: nats beyond zero that were asked for.
+        held_out: side to its number of held-out prompts.
+        rows: one per side.
+    """
+
+    margin: float
+    held_out: dict[str, int]
+    rows: tuple[FeasibilityRow, ...]
+
+    def table(self) -> Table:
+        """Return one line per side."""
+        rows = tuple(
+            (
+                row.side,
+                str(row.n),
+                "yes" if row.feasible else "no",
+                number(row.norm, 3),
+                number(row.alone, 3),
+                f"{number(row.null, 3)} [{number(row.null_low, 3)}, {number(row.null_high, 3)}]",
+                str(row.binding),
+                *(one.cell for one in row.within),
+                number(row.works),
+            )
+            for row in self.rows
+        )
+        columns = ("prompts", "n", "feasible", "norm / |h|", "hardest alone", "null", "binding")
+        columns += (*(f"share at {radius:g}" for radius in RADII), "really, times")
+        notes = (
+            f"{self.rows[0].site}, last position; to first order, train prompts; one push delta with "
+            f"b_i + g_i . delta beyond {self.margin:g} nats for all; lengths over the median |h|",
+            "null: gradients of the same lengths in random directions; share at r: found..bound",
+        )
+        return Table("One push for all prompts", columns, rows, notes)
+
+    def pushed_table(self) -> Table:
+        """Return one line per side, direction and multiple, really pushed."""
+        rows = tuple(
+            (
+                row.side,
+                one.direction,
+                number(one.factor),
+                one.train.cell,
+                one.test.cell,
+                number(one.test_kl, 3),
+            )
+            for row in self.rows
+            for one in row.pushed
+        )
+        columns = ("prompts", "direction", "times", "train crosses 0", "held-out", "KL, nats")
+        note = "the same length for every direction; times: of the shortest linear push"
+        return Table("The push, really made", columns, rows, (note,))
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return both tables."""
+        return self.table(), self.pushed_table()
+
+
+def feasibility(
+    lm: LanguageModel,
+    vector: VectorSteering,
+    tokens: ReadoutTokens,
+    train: Behavior,
+    test: Behavior,
+    layer: int,
+    max_prompts: tuple[int, int] = (40, 20),
+    margin: float = MARGIN,
+    aggregator: str = "logsumexp",
+    seed: int = 0,
+) -> Feasibility:
+    """Find the shortest push that moves every train prompt at once, and push it for real.
+
+    Args:
+        lm: the unsteered model.
+        vector: looked at beside the push, at the same length.
+        tokens: readout of the gap.
+        train: whose prompts the push is computed from.
+        test: whose prompts it is tried on.
+        layer: 0-based, whose output is pushed at the last prompt position.
+        max_prompts: at most so many train and test prompts of each side.
+        margin: nats beyond zero.
+        aggregator: of the gap.
+        seed: of the nulls.
+
+    Raises:
+        TrimtabError: a side without prompts.
+    """
+    rows, held_out = [], {}
+    for side, up in (("away", 1), ("toward", -1)):
+        assert SIGNS[side] == -up  # the gap is pushed against its side's sign
+        learned, held = (
+            [lm.encode(example.prompt) for example in getattr(part, side)[:most]]
+            for part, most in zip((train, test), max_prompts, strict=True)
+        )
+        if not learned or not held:
+            raise TrimtabError(
+                asked=f"one push for all {side} prompts",
+                found=f"{len(learned)} train and {len(held)} held-out prompts",
+                advice="give the behavior more examples",
+            )
+        held_out[side] = len(held)
+        found = gap_gradients(lm, tokens, learned, aggregator)
+        b, g = up * found.gap.numpy(), up * found.grad[:, layer].double().numpy()
+        size = float(found.norm[:, layer].median())
+        pushers = [pusher(lm, tokens, some, layer, aggregator) for some in (learned, held)]
+        own = direction_at(vector, layer + 1)
+        own = None if own is None else up * own
+        rows.append(_row(side, up, b, g, size, layer, pushers, own, margin, seed))
+    return Feasibility(margin, held_out, tuple(rows))
+
+
+def null_norms(b: np.ndarray, g: np.ndarray, margin: float, seed: int) -> list[float]:
+    """Return the shortest norms for gradients of the same lengths in random directions."""
+    generator = np.random.default_rng(seed)
+    length = np.linalg.norm(g, axis=1, keepdims=True)
+    norms = []
+    for _ in range(NULLS):
+        drawn = generator.normal(size=g.shape)
+        drawn *= length / np.linalg.norm(drawn, axis=1, keepdims=True)
+        norms.append(smallest_norm(b, drawn, margin).norm)
+    return norms
+
+
+def _row(
+    side: str,
+    up: int,
+    b: np.ndarray,
+    g: np.ndarray,
+    size: float,
+    layer: int,
+    pushers: Sequence[Pusher],
+    own: Tensor | None,
+    margin: float,
+    seed: int,
+) -> FeasibilityRow:
+    shortest = smallest_norm(b, g, margin)
+    norms = null_norms(b, g, margin, seed)
+    within = []
+    for radius in RADII:
+        share = largest_share(b, g, radius * size, margin)
+        within.append(ShareWithin(radius, share.count, share.bound, share.n))
+    works, pushed = math.inf, ()
+    if shortest.delta is not None and shortest.norm > 0:
+        delta = torch.from_numpy(shortest.delta)
+        works = _works(pushers[0], delta, up)
+        mean = torch.from_numpy(g.mean(0))
+        drawn = torch.randn(len(delta), generator=torch.Generator().manual_seed(seed))
+        directions = {"program": delta, "mean gradient": mean, "vector": own, "random": drawn}
+        factors = sorted({1.0, works if math.isfinite(works) else FACTORS[-1]})
+        pushed = tuple(
+            _pushed(name, direction.double(), factor, shortest.norm, pushers, up)
+            for factor in factors
+            for name, direction in directions.items()
+            if direction is not None
+        )
+    return FeasibilityRow(
+        side=side,
+        site=depth_name(layer + 1),
+        n=len(b),
+        feasible=shortest.delta is not None,
+        norm=shortest.norm / size,
+        alone=shortest.alone / size,
+        null=float(np.mean(norms)) / size,
+        null_low=min(norms) / size,
+        null_high=max(norms) / size,
+        binding=int((shortest.weights > 1e-6).sum()),
+        within=tuple(within),
+        works=works,
+        pushed=pushed,
+    )
+
+
+def _works(pushes: Pusher, delta: Tensor, up: int) -> float:
+    """The smallest multiple tried that crosses zero on every prompt; infinite for none."""
+    for factor in FACTORS:
+        crossed, _ = _crossed(pushes, factor * delta, up)
+        if bool(crossed.all()):
+            return factor
+    return math.inf
+
+
+def _pushed(
+    name: str, direction: Tensor, factor: float, norm: float, pushers: Sequence[Pusher], up: int
+) -> Pushed:
+    delta = direction / direction.norm().clamp_min(1e-300) * (factor * norm)
+    (train, _), (test, kl) = (_crossed(one, delta, up) for one in pushers)
+    shares = [Share.of(int(found.sum()), len(found)) for found in (train, test)]
+    return Pushed(name, factor, shares[0], shares[1], float(kl.median()))
+
+
+def _crossed(pushes: Pusher, delta: Tensor, up: int) -> tuple[Tensor, Tensor]:
+    n = len(pushes.log_p)
+    gap, kl = pushes.push(torch.arange(n), delta.float().expand(n, -1))
+    return up * gap > 0, kl

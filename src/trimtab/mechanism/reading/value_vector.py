@@ -1,0 +1,213 @@
+"""What a steering says through the heads: its value vectors, read in tokens, beside random ones.
+
+The value vectors of reading/head_values.py are read as reading/lens.py says, each head's and their sum, beside the
+vector itself and random vectors of equal length at every steered layer, sent through the same heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.mechanism.circuits.teacher_forced import scored_prompts
+from trimtab.mechanism.frozen.holding import check_additive, push_before
+from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
+from trimtab.mechanism.reading.lens import Lens, Reading
+from trimtab.results.intervals import clopper_pearson
+from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
+from trimtab.steering.nulls import null_seeds, random_null
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
+
+SHOWN = 10  # heads in the table
+
+
+@dataclass(frozen=True)
+class ValueVectors(Printable):
+    """A steering read out through its heads.
+
+    Attributes:
+        behavior: its name.
+        vector: the steering's label.
+        model: its name.
+        toward: readout tokens of the behavior; empty without readout words.
+        away: those of its opposite.
+        randoms: how many random vectors the null has.
+        own: the vector itself, the sum of its pushes.
+        total: sum over all heads, each at its layer's mean scale.
+        leading: sum over the heads that carry half of the absolute attribution; None without a
+            ranking.
+        random: the sum over all heads for one of the random vectors.
+        heads: every head above the steering, by absolute attribution, else by length.
+        telling: share of heads with p <= 0.05; chance gives 0.05.
+        telling_low: its 95 % interval, as if heads were independent.
+        telling_high: see `telling_low`.
+        scales: layer to the mean k of reading/head_values.py.
+    """
+
+    behavior: str
+    vector: str
+    model: str
+    toward: tuple[str, ...]
+    away: tuple[str, ...]
+    randoms: int
+    own: Reading
+    total: Reading
+    leading: Reading | None
+    random: Reading
+    heads: tuple[Reading, ...]
+    telling: float | None
+    telling_low: float | None
+    telling_high: float | None
+    scales: dict[int, float]
+
+    def table(self) -> Table:
+        """Return the sums and the first heads."""
+        sums = [self.own, self.total, self.leading, self.random]
+        listed = [one for one in sums if one is not None] + list(self.heads[:SHOWN])
+        cells = tuple(
+            (
+                one.name,
+                number(one.attribution),
+                number(one.length),
+                with_interval(one.score, None, None),
+                ABSENT
+                if one.null_low is None
+                else f"{number(one.null_low)} to {number(one.null_high)}",
+                number(one.p, 3),
+                " ".join(map(repr, one.promoted[:6])),
+                " ".join(map(repr, one.suppressed[:6])),
+            )
+            for one in listed
+        )
+        columns = (
+            "what",
+            "attribution",
+            "length",
+            "score",
+            "random",
+            "p",
+            "promoted",
+            "suppressed",
+        )
+        notes = (
+            f"score: toward ({', '.join(map(repr, self.toward)) or 'none'}) minus away "
+            f"({', '.join(map(repr, self.away)) or 'none'}), in standard deviations of the tokens",
+            f"random: 95 % of {self.randoms} vectors of equal length; "
+            f"{len(self.heads)} heads in all, of which "
+            f"{with_interval(self.telling, self.telling_low, self.telling_high)} have p <= 0.05",
+        )
+        return Table(f"{self.vector}: what its value vectors say", columns, cells, notes)
+
+
+@torch.no_grad()
+def value_vectors(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    ranking: Mapping[tuple[int, int], float] | None = None,
+    *,
+    top: int = 20,
+    randoms: int = 200,
+    split: str | None = "train",
+    max_prompts: int = 8,
+    seed: int = 0,
+) -> ValueVectors:
+    """Read a steering's value vectors in tokens.
+
+    Args:
+        lm: the unsteered model.
+        behavior: whose readout words score the reading; without words there are tokens only.
+        vector: an additive steering at its strength; a negative one promotes the opposite.
+        ranking: (layer, head) to attribution; heads are listed by its absolute value.
+        top: tokens per reading.
+        randoms: vectors of the null.
+        split: whose prompts the scales are measured on, None for all.
+        max_prompts: at most so many.
+        seed: of the split and the null.
+
+    Raises:
+        TrimtabError: a steering that does not add, of strength 0, or that no attention reads; a
+            model whose heads, norms or head of the vocabulary have no known form.
+    """
+    check_additive(vector)
+    vector.check(lm)
+    layers = reading_layers(lm, vector)
+    if not layers or randoms < 20 or top < 1:
+        raise TrimtabError(
+            asked=f"the value vectors of {vector.label} with {randoms} random ones, {top} tokens",
+            found="no attention that reads the steered stream, or too small a count",
+            advice="steer below the last layer at a strength other than 0; use 20 random vectors "
+            "or more and at least 1 token",
+        )
+    data = behavior if split is None else behavior.split(seed=seed).named(split)
+    prompts = scored_prompts(data, 1 if vector.strength > 0 else -1)[:max_prompts]
+    scales = head_scales(lm, vector, prompts)
+    lens = Lens.of(lm, behavior, top)
+    nulls = [random_null(vector, null) for null in null_seeds(seed, randoms)]
+
+    pushes = [vector, *nulls]  # row 0 is the vector's own, everywhere below
+    heads: list[Reading] = []
+    total = torch.zeros(len(pushes), lm.d_model)
+    leading, leaders = torch.zeros_like(total), _leaders(ranking)
+    for layer in layers:
+        push = torch.stack([push_before(lm, one, layer, "attention") for one in pushes])
+        written = head_values(lm, layer, push) * scales[layer]  # [1 + randoms, heads, d_model]
+        total += written.sum(1)
+        for head in range(written.shape[1]):
+            one = lens.read(f"head {layer}.{head}", written[:, head])
+            attribution = None if ranking is None else float(ranking.get((layer, head), 0.0))
+            heads.append(replace(one, place=(layer, head), attribution=attribution))
+            if (layer, head) in leaders:
+                leading += written[:, head]
+    order = (lambda h: -h.length) if ranking is None else (lambda h: -abs(h.attribution or 0.0))
+    heads.sort(key=order)
+    own = torch.stack([_whole_push(one) for one in pushes])
+    random = lens.read("a random vector, all heads", total[1:2])
+    telling = None if lens.contrast is None else sum((h.p or 1) <= 0.05 for h in heads)
+    low, high = (None, None) if telling is None else clopper_pearson(telling, len(heads))
+    words = lens.tokens
+    return ValueVectors(
+        behavior=behavior.name,
+        vector=vector.label,
+        model=lm.name,
+        toward=() if words is None else tuple(words.texts[i] for i in words.toward),
+        away=() if words is None else tuple(words.texts[i] for i in words.away),
+        randoms=randoms,
+        own=lens.read("the vector itself", own),
+        total=lens.read("all heads", total),
+        leading=lens.read(f"{len(leaders)} leading heads", leading) if leaders else None,
+        random=random,
+        heads=tuple(heads),
+        telling=None if telling is None else telling / len(heads),
+        telling_low=low,
+        telling_high=high,
+        scales=scales,
+    )
+
+
+def _whole_push(vector: VectorSteering) -> Tensor:
+    parts = [alpha * vector.directions[layer].double() for layer, alpha in vector.alphas.items()]
+    return torch.stack(parts).sum(0).float()
+
+
+def _leaders(ranking: Mapping[tuple[int, int], float] | None) -> set[tuple[int, int]]:
+    """The fewest heads with half of the absolute attribution."""
+    found: set[tuple[int, int]] = set()
+    if ranking is None:
+        return found
+    left = sum(map(abs, ranking.values())) / 2
+    for head in sorted(ranking, key=lambda one: -abs(ranking[one])):
+        if left <= 0:
+            break
+        found.add(head)
+        left -= abs(ranking[head])
+    return found

@@ -1,0 +1,173 @@
+"""Whether different methods find the same thing: cosines of vectors, and shared dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.mechanism.sparse.dimensions import Effects, kept_dimensions
+from trimtab.results.intervals import beta_quantile
+from trimtab.results.tables import Printable, Table, number
+from trimtab.steering.vector import VectorSteering
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sets of surviving dimensions.
+
+    Attributes:
+        first: a name; second: the other's.
+        iou: intersection over union.
+        expected: mean IoU of permuted dimensions; `high` their 95th percentile.
+        p: share of permutations with at least this IoU, the observed one counted in.
+    """
+
+    first: str
+    second: str
+    iou: float
+    expected: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Overlap(Printable):
+    """How many surviving dimensions the vectors share.
+
+    Attributes:
+        share: of the dimensions that survive.
+        dimensions: in all.
+        permutations: of the null.
+        pairs: every two of the vectors.
+    """
+
+    share: float
+    dimensions: int
+    permutations: int
+    pairs: tuple[Pair, ...]
+
+    def table(self) -> Table:
+        """Return one line per pair."""
+        rows = tuple(
+            (
+                f"{p.first}, {p.second}",
+                number(p.iou),
+                f"{number(p.expected)} (95 %: {number(p.high)})",
+                number(p.p, 4),
+            )
+            for p in self.pairs
+        )
+        title = f"shared dimensions: the top {self.share:.0%} of {self.dimensions}"
+        note = f"null: {self.permutations} permutations of one set's dimensions inside each layer"
+        return Table(title, ("vectors", "IoU", "by chance", "p"), rows, (note,))
+
+
+def dimension_overlap(
+    scores: Mapping[str, Effects],
+    share: float = 0.1,
+    permutations: int = 2000,
+    seed: int = 0,
+) -> Overlap:
+    """Compare the dimensions that survive in different vectors, with a permutation test.
+
+    Permuting inside each layer keeps how many of a layer's dimensions survive. The test asks whether
+    dimensions are shared, not why: a model in which few dimensions matter to any direction shares
+    them among all, so put a random direction beside the methods.
+
+    Args:
+        scores: name -> layer -> score `[d_model]`, see `dimension_scores`.
+        share: of the dimensions that survive, all layers pooled.
+        permutations: of the null.
+        seed: of the permutations.
+
+    Raises:
+        TrimtabError: fewer than two vectors, other layers or widths, or no permutation.
+    """
+    shapes = {name: {k: tuple(v.shape) for k, v in each.items()} for name, each in scores.items()}
+    if len(scores) < 2 or permutations < 1 or len({str(s) for s in shapes.values()}) != 1:
+        raise TrimtabError(
+            asked=f"the shared dimensions of {', '.join(scores) or 'nothing'}",
+            found="fewer than two vectors, or vectors at other layers",
+            advice="find every vector at the same layers (layers=), and permute at least once",
+        )
+    kept = {name: kept_dimensions(each, share) for name, each in scores.items()}
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for first, second in combinations(kept, 2):
+        a, b = kept[first], kept[second]
+        sizes = [sum(int(each.sum()) for each in side.values()) for side in (a, b)]
+        shared = sum(int((a[layer] & b[layer]).sum()) for layer in a)
+        drawn = torch.zeros(permutations)
+        for layer in a:
+            # A permuted set meets `a` in as many dimensions as that many draws without return do.
+            places = torch.rand(permutations, len(b[layer]), generator=generator).argsort(1)
+            drawn += a[layer][places[:, : int(b[layer].sum())]].sum(1)
+        null = drawn / (sum(sizes) - drawn)
+        pairs.append(
+            Pair(
+                first,
+                second,
+                iou=shared / (sum(sizes) - shared),
+                expected=float(null.mean()),
+                high=float(null.quantile(0.95)),
+                p=(1 + int((drawn >= shared).sum())) / (1 + permutations),
+            )
+        )
+    dimensions = sum(len(each) for each in next(iter(kept.values())).values())
+    return Overlap(share, dimensions, permutations, tuple(pairs))
+
+
+@dataclass(frozen=True)
+class Cosines(Printable):
+    """Cosines between the directions of several vectors at one layer.
+
+    Attributes:
+        layer: where.
+        names: of the vectors.
+        values: `[n][n]`, in the order of names.
+        null: 97.5 % quantile of the cosine of two random directions of this width.
+    """
+
+    layer: int
+    names: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    null: float
+
+    def table(self) -> Table:
+        """Return the matrix."""
+        rows = tuple(
+            (name, *(number(value) for value in values))
+            for name, values in zip(self.names, self.values, strict=True)
+        )
+        note = f"two random directions: within +-{number(self.null)} in 95 % of cases"
+        return Table(f"cosines at layer {self.layer}", ("", *self.names), rows, (note,))
+
+
+def vector_cosines(vectors: Mapping[str, VectorSteering], layer: int) -> Cosines:
+    """Return the cosines between the directions of vectors at a layer.
+
+    The null is exact: (1 + cos) / 2 of two random directions is Beta((d - 1) / 2, (d - 1) / 2).
+
+    Raises:
+        TrimtabError: a vector without a direction there.
+    """
+    lacking = [name for name, vector in vectors.items() if layer not in vector.directions]
+    if lacking or not vectors:
+        raise TrimtabError(
+            asked=f"the cosines at layer {layer} of {', '.join(vectors) or 'nothing'}",
+            found=f"no direction there in {', '.join(lacking) or 'any of them'}",
+            advice="find every vector at this layer (layers=)",
+        )
+    units = torch.stack([vector.directions[layer].double() for vector in vectors.values()])
+    values: Tensor = units @ units.T
+    half = (units.shape[1] - 1) / 2
+    null = 2 * beta_quantile(0.975, half, half) - 1 if half > 0 else math.nan
+    return Cosines(
+        layer, tuple(vectors), tuple(tuple(row) for row in values.clamp(-1, 1).tolist()), null
+    )

@@ -1,0 +1,38 @@
+"""Ways to find a steering vector, one method a file; `find` runs one by name.
+
+Add one with a function that returns a vector per layer:
+
+>>> @register("first_pair")
+... def first_pair(task):
+...     contrast = read_contrast(task)
+...     pairs = {x: contrast.toward[x][0] - contrast.away[x][0] for x in contrast.telling}
+...     return contrast.found(pairs)
+"""
+
+from trimtab.methods import (
+    mean_difference,
+    next_token,
+    pca,
+    preference,
+    probe,
+    selected_difference,
+)
+from trimtab.methods.contrast import Contrast, read_contrast
+from trimtab.methods.registry import METHODS, Found, Method, Task, find, register
+
+__all__ = [
+    "METHODS",
+    "Contrast",
+    "Found",
+    "Method",
+    "Task",
+    "find",
+    "mean_difference",
+    "next_token",
+    "pca",
+    "preference",
+    "probe",
+    "read_contrast",
+    "register",
+    "selected_difference",
+]

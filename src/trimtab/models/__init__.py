@@ -1,0 +1,1 @@
+"""A model and what can be read of it."""

@@ -1,0 +1,296 @@
+"""The heads of every attention: which rows of which projection make their queries, keys and values.
+
+Names only propose the projections; that a head's values are the rows they are taken for, and that its
+output enters the stream through the columns it is taken for, is checked by the numbers of one tiny
+forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.errors import TrimtabError
+from trimtab.models.attention import AttentionCall, attending
+from trimtab.models.hooking import Hooks, first_tensor, input_tensor
+
+if TYPE_CHECKING:
+    from trimtab.models.model import LanguageModel
+
+SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
+FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj")
+_KNOWN: WeakKeyDictionary[nn.Module, Heads] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """One role (queries, keys or values) of one attention.
+
+    Attributes:
+        module: the linear module that computes it; roles may share one.
+        rows: which of its outputs belong to each head, `[heads, head_dim]`.
+    """
+
+    module: nn.Module
+    rows: Tensor
+
+    def weight(self, head: int) -> Tensor:
+        """Return a head's rows, float32 `[head_dim, d_model]`."""
+        return _matrix(self.module)[self.rows[head]].float()
+
+    def weights(self) -> Tensor:
+        """Return every head's rows, `[heads, head_dim, d_model]`, in the model's own dtype."""
+        return _matrix(self.module)[self.rows]
+
+    def biases(self) -> Tensor | None:
+        """Return every head's bias `[heads, head_dim]`; None without."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias[self.rows]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayer:
+    """The attention of one layer, taken apart.
+
+    Attributes:
+        query: rows of each head.
+        key: rows of each key-value head.
+        value: the same.
+        output: the projection back to the stream.
+        norm: between the block's input and the attention; None where it reads the stream itself.
+        mlp_norm: between the middle of the block (its input, in a parallel model) and the MLP.
+        attention_post: norm on what the attention adds; None without.
+        mlp_post: norm on what the MLP adds; None without.
+    """
+
+    query: Projection
+    key: Projection
+    value: Projection
+    output: nn.Module
+    norm: nn.Module | None
+    mlp_norm: nn.Module | None
+    attention_post: nn.Module | None
+    mlp_post: nn.Module | None
+
+    @property
+    def n_heads(self) -> int:
+        """How many queries attend side by side."""
+        return self.query.rows.shape[0]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """How many keys and values they share."""
+        return self.value.rows.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head's values."""
+        return self.value.rows.shape[1]
+
+    def kv_of(self, head: int) -> int:
+        """Return the key-value head that a head reads."""
+        return head // (self.n_heads // self.n_kv_heads)
+
+    def out_weight(self, head: int) -> Tensor:
+        """Return a head's columns of the output projection, float32 `[d_model, head_dim]`."""
+        width = self.head_dim
+        return _matrix(self.output)[:, head * width : (head + 1) * width].float()
+
+    def out_weights(self) -> Tensor:
+        """Return all columns by head, `[heads, d_model, head_dim]`, in the model's own dtype."""
+        matrix = _matrix(self.output)
+        return matrix.unflatten(1, (self.n_heads, self.head_dim)).permute(1, 0, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Every layer's attention, taken apart."""
+
+    layers: tuple[HeadLayer, ...]
+
+
+def heads_of(lm: LanguageModel) -> Heads:
+    """Return the heads of a model, found at first use by one tiny forward.
+
+    Raises:
+        TrimtabError: an attention whose projections are not known, or that the numbers contradict.
+    """
+    found = _KNOWN.get(lm.model)
+    if found is None:
+        found = _KNOWN[lm.model] = find_heads(lm)
+    return found
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What one layer's modules did in the probe."""
+
+    call: AttentionCall | None = None
+    entered: Tensor | None = None
+    left: Tensor | None = None
+    mixed: Tensor | None = None
+
+
+@torch.no_grad()
+def find_heads(lm: LanguageModel) -> Heads:
+    """Take every attention apart and check it; see `heads_of`, which remembers."""
+    seen = [_Seen() for _ in range(lm.n_layers)]
+    outputs: dict[nn.Module, Tensor] = {}
+    norms: list[list[tuple[nn.Module, Tensor]]] = [[] for _ in seen]
+
+    def look(call: AttentionCall) -> None:
+        seen[call.layer].call = call
+
+    # What is hooked here only may be what it is taken for: nothing is assumed of its tensors.
+    def keep_output(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        found = first_tensor(output)
+        if found is not None:
+            outputs[module] = found
+
+    def attention(layer: int, args: tuple, kwargs: dict, output: object) -> None:
+        seen[layer].entered, seen[layer].left = input_tensor(args, kwargs), first_tensor(output)
+
+    def child(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        found = first_tensor(output)
+        if found is not None:
+            norms[layer].append((module, found))
+
+    def writer(layer: int, args: tuple, kwargs: dict) -> None:
+        seen[layer].mixed = args[0] if args else None
+
+    batch = next(iter(lm.batches([lm.encode("Hello there")])))
+    with Hooks() as hooks:
+        for layer, module in enumerate(lm.sites.attention):
+            hooks.calls(module, after=partial(attention, layer))
+            for part in module.children():
+                hooks.calls(part, after=partial(keep_output, part))
+            for part in lm.sites.blocks[layer].children():
+                hooks.calls(part, after=partial(child, layer, part))
+            out = lm.sites.attention_writer[layer]
+            if out is None:
+                raise _unknown(lm, layer, "no output projection")
+            hooks.calls(out, before=partial(writer, layer))
+        with attending(lm, look):
+            lm.forward(batch)
+    return Heads(
+        tuple(_layer(lm, layer, seen[layer], outputs, norms[layer]) for layer in range(len(seen)))
+    )
+
+
+def _layer(
+    lm: LanguageModel,
+    layer: int,
+    seen: _Seen,
+    outputs: dict[nn.Module, Tensor],
+    parts: list[tuple[nn.Module, Tensor]],
+) -> HeadLayer:
+    call, module = seen.call, lm.sites.attention[layer]
+    if call is None or seen.entered is None or seen.mixed is None or seen.left is None:
+        raise _unknown(lm, layer, "attention that does not go through the library's registry")
+    heads, kv_heads, width = call.query.shape[1], call.value.shape[1], call.value.shape[3]
+    roles = next(
+        (
+            found
+            for found in _layouts(lm, layer, module, heads, kv_heads, width)
+            if torch.equal(_values(found[2], outputs), call.value)
+        ),
+        None,
+    )
+    if roles is None:
+        raise _unknown(lm, layer, "values that are not rows of its value projection")
+    query, key, value = roles
+    out = lm.sites.attention_writer[layer]
+    assert out is not None  # find_heads has refused it
+    _check_linear(lm, layer, out)
+    if seen.mixed.shape[-1] != heads * width:
+        raise _unknown(lm, layer, f"{seen.mixed.shape[-1]} mixed values for {heads} heads")
+    by_head = seen.mixed.unflatten(-1, (heads, width))
+    norm = next((part for part, left in parts if left is seen.entered), None)
+    found = HeadLayer(
+        query,
+        key,
+        value,
+        out,
+        norm,
+        _other(lm.sites.middle[layer], lm.sites.mlp[layer]),
+        _other(lm.sites.attention_added[layer], module),
+        _other(lm.sites.mlp_added[layer], lm.sites.mlp[layer]),
+    )
+    total = torch.einsum("bshw,hdw->bsd", by_head.float(), found.out_weights().float())
+    bias = getattr(out, "bias", None)
+    total = total if bias is None else total + bias.float()
+    wrong = float((total - seen.left.float()).abs().max() / seen.left.abs().max().clamp_min(1e-9))
+    if not wrong <= (1e-4 if seen.left.dtype == torch.float32 else 5e-2):
+        raise _unknown(lm, layer, f"heads that do not add up to its output (off by {wrong:.1e})")
+    return found
+
+
+Roles: TypeAlias = tuple[Projection, Projection, Projection]
+
+
+def _layouts(
+    lm: LanguageModel, layer: int, module: nn.Module, heads: int, kv_heads: int, width: int
+) -> list[Roles]:
+    """Ways in which queries, keys and values may lie in the projections that the names propose."""
+    children = dict(module.named_children())
+    for names in SEPARATE:
+        if all(name in children for name in names):
+            parts = [children[name] for name in names]
+            for part in parts:
+                _check_linear(lm, layer, part)
+            q, k, v = (
+                Projection(part, torch.arange(count * width).view(count, width))
+                for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
+            )
+            return [(q, k, v)]
+    fused = next((children[name] for name in FUSED if name in children), None)
+    if fused is None:
+        raise _unknown(lm, layer, f"no projections among {', '.join(children)}")
+    _check_linear(lm, layer, fused)
+    rows = torch.arange(_matrix(fused).shape[0])
+    if len(rows) != (heads + 2 * kv_heads) * width:
+        raise _unknown(lm, layer, f"a fused projection of {len(rows)} outputs")
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    layouts = [tuple(part.view(-1, width) for part in rows.split(sizes))]
+    if heads == kv_heads:
+        # Each head's query, key and value side by side.
+        layouts.append(tuple(rows.view(heads, 3, width).unbind(1)))
+    return [
+        (Projection(fused, q), Projection(fused, k), Projection(fused, v)) for q, k, v in layouts
+    ]
+
+
+def _values(role: Projection, outputs: dict[nn.Module, Tensor]) -> Tensor:
+    """What a role's rows make, `[batch, heads, seq, head_dim]`."""
+    made = outputs[role.module][..., role.rows.flatten()]
+    return made.unflatten(-1, tuple(role.rows.shape)).transpose(1, 2)
+
+
+def _other(module: nn.Module, itself: nn.Module) -> nn.Module | None:
+    """A module that stands between; None where there is none, or only a dropout."""
+    return None if module is itself or isinstance(module, nn.Dropout) else module
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """A linear module's weight `[out, in]`."""
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _check_linear(lm: LanguageModel, layer: int, module: nn.Module) -> None:
+    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
+        raise _unknown(lm, layer, f"a projection of the kind {type(module).__name__}")
+
+
+def _unknown(lm: LanguageModel, layer: int, found: str) -> TrimtabError:
+    return TrimtabError(
+        asked=f"the heads of layer {layer} of {lm.name} ({type(lm.sites.attention[layer]).__name__})",
+        found=found,
+        advice="use a model with query, key, value and output projections, not quantized",
+    )

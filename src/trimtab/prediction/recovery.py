@@ -1,0 +1,135 @@
+"""Recovery: how far the stream returns to its unsteered course after a very large push.
+
+Behind a push at layer l the later blocks read a stream that points almost wholly along the push. Do
+they bring it back? Per layer, at the last prompt token:
+
+    distance = |h_steered - h| / |h|          cosine = h_steered . h / (|h_steered| |h|)
+
+and, at the end, whether the model answers as if nothing had been pushed. An open question of
+Taimeskhanov, Vaiter and Garreau (arXiv 2602.02712).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.models.capture import capture
+from trimtab.results.tables import Printable, Table, number, percent
+
+if TYPE_CHECKING:
+    from trimtab.evaluation.coherence import Coherence
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
+
+LARGE = (1.0, 10.0, 100.0, 1000.0)  # of the vector's own strength
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One strength: the stream by depth, and the answers.
+
+    Attributes:
+        strength: m.
+        distance: per layer, the mean over prompts.
+        cosine: per layer, the mean over prompts.
+        same_first: share of prompts whose most likely first token is the unsteered one.
+        same_answer: share of greedy answers that are the unsteered ones, letter for letter.
+        coherence: mean of the answers; None without a scorer.
+    """
+
+    strength: float
+    distance: tuple[float, ...]
+    cosine: tuple[float, ...]
+    same_first: float
+    same_answer: float
+    coherence: float | None
+
+
+@dataclass(frozen=True)
+class Recovery(Printable):
+    """Every strength, in the order given."""
+
+    label: str
+    layers: tuple[int, ...]
+    scope: str
+    prompts: int
+    rows: tuple[Recovered, ...]
+
+    def table(self) -> Table:
+        """Return one line per strength: the stream at the push and at the end, then the answers."""
+        last = max(self.layers)
+        rows = tuple(
+            (
+                f"{row.strength:+g}",
+                number(row.distance[last]),
+                number(row.cosine[last]),
+                number(row.distance[-1]),
+                number(row.cosine[-1]),
+                percent(row.same_first),
+                percent(row.same_answer),
+                number(row.coherence),
+            )
+            for row in self.rows
+        )
+        where = f"layers {', '.join(map(str, self.layers))}, scope {self.scope}"
+        columns = ("m", "distance at the push", "cosine", "distance at the end", "cosine ",
+                   "same first token", "same answer", "coherence")  # fmt: skip
+        return Table(f"recovery: {self.label}, {where}", columns, rows)
+
+
+@torch.no_grad()
+def recovery(
+    lm: LanguageModel,
+    vector: VectorSteering,
+    prompts: Sequence[Prompt],
+    strengths: Sequence[float] | None = None,
+    *,
+    coherence: Coherence | None = None,
+    max_new_tokens: int = 40,
+) -> Recovery:
+    """Push very hard and look at every layer, at the last prompt token, and at the answers.
+
+    Args:
+        lm: the unsteered model.
+        vector: what is pushed along.
+        prompts: contexts.
+        strengths: multipliers m; by default the vector's own times 1, 10, 100 and 1000.
+        coherence: scores answers, such as `coherence_for(behavior)`.
+        max_new_tokens: length of answers.
+    """
+    chosen = [vector.strength * f for f in LARGE] if strengths is None else list(strengths)
+    listed = list(prompts)
+    before, logits = _stream(lm, listed), lm.next_logits(listed)
+    answers = lm.generate(listed, max_new_tokens=max_new_tokens)
+    rows: list[Recovered] = []
+    for m in chosen:
+        with vector.at(m).on(lm):
+            after, steered = _stream(lm, listed), lm.next_logits(listed)
+            said = lm.generate(listed, max_new_tokens=max_new_tokens)
+        distance = (after - before).norm(dim=-1) / before.norm(dim=-1)
+        cosine = torch.cosine_similarity(after, before, dim=-1)
+        rows.append(
+            Recovered(
+                strength=m,
+                distance=tuple(distance.mean(0).tolist()),
+                cosine=tuple(cosine.mean(0).tolist()),
+                same_first=float((steered.argmax(-1) == logits.argmax(-1)).double().mean()),
+                same_answer=sum(a == b for a, b in zip(said, answers, strict=True)) / len(listed),
+                coherence=None if coherence is None else sum(coherence(said)) / len(listed),
+            )
+        )
+    return Recovery(vector.label, vector.layers, str(vector.scope), len(listed), tuple(rows))
+
+
+def _stream(lm: LanguageModel, prompts: Sequence[Prompt]) -> Tensor:
+    """The stream after every layer at the last prompt token, float64 `[n, layers, d_model]`."""
+    encoded = [lm.encode(prompt) for prompt in prompts]
+    values = capture(lm, encoded, range(lm.n_layers), positions="last").values
+    assert values is not None  # collected
+    return values[:, :, 0].double()

@@ -1,0 +1,138 @@
+"""Everything about the strength of one vector: laws, their check over depth, calibration, recovery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.readout import readout_tokens
+from trimtab.prediction.calibration import Calibration, calibration
+from trimtab.prediction.law_check import LawCheck, check_laws
+from trimtab.prediction.laws import Laws, laws
+from trimtab.prediction.recovery import Recovery, recovery
+from trimtab.results.tables import Printable, Table, number
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
+
+
+@dataclass(frozen=True)
+class Study(Printable):
+    """What was predicted and measured for one vector, on the test split.
+
+    Attributes:
+        laws: predictions from one derivative.
+        check: prediction against measurement at the vector's own layers.
+        depth: the same for every single layer that has a direction, by rising layer.
+        calibration: the protocol of norm-calibrated strength.
+        recovery: the stream and the answers behind very large pushes.
+    """
+
+    behavior: str
+    model: str
+    fingerprint: str
+    laws: Laws
+    check: LawCheck
+    depth: tuple[LawCheck, ...]
+    calibration: Calibration
+    recovery: Recovery
+
+    def table(self) -> Table:
+        """Return measured over predicted KL by layer, for the law through the final norm."""
+        budgets = sorted({b.nats for b in self.check.budgets})
+        rows = tuple(
+            (
+                ", ".join(map(str, each.layers)),
+                *(
+                    number(each.budget(name, nats).ratio)
+                    for name in ("tilt", "norm")
+                    for nats in budgets
+                ),
+                number(each.exponent),
+                number(each.peaks),
+                "–" if each.collapse_right is None else number(each.collapse_right),
+            )
+            for each in (*self.depth, self.check)
+        )
+        named = [f"{name} {nats:g}" for name in ("tilt", "norm") for nats in budgets]
+        columns = ("layers", *named, "exponent", "peak order", "collapse")
+        notes = ("measured over predicted KL at budgets in nats, median over prompts: 1 is right",)
+        return Table(f"{self.behavior}: where the laws hold", columns, rows, notes)
+
+
+def study(
+    lm: LanguageModel,
+    behavior: Behavior,
+    vector: VectorSteering,
+    *,
+    sign: int = 1,
+    max_prompts: int | None = 16,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Study:
+    """Predict, measure and compare, on the test split.
+
+    Args:
+        lm: the unsteered model, best in float32.
+        behavior: split here; the test prompts are used.
+        vector: what is studied.
+        sign: +1 toward, -1 away; the calibration takes both.
+        max_prompts: cap per side.
+        max_new_tokens: length of answers.
+        seed: of the split and the intervals.
+        progress: called with (steps done, steps in all).
+    """
+    test = behavior.split(seed).named("test")
+    known = Unsteered(lm, max_new_tokens)
+    evaluator = Evaluator(
+        lm, test, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=known
+    )
+    prompts = evaluator.prompts(evaluator.scored(sign))
+    words = None if behavior.readout is None else readout_tokens(lm, behavior)
+    wanted = () if words is None else (words.toward if sign > 0 else words.away)
+    layers = sorted(vector.directions)
+    steps, done = len(layers) + 4, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, steps)
+
+    predicted = laws(
+        lm, test, vector, sign=sign, max_prompts=max_prompts, max_new_tokens=max_new_tokens,
+        unsteered=known,
+    )  # fmt: skip
+    step()
+    checked = check_laws(lm, vector, prompts, sign=sign, wanted=wanted)
+    step()
+    depth: list[LawCheck] = []
+    for layer in layers:
+        alone = vector.select(layers=[layer])
+        depth.append(check_laws(lm, alone, prompts, sign=sign, wanted=wanted, points=2))
+        step()
+    calibrated = calibration(
+        lm, test, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed,
+        unsteered=known,
+    )  # fmt: skip
+    step()
+    returned = recovery(
+        lm, vector.at(sign * abs(vector.strength or 1.0)), prompts,
+        coherence=coherence_for(behavior), max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    step()
+    return Study(
+        behavior.name,
+        lm.name,
+        lm.fingerprint,
+        predicted,
+        checked,
+        tuple(depth),
+        calibrated,
+        returned,
+    )

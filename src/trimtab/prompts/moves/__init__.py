@@ -1,1 +1,0 @@
-"""What the discrete searches share: a descent and its diary, a buffer, repair of a start."""

@@ -1,0 +1,229 @@
+"""The search kernel: exact losses of many candidate slots, and the best of them, for little.
+
+Losses are those of `plain_loss`, with every saving on or off; only the work differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.prompts.scoring import race
+from trimtab.prompts.scoring.draft import bfloat16_copy, check_vocabulary, worthwhile
+from trimtab.prompts.scoring.objective import CrossEntropy, Objective
+from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
+from trimtab.prompts.scoring.room import Room
+from trimtab.prompts.scoring.tricks import Counts, Tally, Tricks
+from trimtab.prompts.soft.embeddings import onehot_gradient
+from trimtab.prompts.task.rows import Row
+
+if TYPE_CHECKING:
+    from trimtab.models.model import LanguageModel
+
+MAX_TOKENS = 4096
+# Estimates of a race are worth keeping for as long as a search stays where it is.
+_ESTIMATES = 100_000
+
+
+class Kernel:
+    """Scores candidates for the slot of some rows.
+
+    It keeps keys, values and losses: make a new one when the model's weights, steering or adapters
+    have changed.
+
+    Attributes:
+        lm: The model.
+        rows: What a loss is averaged over.
+        objective: What is lowered.
+        tricks: Which savings are on.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: Sequence[Row],
+        objective: Objective | None = None,
+        tricks: Tricks | None = None,
+        max_tokens: int = MAX_TOKENS,
+        draft: LanguageModel | None = None,
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            lm: The model.
+            rows: One or more.
+            objective: The cross-entropy of the targets by default.
+            tricks: All by default.
+            max_tokens: Most token positions fed in one call; halved when memory runs out.
+            draft: Ranks first where `tricks.draft` is on; by default a bfloat16 copy of the model
+                where that is much faster.
+
+        Raises:
+            TrimtabError: No rows, rows that the objective cannot read, or a draft model with
+                another vocabulary.
+        """
+        if not rows:
+            raise TrimtabError("a search", "no rows", "give at least one request")
+        self.lm = lm
+        self.rows = tuple(rows)
+        self.objective = objective or CrossEntropy()
+        self.tricks = tricks or Tricks()
+        for row in self.rows:
+            self.objective.keep(row)
+        if draft is not None:
+            check_vocabulary(lm, draft)
+        self._tally = Tally()
+        self._room = Room(max_tokens, self.tricks.remember_batch)
+        self._passes = self._passes_of(lm, "")
+        self._draft: Passes | None = None
+        self._given_draft = draft
+        self._exact: dict[Slot, float] = {}
+        self._estimates: dict[race.Round, dict[Slot, float]] = {}
+
+    @property
+    def counts(self) -> Counts:
+        """What has been asked and spent so far."""
+        return self._tally.counts
+
+    @property
+    def max_tokens(self) -> int:
+        """Most token positions of a call, as memory has allowed so far."""
+        return self._room.tokens
+
+    def one(self, slot: Sequence[int]) -> float:
+        """The exact loss of one candidate."""
+        return float(self.losses([slot])[0])
+
+    def losses(self, slots: Sequence[Sequence[int]]) -> Tensor:
+        """Return exact losses, float64 `[candidates]`.
+
+        Args:
+            slots: Token ids of each candidate; lengths may differ.
+
+        Raises:
+            TrimtabError: An empty candidate, or one that is too long for the model.
+        """
+        with self._timed():
+            asked = self._asked(slots)
+            different = self._different(asked)
+            self._tally.add(scored=sum(slot not in self._exact for slot in different))
+            known = dict(zip(different, self._score_exactly(different), strict=True))
+            return torch.tensor([known[slot] for slot in asked], dtype=torch.float64)
+
+    def best(
+        self, slots: Sequence[Sequence[int]], bar: float | None = None, keep: int = 1
+    ) -> list[tuple[int, float]]:
+        """Find the best candidates; with `tricks.race` and `tricks.draft` on, the likely best.
+
+        Args:
+            slots: Token ids of each candidate; lengths may differ.
+            bar: Only candidates with a loss below it.
+            keep: Most candidates to return; equal ones are returned once.
+
+        Returns:
+            Places in `slots` and exact losses, the lowest first; fewer than `keep`, or none, where
+            no others are below the bar.
+        """
+        with self._timed():
+            asked = self._asked(slots)
+            different = self._different(asked)
+            self._tally.add(scored=sum(slot not in self._exact for slot in different))
+            # Known losses do not spare a candidate the race: a search that was interrupted, and
+            # knows fewer, is to go the same way.
+            left = self._raced(different, keep)
+            losses = self._score_exactly(left)
+            places = {slot: i for i, slot in reversed(list(enumerate(asked)))}
+            found = {places[slot]: loss for slot, loss in zip(left, losses, strict=True)}
+            below = [(i, x) for i, x in found.items() if bar is None or x < bar]
+            return sorted(below, key=lambda pair: (pair[1], pair[0]))[:keep]
+
+    def gradient(self, slot: Sequence[int]) -> tuple[float, Tensor]:
+        """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`."""
+        with self._timed():
+            chosen = self._asked([slot], count=False)[0]
+            columns = max(len(row.ids(chosen)) for row in self.rows)
+
+            def work(rows: Sequence[Row]) -> tuple[float, float, Tensor]:
+                weight = sum(self.objective.weight(row) for row in rows)
+                return weight, *onehot_gradient(self.lm, rows, chosen, self.objective)
+
+            # A backward pass keeps what a forward pass may forget.
+            parts = list(self._room.over(self.rows, work, 4 * columns))
+            weights = sum(weight for weight, _, _ in parts)
+            self._tally.add(gradients=1)
+            loss = sum(weight * loss for weight, loss, _ in parts) / weights
+            return loss, torch.stack([part * (w / weights) for w, _, part in parts]).sum(0)
+
+    def _score_exactly(self, slots: list[Slot]) -> list[float]:
+        """Exact losses, remembered ones among them."""
+        fresh = [slot for slot in slots if slot not in self._exact]
+        self._tally.add(memo_hits=len(slots) - len(fresh), exact=len(fresh))
+        losses = self._passes.losses(fresh, self.rows).tolist()
+        if not self.tricks.memo:
+            return losses
+        self._exact.update(zip(fresh, losses, strict=True))
+        return [self._exact[slot] for slot in slots]
+
+    def _raced(self, slots: list[Slot], keep: int) -> list[Slot]:
+        """The candidates that are worth an exact loss."""
+        draft = self._draft_passes() if self.tricks.draft and len(slots) > 1 else None
+        turn = sum(common_trunk(slots)) % len(self.rows) if slots else 0
+        plan = race.rounds(self.rows, len(slots), keep, draft is not None, self.tricks.race, turn)
+        return race.run(slots, plan, self._estimated)
+
+    def _estimated(self, slots: Sequence[Slot], each: race.Round) -> list[float]:
+        known = self._estimates.setdefault(each, {}) if self.tricks.memo else {}
+        fresh = [slot for slot in slots if slot not in known]
+        passes = self._draft if each.draft else self._passes
+        assert passes is not None  # planned for
+        losses = passes.losses(fresh, each.rows(self.rows)).tolist()
+        known.update(zip(fresh, losses, strict=True))
+        found = [known[slot] for slot in slots]
+        if sum(map(len, self._estimates.values())) > _ESTIMATES:
+            self._estimates.clear()
+        return found
+
+    def _draft_passes(self) -> Passes | None:
+        if self._draft is None:
+            lm = self._given_draft
+            if lm is None and worthwhile(self.lm):
+                lm = bfloat16_copy(self.lm)
+            if lm is not None:
+                self._draft = self._passes_of(lm, "draft_")
+        return self._draft
+
+    def _passes_of(self, lm: LanguageModel, kind: str) -> Passes:
+        def count(tokens: int) -> None:
+            self._tally.add(**{f"{kind}calls": 1, f"{kind}tokens": tokens})
+
+        return Passes(lm, self.objective, self.tricks, self._room, count)
+
+    def _asked(self, slots: Sequence[Sequence[int]], count: bool = True) -> list[Slot]:
+        asked = [tuple(int(token) for token in slot) for slot in slots]
+        if not all(asked):
+            raise TrimtabError("the loss of a slot", "no tokens", "give at least one token")
+        if count:
+            self._tally.add(asked=len(asked))
+        return asked
+
+    def _different(self, asked: list[Slot]) -> list[Slot]:
+        if not self.tricks.dedupe:
+            return asked
+        different = list(dict.fromkeys(asked))
+        self._tally.add(duplicates=len(asked) - len(different))
+        return different
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        self._room.begin()
+        try:
+            yield
+        finally:
+            self._tally.add(seconds=time.perf_counter() - started)

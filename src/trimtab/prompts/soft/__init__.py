@@ -1,0 +1,1 @@
+"""Vectors in a slot of the prompt, trained."""

@@ -1,0 +1,68 @@
+"""A slot as vectors: token embeddings, the loss of a soft slot, the gradient of a discrete one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.methods.training import frozen
+from trimtab.prompts.scoring.objective import Objective
+from trimtab.prompts.task.rows import Row
+from trimtab.steering.soft_tokens import soft_tokens
+
+if TYPE_CHECKING:
+    from trimtab.models.model import LanguageModel
+
+
+@torch.no_grad()
+def token_embeddings(lm: LanguageModel, ids: Sequence[int] | None = None) -> Tensor:
+    """Return the embeddings of tokens, of the whole vocabulary by default, `[tokens, d_model]`.
+
+    As the embedding module returns them: what goes in as `inputs_embeds`.
+    """
+    embedding = lm.model.get_input_embeddings()
+    rows = next(embedding.parameters()).shape[0]
+    wanted = torch.arange(rows) if ids is None else torch.tensor(list(ids), dtype=torch.long)
+    return embedding(wanted.to(lm.device)[None])[0]
+
+
+def soft_loss(
+    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective
+) -> Tensor:
+    """Return the loss of a soft slot over rows, differentiable in its vectors.
+
+    Args:
+        lm: The model.
+        rows: One padded batch of them.
+        vectors: `[k, d_model]`, in the units of `inputs_embeds`.
+        objective: What is lowered.
+    """
+    keep = max(objective.keep(row) for row in rows)
+    with soft_tokens(lm, vectors) as slot:
+        encoded = [row.encoded(slot) for row in rows]
+        longest = max(len(item.ids) for item in encoded)
+        (batch,) = lm.batches(encoded, longest * len(rows), len(rows))
+        logits = lm.forward(batch, logits_to_keep=keep).float()
+    ordered = [rows[i] for i in batch.rows.tolist()]
+    weights = torch.tensor([objective.weight(row) for row in ordered], device=logits.device)
+    return (objective.values(logits, ordered) * weights).sum() / weights.sum()
+
+
+def onehot_gradient(
+    lm: LanguageModel, rows: Sequence[Row], slot: Sequence[int], objective: Objective
+) -> tuple[float, Tensor]:
+    """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`.
+
+    A slot is x E with one-hot rows x `[k, vocab]`, so d loss / d x = (d loss / d e) E^T; entry
+    [i, b] minus entry [i, a] foretells, to first order, what replacing a by b does (HotFlip,
+    Ebrahimi et al. 2018).
+    """
+    table = token_embeddings(lm)
+    vectors = table[list(slot)].detach().clone().requires_grad_(True)
+    with frozen(lm.model):
+        loss = soft_loss(lm, rows, vectors, objective)
+        (gradient,) = torch.autograd.grad(loss, vectors)
+    return float(loss.detach()), gradient.float() @ table.float().T

@@ -1,0 +1,360 @@
+"""State matching: vectors in the slot that leave the residual stream as the reference left it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.checks import layer_within
+from trimtab.errors import TrimtabError
+from trimtab.models.generation import answer_ids, decode, end_ids
+from trimtab.models.hooking import Hooks
+from trimtab.models.replay import Stopped
+from trimtab.models.sites import Site
+from trimtab.prompts.scoring.objective import CrossEntropy, Objective
+from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
+from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, descend, starting_vectors
+from trimtab.prompts.task.rows import Row, slot_text
+from trimtab.results.tables import Printable, Table, number
+from trimtab.steering.soft_tokens import soft_tokens
+
+if TYPE_CHECKING:
+    from trimtab.models.batch import Batch
+    from trimtab.models.model import LanguageModel
+
+NEAR = 1e-12  # keeps the cosine of a zero vector finite
+
+
+@dataclass(frozen=True, eq=False)
+class StateMatch(Printable):
+    """Vectors whose states at one layer are those of the reference.
+
+    Cosines are between the two states of a token after the slot: with the vectors, and with the
+    reference, over all such tokens of all rows.
+
+    Attributes:
+        layer: 0-based; the output of this block is matched.
+        soft: the vectors and their training.
+        cosine_start: mean cosine with the vectors it started from, the null of `cosine`.
+        cosine: mean cosine.
+        cosine_min: smallest.
+        recovered: 1 - |h - h_ref|^2 / |h_start - h_ref|^2, the share of the difference closed.
+        ids: the nearest allowed tokens.
+        text: theirs.
+        loss: of the vectors under the objective; None for rows without answers.
+        loss_projected: of the nearest tokens.
+        continuation: greedy answer to the first row's request with the vectors in the slot.
+        continuation_projected: the same with the nearest tokens.
+    """
+
+    layer: int
+    soft: Soft
+    cosine_start: float
+    cosine: float
+    cosine_min: float
+    recovered: float
+    ids: tuple[int, ...]
+    text: str
+    loss: float | None
+    loss_projected: float | None
+    continuation: str = ""
+    continuation_projected: str = ""
+
+    def table(self) -> Table:
+        """Return the one line."""
+        return StateSweep((self,), (), "", None).table()
+
+
+@dataclass(frozen=True, eq=False)
+class StateSweep(Printable):
+    """State matching at each of several layers.
+
+    Attributes:
+        matches: one per layer.
+        reference: the reference's tokens.
+        reference_text: its text.
+        reference_loss: its own loss on the rows.
+    """
+
+    matches: tuple[StateMatch, ...]
+    reference: tuple[int, ...] = field(repr=False)
+    reference_text: str
+    reference_loss: float | None
+
+    def __iter__(self) -> Iterator[StateMatch]:
+        """Yield the matches, first layer first."""
+        return iter(self.matches)
+
+    def __len__(self) -> int:
+        """Count the layers."""
+        return len(self.matches)
+
+    def __getitem__(self, index: int) -> StateMatch:
+        """Return a match by its place."""
+        return self.matches[index]
+
+    def table(self) -> Table:
+        """Return one line per layer."""
+        columns = (
+            *("layer", "steps", "seconds", "cosine from", "mean", "min", "closed"),
+            *("CE", "nearest tokens", "their CE", "answer with the vectors"),
+        )
+        rows = tuple(
+            (
+                str(m.layer),
+                str(m.soft.steps),
+                number(m.soft.seconds, 1),
+                number(m.cosine_start, 3),
+                number(m.cosine, 4),
+                number(m.cosine_min, 4),
+                number(m.recovered, 4),
+                number(m.loss, 3),
+                repr(m.text),
+                number(m.loss_projected, 3),
+                m.continuation,
+            )
+            for m in self.matches
+        )
+        notes = ("cosine from: mean cosine before training; closed: share of the difference gone",)
+        if self.reference_text:
+            own = number(self.reference_loss, 3)
+            notes = (f"reference {self.reference_text!r}, CE {own}", *notes)
+        return Table("State matching", columns, rows, notes)
+
+
+def match_states(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    reference: Sequence[int],
+    layer: int,
+    *,
+    generator: torch.Generator,
+    k: int | None = None,
+    init: str | Sequence[int] = "random_tokens",
+    steps: int = 150,
+    learning_rate: float = 0.2,
+    until: float = 0.997,
+    allowed: Tensor | None = None,
+    objective: Objective | None = None,
+    answer_tokens: int = 24,
+    progress: Progress | None = None,
+) -> StateMatch:
+    """Train k vectors until the states at one layer are those that the reference induces.
+
+    Minimized over all tokens after the slot (separator, request, assistant head, answer), with
+    h and r the states that leave block `layer`, with the vectors and with the reference:
+
+        mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
+
+    The forward pass ends at `layer`. With another k than the reference's, tokens are compared with
+    themselves, at positions shifted by the difference.
+
+    Args:
+        lm: the model; its weights stay as they are.
+        rows: what stands around the slot; the answers are fed as well.
+        reference: token ids of the reference.
+        layer: 0-based.
+        generator: draws the start.
+        k: vectors; as many as the reference has tokens when absent.
+        init: as in `train_soft`.
+        steps: at most.
+        learning_rate: per coordinate, in units of the embeddings' root mean square.
+        until: stop once the mean cosine is this large.
+        allowed: `[vocab]`, tokens to start from and to project to.
+        objective: to score vectors and tokens; cross-entropy where rows have answers.
+        answer_tokens: length of the sample answers; 0 for none.
+        progress: called with steps done and steps in all.
+
+    Raises:
+        TrimtabError: no rows, no reference, a layer out of depth, a loss that is not finite.
+    """
+    if not rows or not reference:
+        raise TrimtabError(
+            f"states of {len(rows)} rows with a reference of {len(reference)} tokens",
+            "nothing to match",
+            "give at least one row and one reference token",
+        )
+    at = layer_within(layer, lm.n_layers)
+    mask = allowed_tokens(lm, allowed)
+    start, named = starting_vectors(lm, k or len(reference), init, generator, mask, reference)
+    sites = [Site("resid_post", at)]
+    with torch.no_grad():
+        (wanted,) = states(lm, rows, token_embeddings(lm, reference), sites)
+        (first,) = states(lm, rows, start.to(lm.device), sites)
+    size = wanted.square().sum(-1).mean().clamp(min=NEAR)
+    mean = -1.0
+
+    def loss(vectors: Tensor) -> Tensor:
+        nonlocal mean
+        (found,) = states(lm, rows, vectors, sites)
+        cosines = _cosines(found, wanted)
+        mean = float(cosines.detach().mean())
+        return (found - wanted).square().sum(-1).mean() / size + (1 - cosines).mean()
+
+    soft = descend(
+        lm,
+        start,
+        loss,
+        lambda vectors: float(loss(vectors)),
+        steps=steps,
+        learning_rate=learning_rate,
+        init=named,
+        enough=lambda: mean >= until,
+        progress=progress,
+    )
+    with torch.no_grad():
+        (last,) = states(lm, rows, soft.vectors.to(lm.device), sites)
+    cosines = _cosines(last, wanted)
+    ids = nearest_tokens(lm, soft.vectors, mask)
+    aim = CrossEntropy() if objective is None and rows[0].target else objective
+    vectors, tokens = soft.vectors.to(lm.device), token_embeddings(lm, ids)
+    return StateMatch(
+        layer=at,
+        soft=soft,
+        cosine_start=float(_cosines(first, wanted).mean()),
+        cosine=float(cosines.mean()),
+        cosine_min=float(cosines.min()),
+        recovered=_closed(first, last, wanted),
+        ids=ids,
+        text=slot_text(lm, ids),
+        loss=_loss(lm, rows, vectors, aim),
+        loss_projected=_loss(lm, rows, tokens, aim),
+        continuation=_continuation(lm, rows[0], vectors, answer_tokens),
+        continuation_projected=_continuation(lm, rows[0], tokens, answer_tokens),
+    )
+
+
+def match_every_layer(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    reference: Sequence[int],
+    *,
+    generator: torch.Generator,
+    k: int | None = None,
+    layers: Sequence[int] | None = None,
+    objective: Objective | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> StateSweep:
+    """Match the reference's states at each layer in turn, each from the same start.
+
+    Args:
+        lm: the model.
+        rows: as in `match_states`.
+        reference: token ids of the reference.
+        generator: draws the start.
+        k: vectors; as many as the reference has tokens when absent.
+        layers: all when absent.
+        objective: to score with; cross-entropy where rows have answers.
+        progress: called with layers done and layers in all.
+        **options: of `match_states`.
+
+    Raises:
+        TrimtabError: as `match_states`.
+    """
+    chosen = tuple(range(lm.n_layers)) if layers is None else tuple(layers)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    matches = []
+    for layer in chosen:
+        same = torch.Generator().manual_seed(seed)
+        options |= {"k": k, "objective": objective}
+        matches.append(match_states(lm, rows, reference, layer, generator=same, **options))
+        if progress is not None:
+            progress(len(matches), len(chosen))
+    aim = CrossEntropy() if objective is None and rows[0].target else objective
+    own = _loss(lm, rows, token_embeddings(lm, reference), aim)
+    return StateSweep(tuple(matches), tuple(reference), slot_text(lm, reference), own)
+
+
+def states(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    vectors: Tensor,
+    sites: Sequence[Site],
+    last: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the values of sites at the tokens after the slot, float32 `[tokens, d_model]` each.
+
+    Rows stand in the order given. The forward pass ends at the last site that it comes to;
+    gradients flow to the vectors.
+
+    Args:
+        lm: the model.
+        rows: one padded batch of them.
+        vectors: `[k, d_model]` in the slot.
+        sites: what is read.
+        last: only the last prompt token of each row, `[rows, d_model]`.
+    """
+    with soft_tokens(lm, vectors) as slot:
+        encoded = [row.encoded(slot) for row in rows]
+        longest = max(len(item.ids) for item in encoded)
+        (batch,) = lm.batches(encoded, longest * len(rows), len(rows))
+        streams = _read(lm, batch, sites)
+    spans: dict[int, tuple[int, int, int]] = {}
+    for place, row in enumerate(batch.rows.tolist()):
+        # Rows are padded on the left: all end in the last column.
+        end = longest - len(encoded[row].ids) + encoded[row].prompt_length
+        spans[row] = (place, end - 1, end) if last else (place, end - len(rows[row].after), longest)
+    ordered = [spans[row] for row in range(len(rows))]
+    return tuple(
+        torch.cat([stream[place, start:end] for place, start, end in ordered]).float()
+        for stream in streams
+    )
+
+
+def _read(lm: LanguageModel, batch: Batch, sites: Sequence[Site]) -> list[Tensor]:
+    """Return the sites' values `[batch, seq, d_model]`, ending the pass once all are there."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int, scale: float, hidden: Tensor) -> None:
+        found[number] = hidden * scale if scale != 1 else hidden
+        if len(found) == len(sites):
+            raise Stopped
+
+    with Hooks() as hooks:
+        for number, site in enumerate(sites):
+            tap = lm.sites.reading(site)
+            hooks.at(tap, partial(keep, number, tap.scale))
+        try:
+            lm.forward(batch, logits_to_keep=1)
+        except Stopped:
+            pass
+    return [found[number] for number in range(len(sites))]
+
+
+def nearest_tokens(lm: LanguageModel, vectors: Tensor, allowed: Tensor) -> tuple[int, ...]:
+    """Return the allowed tokens whose embeddings have the largest cosine with the vectors."""
+    pool = allowed.nonzero().flatten()
+    rows = nn.functional.normalize(token_embeddings(lm)[pool.to(lm.device)].float(), dim=-1)
+    best = (vectors.to(rows.device, rows.dtype) @ rows.T).argmax(-1)
+    return tuple(pool[best.cpu()].tolist())
+
+
+def _cosines(found: Tensor, wanted: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(found, wanted, dim=-1, eps=NEAR)
+
+
+def _closed(first: Tensor, last: Tensor, wanted: Tensor) -> float:
+    before = float((first - wanted).square().sum())
+    return 1 - float((last - wanted).square().sum()) / max(before, NEAR)
+
+
+@torch.no_grad()
+def _loss(
+    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective | None
+) -> float | None:
+    return None if objective is None else float(soft_loss(lm, rows, vectors, objective))
+
+
+def _continuation(lm: LanguageModel, row: Row, vectors: Tensor, tokens: int) -> str:
+    """Return the greedy answer with vectors in the slot."""
+    if tokens == 0:
+        return ""
+    with soft_tokens(lm, vectors) as slot:
+        (ids,) = answer_ids(lm, [row.first(0).encoded(slot)], tokens)
+    return decode(lm.tokenizer, ids, end_ids(lm))

@@ -1,0 +1,154 @@
+"""The teacher: what the reference prompt makes the model answer, as tokens and as distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.models import generation
+from trimtab.models.chat import Encoded
+from trimtab.models.probe import text_config
+from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, lay_out
+from trimtab.steering.prompt import PromptSteering
+
+if TYPE_CHECKING:
+    from trimtab.models.chat import Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.prompts.task.references import Reference
+    from trimtab.prompts.task.requests import Requests
+    from trimtab.steering.vector import Switch
+
+COMPLETION = 24  # tokens of a reference answer
+# One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
+_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The rows of the three splits, their targets the answers under the reference prompt.
+
+    Attributes:
+        lever: the reference prompt in its slot.
+        train: rows a search may look at.
+        validation: rows that select.
+        test: rows that score.
+    """
+
+    lever: PromptSteering
+    train: tuple[Row, ...] = field(repr=False)
+    validation: tuple[Row, ...] = field(repr=False)
+    test: tuple[Row, ...] = field(repr=False)
+
+
+def teacher(
+    lm: LanguageModel,
+    reference: Reference | str,
+    requests: Requests,
+    slot: str = "prefix",
+    separator: str | None = None,
+    max_new_tokens: int = COMPLETION,
+    early: int = EARLY,
+    early_weight: float = EARLY_WEIGHT,
+) -> Teacher:
+    """Answer all requests under the reference prompt, once, and lay the answers out as rows.
+
+    Args:
+        lm: the model.
+        reference: the prompt.
+        requests: in splits.
+        slot: where it stands.
+        separator: see `PromptSteering`.
+        max_new_tokens: length of an answer.
+        early: see `lay_out`.
+        early_weight: see `lay_out`.
+    """
+    text = reference if isinstance(reference, str) else reference.text
+    lever = PromptSteering(text, slot=slot, separator=separator)
+    splits = [
+        tuple(
+            teacher_rows(lm, lever, getattr(requests, split), max_new_tokens, early, early_weight)
+        )
+        for split in ("train", "validation", "test")
+    ]
+    return Teacher(lever, *splits)
+
+
+def teacher_rows(
+    lm: LanguageModel,
+    lever: PromptSteering,
+    requests: Sequence[Prompt],
+    max_new_tokens: int = COMPLETION,
+    early: int = EARLY,
+    early_weight: float = EARLY_WEIGHT,
+) -> list[Row]:
+    """Return one row per request; its target is the greedy answer under the lever, in tokens.
+
+    Raises:
+        TrimtabError: an answer without a token.
+    """
+    targets = answers_as_ids(lm, lever, requests, max_new_tokens)
+    if not all(targets):
+        raise TrimtabError(
+            asked="reference answers",
+            found=f"no token on {requests[targets.index([])]!r}",
+            advice="allow at least one new token",
+        )
+    return lay_out(lm, requests, lever.slot, lever.separator, targets, early, early_weight)
+
+
+def answers_as_ids(
+    lm: LanguageModel,
+    lever: Switch | None,
+    requests: Sequence[Prompt],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Return the token ids of the answers under a lever (none: the bare model), end tokens kept."""
+    with switched(lm, lever):
+        encoded = [lm.encode(request) for request in requests]
+        for item in encoded:
+            lm.check_length(len(item.ids) + max_new_tokens)
+        return generation.answer_ids(lm, encoded, max_new_tokens, temperature, seed)
+
+
+@torch.no_grad()
+def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[Row]) -> list[Tensor]:
+    """Return what a lever predicts along the rows' targets, from the rendered text.
+
+    The lever puts its text (or soft tokens) into each request, which is rendered and tokenized
+    whole, as a user would; the target's tokens follow.
+
+    Returns:
+        Per row float32 log-probabilities `[target, vocab]`.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    with switched(lm, lever):
+        prompts = [lm.encode(row.request) for row in rows]
+        fed = [_with(p, row.target) for p, row in zip(prompts, rows, strict=True)]
+        tokens = min(8192, max(256, _LOGITS // int(text_config(lm.model).vocab_size)))
+        for batch in lm.batches(fed, max_tokens=tokens):
+            places = batch.rows.tolist()
+            keep = max(len(rows[i].target) for i in places)
+            logits = lm.forward(batch, logits_to_keep=keep)
+            for line, place in enumerate(places):
+                last = logits[line, keep - len(rows[place].target) :]
+                found[place] = torch.log_softmax(last.float(), dim=-1)
+    return found
+
+
+def _with(prompt: Encoded, target: Sequence[int]) -> Encoded:
+    """A prompt followed by a target; nothing is predicted from its last token."""
+    ids = [*prompt.ids, *target[:-1]]
+    return Encoded(prompt.text, ids, prompt.prompt_length, prompt.instruction_end)
+
+
+def switched(lm: LanguageModel, lever: Switch | None) -> AbstractContextManager[None]:
+    """Switch a lever on; None is the bare model."""
+    return nullcontext() if lever is None else lever.on(lm)

@@ -1,0 +1,1 @@
+"""How a figure is bounded, shown and kept."""

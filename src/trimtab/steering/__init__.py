@@ -1,0 +1,1 @@
+"""The levers as values, and how they act."""

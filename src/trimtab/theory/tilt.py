@@ -1,0 +1,334 @@
+"""The exponential tilt: what steering does to next-token probabilities if logits move on a line.
+
+With s = d logits / d alpha at alpha = 0, p_alpha(z) = p0(z) exp(alpha s_z - psi(alpha)) and
+psi(alpha) = log E_p0[exp(alpha s)]. This is exact where logits are linear in alpha (the setting of
+Taimeskhanov, Vaiter and Garreau, arXiv 2602.02712) and the leading order of any real model. psi is
+convex, psi' = E_alpha[s] and psi'' = Var_alpha(s), from which everything here follows. Adding a
+constant to the slopes of a row changes psi and psi' and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.theory import token_sets
+from trimtab.theory.peaks import CELLS, row_peaks
+
+Alpha = float | Tensor
+Tokens = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tilt:
+    """Next-token distributions of n contexts and how each token's logit moves with strength.
+
+    An alpha may be a float, a tensor [n] with one strength per context, or a tensor [k, n] ([k, 1]
+    for the same k strengths everywhere); results then have shape [n], [n] and [k, n]; nan
+    gives nan. Strengths that are returned carry their sign: with sign = -1 they are negative.
+
+    Attributes:
+        log_p0: log-probabilities at alpha = 0, [n, vocab], kept in float64 and normalized here, so
+            that logits will do.
+        slope: s, [n, vocab], nats per unit of alpha, kept in float64.
+
+    Raises:
+        TrimtabError: when the two differ in shape, are no matrices or hold values not finite.
+    """
+
+    log_p0: Tensor
+    slope: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and values, and move to float64."""
+        if self.log_p0.ndim != 2 or self.log_p0.shape != self.slope.shape or not self.slope.numel():
+            raise TrimtabError(
+                asked="a tilt of next-token distributions",
+                found=f"log-probabilities of shape {list(self.log_p0.shape)} and slopes of shape "
+                f"{list(self.slope.shape)}",
+                advice="give both as [contexts, vocabulary]",
+            )
+        log_p0, slope = _float64(self.log_p0), _float64(self.slope)
+        if not bool(torch.isfinite(log_p0).all()) or not bool(torch.isfinite(slope).all()):
+            raise TrimtabError(
+                asked="a tilt of next-token distributions",
+                found="log-probabilities or slopes that are not finite",
+                advice="leave out tokens of probability 0, and compute logits in float32",
+            )
+        object.__setattr__(self, "log_p0", torch.log_softmax(log_p0, dim=-1))
+        object.__setattr__(self, "slope", slope)
+
+    def log_partition(self, alpha: Alpha) -> Tensor:
+        """Return psi(alpha) = log E_p0[exp(alpha s)], [..., n]."""
+        return self._psi(alpha) + self._alphas(alpha) * self._mean
+
+    def log_probs(self, alpha: Alpha) -> Tensor:
+        """Return log p_alpha, [..., n, vocab]."""
+        return torch.log_softmax(self._weights(self._alphas(alpha)), dim=-1)
+
+    def mean_slope(self, alpha: Alpha) -> Tensor:
+        """Return psi'(alpha) = E_alpha[s], [..., n]; it rises from min s to max s."""
+        return self._mean + self._each(alpha, self._tilted_mean)
+
+    def variance(self, alpha: Alpha) -> Tensor:
+        """Return psi''(alpha) = Var_alpha(s), [..., n]."""
+
+        def spread(alphas: Tensor) -> Tensor:
+            p = torch.softmax(self._weights(alphas), dim=-1)
+            around = self._centered - (p * self._centered).sum(-1, keepdim=True)
+            return (p * around.square()).sum(-1)
+
+        return self._each(alpha, spread)
+
+    def kl(self, alpha: Alpha) -> Tensor:
+        """Return KL(p0 || p_alpha) = psi(alpha) - alpha E_0[s] in nats, [..., n]."""
+        return self._psi(alpha).clamp_min(0.0)
+
+    def reverse_kl(self, alpha: Alpha) -> Tensor:
+        """Return KL(p_alpha || p0) = alpha E_alpha[s] - psi(alpha) in nats, [..., n]."""
+        mean = self._each(alpha, self._tilted_mean)
+        return (self._alphas(alpha) * mean - self._psi(alpha)).clamp_min(0.0)
+
+    def quadratic_kl(self, alpha: Alpha) -> Tensor:
+        """Return alpha^2 / 2 Var_0(s), the leading order of both divergences, [..., n]."""
+        return 0.5 * self._alphas(alpha).square() * self.variance(0.0)
+
+    def strength_for_kl(self, kappa: float, sign: int = 1) -> Tensor:
+        """Return the alpha [n] on the side of `sign` at which KL(p0 || p_alpha) is `kappa` nats.
+
+        It is +-inf where no slope differs from the others, since nothing ever moves there.
+
+        Raises:
+            TrimtabError: when kappa is negative or not finite.
+        """
+        side, kappa = sign_of(sign), _nats(kappa)
+        span = self.slope.max(-1).values - self.slope.min(-1).values
+        moves, variance = span > 0, self.variance(0.0)
+        alpha = torch.where(variance > 0, (2 * kappa / variance).sqrt(), 1 / span)
+        alpha = torch.where(moves, alpha, 0.0)
+        if kappa == 0:
+            return torch.zeros_like(alpha)
+        while bool((short := moves & (self._psi(side * alpha) < kappa)).any()):
+            alpha = torch.where(short, 2 * alpha, alpha)
+        # psi is convex: from a point beyond the root, Newton's steps come down to it monotonically.
+        for _ in range(100):
+            excess = self._psi(side * alpha) - kappa
+            rate = side * self._each(side * alpha, self._tilted_mean)
+            lower = alpha - torch.where(moves, excess / rate, 0.0)
+            falls = moves & (lower < alpha * (1 - 1e-15))
+            if not bool(falls.any()):
+                break
+            alpha = torch.where(falls, lower, alpha)
+        return side * torch.where(moves, alpha, math.inf)
+
+    def alpha_kappa(self, kappa: float) -> float:
+        """Return sqrt(2 kappa / mean over contexts of Var_0(s)): a strength for a mean KL of kappa.
+
+        To leading order, at any layer and with no search; inf when nothing moves.
+        """
+        variance = float(self.variance(0.0).mean())
+        return math.sqrt(2 * _nats(kappa) / variance) if variance > 0 else math.inf
+
+    def peaks(self, tokens: Tokens | None = None) -> Tensor:
+        """Return the alpha of every token's one bump, where E_alpha[s] = s_z, [n, vocab].
+
+        log p_alpha(z) is strictly concave in alpha, so there is one; it lies at alpha > 0 exactly
+        where s_z > E_0[s], and peaks are ordered by s. Tokens with the largest slope of their
+        context never stop rising (inf), those with the smallest always fall (-inf); nan where all
+        slopes are equal.
+
+        Args:
+            tokens: ids [m], to solve for these alone; the result is [n, m].
+        """
+        wanted = self.slope if tokens is None else self.slope[:, self._ids(tokens)]
+        rows = zip(self.log_p0, self.slope, wanted, strict=True)
+        return torch.stack([row_peaks(log_p0, slope, some) for log_p0, slope, some in rows])
+
+    def peak_order(self) -> Tensor:
+        """Return token ids from the first peak on the axis of alpha to the last, [n, vocab]."""
+        return self.slope.argsort(dim=-1, stable=True)
+
+    def collapse_token(self, sign: int = 1) -> Tensor:
+        """Return the token [n] whose probability goes to 1 as alpha goes to sign * infinity.
+
+        Of several with the same extreme slope, the likeliest: they keep their ratios.
+        """
+        signed = sign_of(sign) * self.slope
+        extreme = signed == signed.max(dim=-1, keepdim=True).values
+        return self.log_p0.masked_fill(~extreme, -math.inf).argmax(dim=-1)
+
+    def cross_entropy_slope(self, targets: Tokens) -> Tensor:
+        """Return E_0[s] - s_y [n]: how fast the cross-entropy of the true next tokens y [n] rises.
+
+        Its mean is zero only for a model that is calibrated along the steering; it may be negative.
+        """
+        ids = self._ids(targets, repeats=True)
+        if ids.shape[0] != self.slope.shape[0]:
+            raise TrimtabError(
+                asked=f"the cross-entropy slope of {self.slope.shape[0]} contexts",
+                found=f"{ids.shape[0]} next tokens",
+                advice="give one next token per context",
+            )
+        return -self._centered.gather(1, ids[:, None])[:, 0]
+
+    def concept_log_odds(self, tokens: Tokens, alpha: Alpha) -> Tensor:
+        """Return logit P(C) = logit at 0 + K_C(alpha) - K_notC(alpha), [..., n].
+
+        K_A(alpha) = log E_0[exp(alpha s) | A].
+
+        Args:
+            tokens: the ids in C, or a mask [vocab].
+            alpha: strengths.
+        """
+        (log_in, slope_in), (log_out, slope_out) = self._halves(self._mask(tokens))
+
+        def odds(alphas: Tensor) -> Tensor:
+            inside = (log_in + alphas[..., None] * slope_in).logsumexp(-1)
+            return inside - (log_out + alphas[..., None] * slope_out).logsumexp(-1)
+
+        return self._each(alpha, odds)
+
+    def concept_probability(self, tokens: Tokens, alpha: Alpha) -> Tensor:
+        """Return the mass of a set of tokens, P_alpha(C), [..., n]."""
+        return torch.sigmoid(self.concept_log_odds(tokens, alpha))
+
+    def concept_slope(self, tokens: Tokens, alpha: Alpha) -> Tensor:
+        """Return E_alpha[s | C] - E_alpha[s | not C], the derivative of the log-odds, [..., n]."""
+        (log_in, slope_in), (log_out, slope_out) = self._halves(self._mask(tokens))
+
+        def difference(alphas: Tensor) -> Tensor:
+            inside = torch.softmax(log_in + alphas[..., None] * slope_in, dim=-1)
+            outside = torch.softmax(log_out + alphas[..., None] * slope_out, dim=-1)
+            return (inside * slope_in).sum(-1) - (outside * slope_out).sum(-1)
+
+        return self._each(alpha, difference)
+
+    def concept_peak(self, tokens: Tokens, sign: int = 1) -> Tensor:
+        """Return the alpha [n], on the side of `sign`, at which P(C) is highest.
+
+        It is sign * inf where the extreme slope belongs to C, for then P(C) goes to 1, and 0 where
+        P(C) is never again what it is unsteered. Elsewhere E_alpha[s | C] = E_alpha[s | not C]
+        holds there. A set may have several bumps; the highest seen on a grid of strengths is
+        refined.
+        """
+        return token_sets.highest(self, self._mask(tokens), sign_of(sign))
+
+    def window(
+        self, tokens: Tokens, target: float, kappa: float, sign: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return (low, high) [n]: the first alpha with P(C) >= target, the last with KL <= kappa.
+
+        `low` is nan where P(C) never reaches the target, whatever the strength. The window is empty
+        where |low| > |high|.
+
+        Raises:
+            TrimtabError: when the target is not within (0, 1).
+        """
+        if not 0 < target < 1:
+            raise TrimtabError(
+                asked=f"the window of a target probability of {target}",
+                found="a number that is not between 0 and 1",
+                advice="0.5 is usual",
+            )
+        low = token_sets.first_reaching(self, self._mask(tokens), target, sign_of(sign))
+        return low, self.strength_for_kl(kappa, sign)
+
+    @cached_property
+    def _rough(self) -> Tensor:
+        # Without it a large constant in the slopes would cost their digits when they are averaged.
+        return self.slope - self.slope.mean(dim=-1, keepdim=True)
+
+    @cached_property
+    def _centered(self) -> Tensor:
+        return self._rough - (self.log_p0.exp() * self._rough).sum(-1, keepdim=True)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self.slope.mean(dim=-1) + (self.log_p0.exp() * self._rough).sum(-1)
+
+    def _alphas(self, alpha: Alpha) -> Tensor:
+        """Bring strengths to shape [..., n]."""
+        given = torch.as_tensor(alpha, dtype=self.slope.dtype, device=self.slope.device)
+        n, endless = self.slope.shape[0], bool(given.isinf().any())
+        if given.ndim and given.shape[-1] not in (1, n) or endless:
+            raise TrimtabError(
+                asked=f"strengths for {n} contexts",
+                found="an infinite strength" if endless else f"shape {list(given.shape)}",
+                advice="give a number, a tensor [n] or a tensor [k, n]; [k, 1] for k strengths",
+            )
+        return given.expand(*given.shape[:-1], n)
+
+    def _each(self, alpha: Alpha, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function of alphas [k, n] with values [k, n], a few strengths at a time."""
+        alphas = self._alphas(alpha)
+        rows = alphas.reshape(-1, alphas.shape[-1])
+        size = max(1, CELLS // self.slope.numel())
+        return torch.cat([function(part) for part in rows.split(size)]).reshape(alphas.shape)
+
+    def _weights(self, alphas: Tensor) -> Tensor:
+        return self.log_p0 + alphas[..., None] * self._centered
+
+    def _psi(self, alpha: Alpha) -> Tensor:
+        return self._each(alpha, lambda alphas: self._weights(alphas).logsumexp(-1))
+
+    def _tilted_mean(self, alphas: Tensor) -> Tensor:
+        return (torch.softmax(self._weights(alphas), dim=-1) * self._centered).sum(-1)
+
+    def _halves(self, mask: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return log p0 and s of the tokens in a set, and of those outside."""
+        return (self.log_p0[:, mask], self._centered[:, mask]), (
+            self.log_p0[:, ~mask],
+            self._centered[:, ~mask],
+        )
+
+    def _ids(self, tokens: Tokens, repeats: bool = False) -> Tensor:
+        given = torch.as_tensor(tokens, device=self.slope.device)
+        vocab = self.slope.shape[1]
+        if given.dtype == torch.bool and given.shape == (vocab,) and not repeats:
+            return given.nonzero().flatten()
+        whole = given.ndim == 1 and not given.is_floating_point() and given.dtype != torch.bool
+        if not whole or bool(((given < 0) | (given >= vocab)).any()):
+            raise TrimtabError(
+                asked="tokens of a tilt",
+                found=f"values of shape {list(given.shape)} that are no ids from 0 to {vocab - 1}",
+                advice="give a list of token ids",
+            )
+        return given.long()
+
+    def _mask(self, tokens: Tokens) -> Tensor:
+        mask = torch.zeros(self.slope.shape[1], dtype=torch.bool, device=self.slope.device)
+        mask[self._ids(tokens)] = True
+        if bool(mask.all()) or not bool(mask.any()):
+            raise TrimtabError(
+                asked="the probability of a set of tokens",
+                found=f"{int(mask.sum())} tokens of a vocabulary of {mask.shape[0]}",
+                advice="name at least one token, and not all",
+            )
+        return mask
+
+
+def _float64(values: Tensor) -> Tensor:
+    values = values.detach()
+    # Apple's GPUs have no float64.
+    return (values.cpu() if values.device.type == "mps" else values).to(torch.float64)
+
+
+def sign_of(sign: int) -> int:
+    """Return the side of zero that a sign names: 1 or -1."""
+    return 1 if sign > 0 else -1
+
+
+def _nats(kappa: float) -> float:
+    if not (math.isfinite(kappa) and kappa >= 0):
+        raise TrimtabError(
+            asked=f"a strength for a divergence of {kappa} nats",
+            found="a number that is no finite budget",
+            advice="give a number of nats of at least 0, e.g. 0.5",
+        )
+    return float(kappa)

@@ -1,0 +1,141 @@
+"""Where the probability of a set of tokens is highest under a tilt, and where it reaches a target.
+
+The log-odds of a set C move with E_alpha[s | C] - E_alpha[s | not C]. Unlike a single token's
+log-probability they need not be concave, so strengths are laid out on a grid up to the point beyond
+which they provably move one way, and the point that matters is then refined by halving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trimtab.theory.tilt import Tilt
+
+GRID = 64  # steps between 0 and the end, finer near 0
+STEPS = 100
+DOUBLINGS = 1000
+
+
+def highest(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
+    """Return the alpha [n] on one side at which P(C) is highest; see `Tilt.concept_peak`."""
+    grid = _grid(tilt, _reach(tilt, mask, side))
+    odds = tilt.concept_log_odds(mask, side * grid)
+    best = odds.argmax(dim=0, keepdim=True)
+
+    def rate(alphas: Tensor) -> Tensor:
+        return side * tilt.concept_slope(mask, side * alphas)
+
+    rising = rate(grid.gather(0, best)[0]) > 0  # the top lies behind the best point, or before it
+    low = grid.gather(0, (best - 1 + rising.long()).clamp_min(0))[0]
+    high = grid.gather(0, (best + rising.long()).clamp_max(GRID))[0]
+    found = _crossing(rate, low, high)
+    inside, outside = _extremes(tilt, mask, side)
+    at_limit = (inside == outside) & (
+        _limit_log_odds(tilt, mask, side) >= tilt.concept_log_odds(mask, side * found)
+    )
+    return side * torch.where((inside > outside) | at_limit, math.inf, found) + 0.0
+
+
+def first_reaching(tilt: Tilt, mask: Tensor, target: float, side: int) -> Tensor:
+    """Return the alpha [n] nearest to 0 with P(C) >= target on one side, nan where there is none."""
+    goal = math.log(target) - math.log1p(-target)
+
+    def missing(alphas: Tensor) -> Tensor:
+        return goal - tilt.concept_log_odds(mask, side * alphas)
+
+    peak = highest(tilt, mask, side).abs()
+    endless = peak.isinf()
+    upper = torch.where(endless, _reach(tilt, mask, side), peak)
+    endless &= _limit_log_odds(tilt, mask, side) >= goal
+    for _ in range(DOUBLINGS):
+        if not bool((more := endless & (missing(upper) > 0)).any()):
+            break
+        upper = torch.where(more, 2 * upper, upper)
+    grid = _grid(tilt, upper)
+    reached = missing(grid) <= 0
+    first = reached.long().argmax(dim=0, keepdim=True)
+    low = grid.gather(0, (first - 1).clamp_min(0))[0]
+    crossing = _crossing(missing, low, grid.gather(0, first)[0])
+    crossing = torch.where(first[0] == 0, 0.0, crossing)
+    return side * torch.where(reached.any(dim=0), crossing, math.nan) + 0.0
+
+
+def _reach(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
+    """Return a strength [n] beyond which P(C) moves one way for good.
+
+    E_alpha[s | A] rises with alpha, so once it passes the largest slope of the other set it stays
+    ahead. Where the two extremes tie, the strength at which everything else is rounding.
+    """
+    inside, outside = _extremes(tilt, mask, side)
+    behind_top = torch.maximum(inside, outside)[:, None] - side * tilt.slope
+    tied, extreme = inside == outside, behind_top == 0
+
+    def undecided(alpha: Tensor) -> Tensor:
+        log_p = tilt.log_probs(side * alpha)
+        rest = log_p.exp().masked_fill(extreme, 0.0).sum(-1)
+        overtaken = torch.zeros_like(tied)
+        for own in (mask, ~mask):
+            p = torch.softmax(log_p.masked_fill(~own, -math.inf), dim=-1)
+            overtaken |= (p * behind_top).sum(-1) < behind_top[:, ~own].min(-1).values
+        return torch.where(tied, rest > 1e-16, ~overtaken)
+
+    alpha = _unit(tilt)
+    for _ in range(DOUBLINGS):
+        if not bool((more := undecided(alpha)).any()):
+            break
+        alpha = torch.where(more, 2 * alpha, alpha)
+    return alpha
+
+
+def _extremes(tilt: Tilt, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    signed = side * tilt.slope
+    return signed[:, mask].max(-1).values, signed[:, ~mask].max(-1).values
+
+
+def _limit_log_odds(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
+    """Return the log-odds of C [n] at infinite strength: those of the extreme tokens at 0."""
+    signed = side * tilt.slope
+    extreme = signed == signed.max(dim=-1, keepdim=True).values
+    inside = tilt.log_p0.masked_fill(~(extreme & mask), -math.inf).logsumexp(-1)
+    return inside - tilt.log_p0.masked_fill(~(extreme & ~mask), -math.inf).logsumexp(-1)
+
+
+def _unit(tilt: Tilt) -> Tensor:
+    variance = tilt.variance(0.0)
+    return torch.where(variance > 0, variance, 1.0).rsqrt()
+
+
+def _grid(tilt: Tilt, upper: Tensor) -> Tensor:
+    """Return GRID + 1 strengths from 0 to upper [n], finer near 0, [GRID + 1, n]."""
+    unit = _unit(tilt)
+    share = torch.linspace(0, 1, GRID + 1, dtype=torch.float64, device=upper.device)[:, None]
+    grid = unit * torch.sinh(share * torch.asinh(upper / unit))
+    grid[-1] = upper
+    return grid
+
+
+def _crossing(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return where a function above 0 at low [n] and not at high [n] falls to 0 in between.
+
+    False position with the Illinois weights (Dowell and Jarratt 1971), every fourth step a halving.
+    """
+    above, below = function(low), function(high)
+    for step in range(STEPS):
+        middle = 0.5 * (low + high)
+        secant = low + (high - low) * above / (above - below)
+        inside = (secant > low) & (secant < high) & (step % 4 < 3)
+        here = torch.where(inside, secant, middle)
+        value = function(here)
+        over = value > 0
+        # The end that stays counts half, or the steps would creep up from one side for ever.
+        above, below = torch.where(over, value, 0.5 * above), torch.where(over, 0.5 * below, value)
+        low, high = torch.where(over, here, low), torch.where(over, high, here)
+        if bool((high - low <= 2e-16 * high).all()) or not bool((value != 0).any()):
+            break
+    return high

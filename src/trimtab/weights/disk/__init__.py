@@ -1,0 +1,1 @@
+"""Checkpoints as files, read and written within the memory of one tensor."""

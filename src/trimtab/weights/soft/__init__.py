@@ -1,0 +1,1 @@
+"""Soft prompts in a checkpoint."""

@@ -1,0 +1,117 @@
+"""Whether a soft prompt in the vocabulary is the soft prompt fed in, after a real reload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.models.chat import Insert, Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.models.opened import opened
+from trimtab.steering.soft_tokens import soft_tokens
+from trimtab.weights.disk.draft import Draft
+from trimtab.weights.disk.layout import layout_of
+from trimtab.weights.soft.value import PromptReport, SoftPrompt
+from trimtab.weights.verify import Base, load_folder, tolerance, unequal
+
+_ANSWER = 12
+
+
+def check_prompt(
+    draft: Draft, folder: Path, prompt: SoftPrompt, report: PromptReport, prompts: Sequence[Prompt]
+) -> PromptReport:
+    """Compare the checkpoint with the base model whose embedding gives the vectors themselves.
+
+    Raises:
+        TrimtabError: prompts that tokenize otherwise, or logits that differ.
+    """
+    target = report.path
+    source = Base(draft.base.folder, "base", None, draft.base.dtype)
+    lm = load_folder(source, draft.base.folder, target)
+    baked = load_folder(source, folder, target)
+    table: Any = lm.model.get_input_embeddings()
+    vocabulary = int(table.weight.shape[0])
+    worst, largest, equal, effect = 0.0, 1.0, True, 0.0
+    _require(
+        prompt.fingerprint in ("", lm.fingerprint), target, "a soft prompt made for another model"
+    )
+    with soft_tokens(lm, _inputs(lm, prompt)) as soft:
+        for given in prompts:
+            ids = torch.tensor([_ids(baked, given, prompt, report)])
+            new = torch.isin(ids, torch.tensor(report.ids))
+            found = "a prompt in which the new tokens are not what they should be"
+            _require(ids[new].tolist() == list(report.ids), target, found)
+            fed_ids = torch.where(new, ids - report.ids[0] + soft[0], ids)
+            meant = _meant(lm, given, prompt, soft, ids)
+            _require(fed_ids[0].tolist() == meant, target, "a prompt tokenized otherwise")
+            with torch.no_grad():
+                fed = lm.model(fed_ids).logits.float()
+                seen = baked.model(ids).logits.float()
+                without = lm.model(torch.tensor([lm.encode(given).ids])).logits.float()
+            seen = seen[..., :vocabulary]
+            outside = torch.ones(vocabulary, dtype=torch.bool)
+            outside[[i for i in report.ids if i < vocabulary]] = False
+            worst = max(worst, float((seen - fed)[..., outside].abs().max()))
+            largest = max(largest, float(fed.abs().max()))
+            effect = max(effect, float((fed[0, -1] - without[0, -1]).abs().max()))
+            equal = equal and _greedy(lm, fed_ids) == _greedy(baked, ids)
+    allowed = tolerance(source.dtype) * largest
+    _require(worst <= allowed, target, f"logits that differ by {worst:.3g}, {allowed:.3g} allowed")
+    return replace(report, max_logit_difference=worst, equal_text=equal, effect=effect)
+
+
+def _require(met: bool, target: Path, found: str) -> None:
+    if not met:
+        raise unequal(target, found)
+
+
+def _ids(
+    baked: LanguageModel, given: Prompt, prompt: SoftPrompt, report: PromptReport
+) -> list[int]:
+    """The prompt's ids; without a chat template the tokens are written beside the text."""
+    if report.in_template or not isinstance(given, str):
+        return baked.encode(given).ids
+    parts = ["".join(report.tokens), given]
+    joined = prompt.separator.join(parts if prompt.slot != "suffix" else parts[::-1])
+    return baked.encode(joined).ids
+
+
+def _meant(
+    lm: LanguageModel, given: Prompt, prompt: SoftPrompt, soft: tuple[int, ...], ids: Tensor
+) -> list[int]:
+    """What the base model is fed: the lever's own rendering, or the prompt with the start put in."""
+    if prompt.slot == "start":
+        plain = lm.encode(given).ids
+        start = next(i for i, token in enumerate(ids[0].tolist()) if i >= len(plain) or token != plain[i])  # fmt: skip
+        return [*plain[:start], *soft, *plain[start:]]
+    insert = Insert(prompt.slot, ids=soft, separator=prompt.separator)
+    with opened(lm, "inserts", insert):
+        return lm.encode(given).ids
+
+
+def _inputs(lm: LanguageModel, prompt: SoftPrompt) -> Tensor:
+    """The vectors as what the embedding returns: some models scale after it, some inside it."""
+    embedding: Any = lm.model.get_input_embeddings()
+    first = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        bare = bool(torch.allclose(embedding(first)[0, 0], embedding.weight[0], rtol=1e-3))
+    return (prompt.vectors.double() / (_scale(lm) if bare else 1.0)).to(embedding.weight.dtype)
+
+
+def _scale(lm: LanguageModel) -> float:
+    return layout_of(lm.model.config, lm.model.dtype).embed_scale
+
+
+def _greedy(lm: LanguageModel, ids: Tensor) -> list[int]:
+    answer: list[int] = []
+    with torch.no_grad():
+        for _ in range(_ANSWER):
+            token = int(lm.model(ids).logits[0, -1].argmax())
+            answer.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return answer
