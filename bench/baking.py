@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from common import emit, random_llama
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 from trimtab.weights.disk.checkpoint import open_checkpoint
@@ -119,7 +119,7 @@ CHILD = """
 import sys, json, resource, time
 from pathlib import Path
 from trimtab.weights import bake
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10

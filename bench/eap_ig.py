@@ -28,14 +28,15 @@ from torch import Tensor
 
 from common import Times, compared, emit
 from eap_ig_bridge import Names, Reference, hand_over
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
 from trimtab.mechanism.circuits.patching import patch_edges
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, scored_prompts, token_runs
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
-from trimtab.steering.file import load_steering
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 
 BASELINE = "EAP-IG"

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from common import emit
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import readout_tokens
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.gap.gap_search import METHODS, GapSearch, close_gap
 from trimtab.prompts.gap.readings import Reader

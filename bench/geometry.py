@@ -19,7 +19,8 @@ from typing import cast
 import torch
 
 from common import arguments, emit
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.mechanism.geometry.feasibility import FeasibilityRow
 from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
@@ -27,7 +28,8 @@ from trimtab.mechanism.geometry.linearity import linearity
 from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import MEASURES
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.estimate import Estimate
 from trimtab.results.tables import to_plain
 from trimtab.steering.vector import VectorSteering

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from common import emit
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.cli.support import quiet_libraries
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers import (
@@ -34,7 +35,8 @@ from trimtab.levers import (
 )
 from trimtab.levers.found import FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.journal import Journal
 from trimtab.steering.prompt import PromptSteering
 

@@ -29,7 +29,8 @@ import torch
 from common import Times, arguments, compared, emit, interleaved
 from trimtab import harbor
 from trimtab.models.generation import answer_ids
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.scoring.draft import bfloat16_copy

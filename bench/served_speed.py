@@ -25,7 +25,8 @@ import torch
 
 from common import Times, compared, emit, interleaved
 from trimtab import harbor
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 

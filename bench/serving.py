@@ -26,7 +26,8 @@ import torch
 
 from common import Times, emit
 from trimtab import harbor
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 
 ENGINE = Path(__file__).with_name("serving_engine.py")

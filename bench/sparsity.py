@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from common import emit
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import judge_for
 from trimtab.evaluation.evaluate import Evaluator
@@ -29,9 +30,10 @@ from trimtab.mechanism.sparse.curve import sparsity_curve
 from trimtab.mechanism.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
 from trimtab.mechanism.sparse.overlap import dimension_overlap, vector_cosines
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import write_json
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.nulls import random_null
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses

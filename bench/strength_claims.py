@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from common import arguments, emit
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.evaluation.summary import mean
 from trimtab.methods import find
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.prediction.calibration import calibration
 from trimtab.prediction.law_check import check_laws
 from trimtab.results.intervals import paired_bootstrap

@@ -24,14 +24,16 @@ from typing import Any
 import torch
 
 from common import arguments, emit
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import gap as readout_gap
 from trimtab.evaluation.summary import mean
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.steering.layers import default_layers
 from trimtab.steering.vector import VectorSteering

@@ -18,7 +18,8 @@ from trimtab.evaluation.readout import ReadoutTokens, gap_of, readout_tokens
 from trimtab.margins import audit, close, learn_sets
 from trimtab.margins.close import close_side, pusher, shared_direction, steepest_layer
 from trimtab.margins.radius import gap_gradients
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout, load_behavior
-from trimtab.behaviors.file import built_in_names
+from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout
+from trimtab.behaviors.file import built_in_names, load_behavior
 from trimtab.errors import TrimtabError
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "polite.yaml"

@@ -17,9 +17,9 @@ import tiny
 from trimtab import cli
 from trimtab.cli.support import parse_layers
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.results.tables import clean
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
 
@@ -286,7 +286,7 @@ def test_an_internal_error_is_short_unless_debug_is_asked_for() -> None:
     script = (
         "import sys, trimtab.cli as cli\n"
         "def broken(path): raise RuntimeError('the pump is [bold]dry')\n"
-        "import trimtab.steering.file as file\n"
+        "import trimtab.steering.load as file\n"
         "file.describe = broken\n"
         "cli.main(sys.argv[1:])\n"
     )

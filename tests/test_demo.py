@@ -13,7 +13,8 @@ import planted
 from trimtab import demo
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.report.terminal import behavior_panel
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.sweep import Sweep, sweep

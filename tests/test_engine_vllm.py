@@ -29,7 +29,7 @@ from trimtab.serve import Registry, Served
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.prefix import TAG
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.nulls import random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together

@@ -11,7 +11,7 @@ import pytest
 import planted
 from trimtab import cli
 from trimtab.export import read_gguf
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.weights.disk.base import save_model
 
 

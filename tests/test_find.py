@@ -22,7 +22,7 @@ from trimtab.methods.probe import fit
 from trimtab.methods.wanted import own_answers, wanted_answers
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.norms import calibrate
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering

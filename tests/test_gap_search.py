@@ -23,7 +23,7 @@ from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import lay_out
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import render_laws
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering, prompt
 
 READOUT = {"toward": ["Z", "cats"], "away": ["Q", "ferry"]}

@@ -18,7 +18,8 @@ from trimtab.evaluation.readout import readout_tokens, spellings
 from trimtab.margins import learn_sets
 from trimtab.margins.learned import log_odds
 from trimtab.margins.sets import COLLISION, DUPLICATE, NOTHING, USED, Resolved, resolve
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from trimtab.cli import main
 from trimtab.errors import TrimtabError
 from trimtab.models import baked as baked_module
 from trimtab.models.baked import lost_steering
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.serve.engine import served_model
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import SoftPrompt, at_every_writer, bake, bake_prompt

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.models.fingerprint import fingerprint
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 
 PROMPTS = [
     "the cats sleep",

@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import KeptCache
 from trimtab.prompts.scoring import passes as passes_module
 from trimtab.prompts.scoring.draft import bfloat16_copy

@@ -9,7 +9,7 @@ import tiny
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import answer_kl
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.steering.file import describe, load_steering
+from trimtab.steering.load import describe, load_steering
 from trimtab.steering.prompt import PromptSteering, prompt
 
 PROMPTS = ["How do I borrow the ledger?", "The ferry leaves the harbor at noon, is that so?"]

@@ -12,7 +12,8 @@ from trimtab.errors import TrimtabError
 from trimtab.harbor import judge, lexicon
 from trimtab.harbor import prompts as harbor_prompts
 from trimtab.harbor.requests import CHAT_FORMS
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.references import (
     Reference,
     built_in_references,

@@ -32,7 +32,7 @@ from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher_rows
 from trimtab.prompts.task.words import Words
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 
 WANTED = Requests(

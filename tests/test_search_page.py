@@ -23,7 +23,7 @@ from trimtab.prompts.soft.states import match_every_layer
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher
 from trimtab.report.search_page import search_sections, states_section, write_search_page
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from trimtab.prompts.soft.direction import raise_projection
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.soft.soft import Soft, allowed_tokens, batches, descend, train_soft
 from trimtab.prompts.task.rows import lay_out, slot_ids
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
 

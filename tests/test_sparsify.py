@@ -25,7 +25,7 @@ from trimtab.mechanism.sparse.dimensions import (
 )
 from trimtab.mechanism.sparse.sparsify import masked, sparsify
 from trimtab.models.model import LanguageModel
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 
 PROMPTS = [f"How do I find the {word}?" for word in planted.WORDS[:4]]

@@ -98,7 +98,7 @@ def harbor_after_its_parts() -> None:
 
 
 def the_built_in_judge_of_measure_alone() -> None:
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.evaluation import coherence_for, judge_for
 
     asked, refusal = load_behavior("refusal").toward[0].prompt, load_behavior("refusal")
@@ -107,7 +107,7 @@ def the_built_in_judge_of_measure_alone() -> None:
 
 
 def a_judge_of_the_user_goes_first() -> None:
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.evaluation import Verdict, judge_for, register_judge
 
     @register_judge("harbor")

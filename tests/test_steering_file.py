@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.file import describe, load_steering, save_steering
+from trimtab.steering.load import describe, load_steering
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering
@@ -129,7 +129,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, monkeypa
 
 def test_a_folder_in_the_way_is_refused(tmp_path):
     with pytest.raises(TrimtabError, match="to write"):
-        save_steering(vector(), tmp_path)
+        vector().save(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ import tiny
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator, Sample
 from trimtab.models.capture import capture
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.passes import fan
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 from trimtab.studio import app as studio_app
 from trimtab.studio import views

@@ -15,7 +15,7 @@ from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.judges import Verdict, register_judge
 from trimtab.models.model import LanguageModel
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength import search as search_module
 from trimtab.strength.adaptive import adaptive_strengths, common_goal

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import planted
 import tiny
 from trimtab import cli
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.weights.disk.base import save_model
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
 

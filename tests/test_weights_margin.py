@@ -10,7 +10,7 @@ import torch
 import planted
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import gap
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.weights import bake
 from trimtab.weights.margin import measure_before
 

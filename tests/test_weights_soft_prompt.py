@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.steering.prompt import PromptSteering
 from trimtab.weights import SoftPrompt, bake_prompt
 from trimtab.weights.disk.base import save_model

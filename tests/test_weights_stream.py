@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.results.staging import remove_leftovers, staged
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, plan
@@ -175,7 +175,7 @@ KILLED = """
 import sys, pathlib
 from trimtab.weights import bake
 from trimtab.weights.disk import stream
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 import time
 honest = stream._write_file
 def slow(file, target):

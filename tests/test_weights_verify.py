@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, inspect_checkpoint, verify
 from trimtab.weights.disk.base import save_model

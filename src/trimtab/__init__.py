@@ -48,7 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from trimtab import harbor
     from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout
-    from trimtab.behaviors.behavior import load_behavior as behavior
+    from trimtab.behaviors.file import load_behavior as behavior
     from trimtab.errors import TrimtabError
     from trimtab.evaluation.coherence import register_coherence
     from trimtab.evaluation.compare import measure
@@ -57,10 +57,11 @@ if TYPE_CHECKING:
     from trimtab.margins.audit import audit
     from trimtab.mechanism.explained import explain
     from trimtab.methods import find
-    from trimtab.models.model import LanguageModel, load
+    from trimtab.models.load import load
+    from trimtab.models.model import LanguageModel
     from trimtab.prediction.laws import laws
     from trimtab.prompts.search import search
-    from trimtab.steering.file import load_steering
+    from trimtab.steering.load import load_steering
     from trimtab.steering.norms import calibrate
     from trimtab.steering.prompt import PromptSteering, prompt
     from trimtab.steering.scope import Scope
@@ -85,14 +86,14 @@ _PLACES = {
     "Verdict": "trimtab.evaluation.judges:Verdict",
     "audit": "trimtab.margins.audit:audit",
     "bake": "trimtab.weights.bake:bake",
-    "behavior": "trimtab.behaviors.behavior:load_behavior",
+    "behavior": "trimtab.behaviors.file:load_behavior",
     "calibrate": "trimtab.steering.norms:calibrate",
     "explain": "trimtab.mechanism.explained:explain",
     "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",
     "laws": "trimtab.prediction.laws:laws",
-    "load": "trimtab.models.model:load",
-    "load_steering": "trimtab.steering.file:load_steering",
+    "load": "trimtab.models.load:load",
+    "load_steering": "trimtab.steering.load:load_steering",
     "measure": "trimtab.evaluation.compare:measure",
     "prompt": "trimtab.steering.prompt:prompt",
     "register_coherence": "trimtab.evaluation.coherence:register_coherence",

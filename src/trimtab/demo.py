@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior, load_behavior
+from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import measure
 from trimtab.evaluation.evaluate import Unsteered
@@ -31,7 +32,8 @@ from trimtab.evaluation.judges import judge_for
 from trimtab.evaluation.measurement import Measurement
 from trimtab.evaluation.summary import Summary
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.report.page import write_report
 from trimtab.results.tables import to_plain, write_json
 from trimtab.steering.nulls import null_seeds, random_null

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from trimtab import cli
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(

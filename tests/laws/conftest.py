@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tiny
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trimtab.behaviors.parts import (
@@ -21,14 +20,14 @@ from trimtab.behaviors.parts import (
     spec_at,
     text_at,
 )
+from trimtab.behaviors.split import EXAMPLE_LISTS, NAMES, split
+from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.behaviors.split import Splits
     from trimtab.models.chat import Message
 
-__all__ = ["Behavior", "BehaviorError", "Example", "JudgeSpec", "Readout", "load_behavior"]
+__all__ = ["Behavior", "BehaviorError", "Example", "JudgeSpec", "Readout", "Splits"]
 
-EXAMPLE_LISTS = ("toward", "away", "neutral", "requests")
 Listed: TypeAlias = "Iterable[Example | str | Sequence[Message] | Mapping[str, Any]]"
 
 
@@ -152,10 +151,23 @@ class Behavior:
     def split(
         self, seed: int = 0, fractions: tuple[float, float, float] = (0.5, 0.25, 0.25)
     ) -> Splits:
-        """Return disjoint train, validation and test behaviors (see `behavior_split.split`)."""
-        from trimtab.behaviors.split import split
+        """Return disjoint train, validation and test behaviors.
 
-        return split(self, seed, fractions)
+        Pairs stay together, and so do all examples with the same prompt, on whichever list they
+        are. Every split gets examples of both sides; `neutral` and `requests` are split likewise,
+        but a list of fewer than three leaves splits without any.
+
+        Args:
+            seed: of the shuffle; the order of the examples matters too.
+            fractions: shares of train, validation and test, positive, summing to 1.
+
+        Raises:
+            TrimtabError: unusable fractions, or fewer than three different prompts (or pairs) a
+                side.
+        """
+        lists = {name: [e.key for e in getattr(self, name)] for name in EXAMPLE_LISTS}
+        chosen = split(self.name, lists, self.paired, seed, fractions)
+        return Splits(*map(self.select, chosen))
 
     def select(self, kept: Mapping[str, Sequence[int]]) -> Behavior:
         """Return the behavior with only these examples, as indices per list; the rest stays."""
@@ -189,15 +201,22 @@ class Behavior:
         )
 
 
-def load_behavior(name_or_path: str | PathLike[str]) -> Behavior:
-    """Load a built-in behavior by name, or a YAML or JSONL file (docs/behaviors.md).
+@dataclass(frozen=True)
+class Splits:
+    """Three behaviors with disjoint prompts: `train` finds, `validation` selects, `test` scores."""
 
-    Args:
-        name_or_path: e.g. `"refusal"` or `"polite.yaml"`.
+    train: Behavior
+    validation: Behavior
+    test: Behavior
 
-    Raises:
-        TrimtabError: no such name or file, or a file that is not a behavior, with file and line.
-    """
-    from trimtab.behaviors.file import load
+    def named(self, name: str) -> Behavior:
+        """Return a split by its name.
 
-    return load(name_or_path)
+        Raises:
+            TrimtabError: a name other than train, validation and test.
+        """
+        if name not in NAMES:
+            raise TrimtabError(
+                f"the split {name!r}", f"the splits {', '.join(NAMES)}", "name one of these"
+            )
+        return getattr(self, name)

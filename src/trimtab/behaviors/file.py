@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.jsonl import read_jsonl
+from trimtab.behaviors.located import Located, nearest, read_text, refuse_at
 from trimtab.behaviors.parts import BehaviorError, Location, describe
+from trimtab.behaviors.yaml import read_yaml
 from trimtab.errors import TrimtabError
 
 BUILT_IN = Path(__file__).parent.parent / "harbor" / "behaviors"  # plain data: nothing is imported
@@ -49,23 +49,12 @@ class _Content(_Strict):
     paired: StrictBool | None = None
 
 
-@dataclass(frozen=True)
-class Located:
-    """Plain values from a file, and a function from a place in them to its line, counted from 1."""
-
-    content: Any
-    line: Callable[[Location], int]
-
-
-def load(name_or_path: str | PathLike[str]) -> Behavior:
+def load_behavior(name_or_path: str | PathLike[str]) -> Behavior:
     """Load a built-in behavior by name, or a `.yaml`, `.yml` or `.jsonl` file.
 
     Raises:
         TrimtabError: no such name or file, or a file that is not a behavior, with `file:line`.
     """
-    from trimtab.behaviors.jsonl import read_jsonl
-    from trimtab.behaviors.yaml import read_yaml
-
     if not isinstance(name_or_path, str | PathLike) or not str(name_or_path).strip():
         raise TrimtabError(
             f"the behavior {name_or_path!r}",
@@ -78,20 +67,9 @@ def load(name_or_path: str | PathLike[str]) -> Behavior:
     return _build(located, path)
 
 
-def refuse_at(path: Path, line: int, found: str, advice: str) -> TrimtabError:
-    """Return the error for a place in a file."""
-    return TrimtabError(f"the file {path}", f"{path.name}:{line}: {found}", advice)
-
-
 def built_in_names() -> list[str]:
     """Return the names of the built-in behaviors."""
     return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-
-
-def nearest(given: str, allowed: Sequence[str]) -> str:
-    """Return "did you mean ...? " when an allowed name is close, and all of them."""
-    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(allowed)}"
 
 
 def _find(name_or_path: str | PathLike[str]) -> Path:
@@ -112,33 +90,6 @@ def _find(name_or_path: str | PathLike[str]) -> Path:
         what = "no such file"
         advice = f"check the path, or name a built-in behavior: {', '.join(built_in_names())}"
     raise TrimtabError(f"the behavior {str(name_or_path)!r}", what, advice)
-
-
-def read_text(path: Path, docs: str = "docs/behaviors.md") -> str:
-    """Return the text of a UTF-8 file that is not empty.
-
-    Args:
-        path: of the file.
-        docs: where such a file is described.
-
-    Raises:
-        TrimtabError: a file that cannot be read, is not UTF-8 or is empty.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TrimtabError(
-            f"the file {path}", error.strerror or str(error), "check its permissions"
-        ) from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"the byte 0x{data[error.start]:02x}, which is not UTF-8"
-        raise refuse_at(path, line, found, "save the file as UTF-8") from error
-    if not text.strip():
-        raise refuse_at(path, 1, "an empty file", f"see {docs} for a file to copy")
-    return text
 
 
 def _build(located: Located, path: Path) -> Behavior:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimtab.behaviors.file import Located, nearest, refuse_at
+from trimtab.behaviors.located import Located, nearest, refuse_at
 from trimtab.behaviors.parts import Location
 
 _SIDES = ("toward", "away", "neutral", "requests")

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
-from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior
 from trimtab.errors import TrimtabError
 
+EXAMPLE_LISTS = ("toward", "away", "neutral", "requests")
 NAMES = ("train", "validation", "test")
 SIDES = ("toward", "away")
+Lists: TypeAlias = Mapping[str, Sequence[str]]
 _Member = tuple[str, int]  # list name and index
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Three behaviors with disjoint prompts: `train` finds, `validation` selects, `test` scores."""
-
-    train: Behavior
-    validation: Behavior
-    test: Behavior
-
-    def named(self, name: str) -> Behavior:
-        """Return a split by its name.
-
-        Raises:
-            TrimtabError: a name other than train, validation and test.
-        """
-        if name not in NAMES:
-            raise TrimtabError(
-                f"the split {name!r}", f"the splits {', '.join(NAMES)}", "name one of these"
-            )
-        return getattr(self, name)
-
-
-def split(behavior: Behavior, seed: int, fractions: Sequence[float]) -> Splits:
-    """Split a behavior into train, validation and test, repeatably for a seed.
-
-    Pairs stay together, and so do all examples with the same prompt, on whichever list they are.
-    Every split gets examples of both sides; `neutral` and `requests` are split likewise, but a list
-    of fewer than three leaves splits without any.
+def split(
+    name: str,
+    lists: Lists,
+    paired: bool,
+    seed: int,
+    fractions: Sequence[float],
+) -> list[dict[str, list[int]]]:
+    """Return the indices of train, validation and test; see `Behavior.split`.
 
     Args:
-        behavior: what is split; its order matters, like the seed.
+        name: the behavior's.
+        lists: name of a list -> a key for each of its examples; equal keys stay together.
+        paired: whether `toward[i]` and `away[i]` stay together.
         seed: of the shuffle.
-        fractions: shares of train, validation and test, positive, summing to 1.
-
-    Raises:
-        TrimtabError: unusable fractions, or fewer than three different prompts (or pairs) a side.
+        fractions: shares of train, validation and test.
     """
     shares = [float(f) for f in fractions]
     if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
@@ -58,16 +39,16 @@ def split(behavior: Behavior, seed: int, fractions: Sequence[float]) -> Splits:
             "shares that are not three positive numbers summing to 1",
             "use e.g. (0.5, 0.25, 0.25)",
         )
-    groups = _groups(behavior)
+    groups = _groups(lists, paired)
     for side in SIDES:
         distinct = sum(any(name == side for name, _ in group) for group in groups)
         if distinct < 3:
             raise TrimtabError(
-                f"a split of the behavior {behavior.name!r} into {', '.join(NAMES)}",
+                f"a split of the behavior {name!r} into {', '.join(NAMES)}",
                 f"{distinct} different prompt{'s' * (distinct != 1)} on the {side} side"
                 + (" (a pair, or examples of the same prompt, count as one)"),
-                f"give at least 3 on each side (toward has {len(behavior.toward)} examples, away "
-                f"{len(behavior.away)}), or use all of it for finding with split=None",
+                f"give at least 3 on each side (toward has {len(lists['toward'])} examples, away "
+                f"{len(lists['away'])}), or use all of it for finding with split=None",
             )
     random.Random(seed).shuffle(groups)
     groups.sort(key=len, reverse=True)  # stable: large groups first, while there is room for them
@@ -77,15 +58,15 @@ def split(behavior: Behavior, seed: int, fractions: Sequence[float]) -> Splits:
         kept = {name: sorted(i for n, i in chosen if n == name) for name in EXAMPLE_LISTS}
         if not all(kept[side] for side in SIDES):
             raise TrimtabError(
-                f"a split of the behavior {behavior.name!r} into {', '.join(NAMES)}",
+                f"a split of the behavior {name!r} into {', '.join(NAMES)}",
                 "prompts repeated so often that a split has one side only",
                 "give more different prompts on each side",
             )
-        parts.append(behavior.select(kept))
-    return Splits(*parts)
+        parts.append(kept)
+    return parts
 
 
-def _groups(behavior: Behavior) -> list[list[_Member]]:
+def _groups(lists: Lists, paired: bool) -> list[list[_Member]]:
     """Return the sets of examples that may not be separated, in order of their first member."""
     parent: dict[_Member, _Member] = {}
 
@@ -97,10 +78,10 @@ def _groups(behavior: Behavior) -> list[list[_Member]]:
 
     first_with: dict[str, _Member] = {}
     for name in EXAMPLE_LISTS:
-        for i, example in enumerate(getattr(behavior, name)):
+        for i, key in enumerate(lists[name]):
             parent[name, i] = (name, i)
-            parent[name, i] = root(first_with.setdefault(example.key, (name, i)))
-            if behavior.paired and name == "away":
+            parent[name, i] = root(first_with.setdefault(key, (name, i)))
+            if paired and name == "away":
                 parent[root((name, i))] = root(("toward", i))
     groups: dict[_Member, list[_Member]] = {}
     for member in parent:

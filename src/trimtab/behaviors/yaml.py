@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from trimtab.behaviors.file import Located, refuse_at
+from trimtab.behaviors.located import Located, refuse_at
 from trimtab.behaviors.parts import Location
 from trimtab.errors import TrimtabError
 

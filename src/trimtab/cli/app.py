@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from trimtab import __version__
+from importlib.metadata import version
 from trimtab.errors import TrimtabError
 
 # Also read where commands load models.

@@ -47,7 +47,7 @@ def audit_command(
     """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.checks import choice
     from trimtab.evaluation.readout import AGGREGATORS
     from trimtab.margins import audit, learn_sets

@@ -48,7 +48,7 @@ def bake_command(
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.weights import at_every_writer, bake, bake_prompt, plan
 
     if out is None and not show_plan:
@@ -83,7 +83,7 @@ def bake_command(
 
 
 def _vector(file: str, strength: float | None) -> VectorSteering:
-    from trimtab.steering.file import load_steering
+    from trimtab.steering.load import load_steering
     from trimtab.steering.vector import VectorSteering
 
     lever = None if file.startswith("prompt:") else load_steering(file)

@@ -48,7 +48,7 @@ def explain_command(
     """Measure which edges, heads and MLPs carry a vector, what it says, how sparse and linear it is."""
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.mechanism.explained import explain
     from trimtab.report.explain_page import write_explain_page
 

@@ -86,7 +86,7 @@ def find_command(
     """
     from trimtab.engine import open_engine
     from trimtab.mechanism.sparse.sparsify import sparsify
-    from trimtab.steering.file import describe
+    from trimtab.steering.load import describe
     from trimtab.steering.units import convert
 
     check_share(keep)
@@ -130,7 +130,7 @@ def _wanted(
     seed: int,
 ) -> list[Wanted]:
     """One entry per behavior and, with --each-layer, per layer."""
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.methods.each import Wanted
 
     if layers is not None and each_layer is not None:

@@ -23,7 +23,7 @@ def inspect_command(
     Of a checkpoint: tensors that its architecture would drop on loading, and what Trimtab baked in.
     """
     from trimtab.results.tables import Table
-    from trimtab.steering.file import describe
+    from trimtab.steering.load import describe
     from trimtab.steering.units import convert
     from trimtab.steering.vector import VectorSteering
     from trimtab.weights import inspect_checkpoint

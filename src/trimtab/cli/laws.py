@@ -54,7 +54,7 @@ def laws_command(
     """Draw the laws of steering strength; with a model and a vector, prediction against measurement."""
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.prediction.study import study
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.strength_sections import study_sections

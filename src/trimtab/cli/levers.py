@@ -53,7 +53,7 @@ def levers_command(
     """
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.levers import levers_table
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.levers_section import levers_section

@@ -68,7 +68,7 @@ def measure_command(
     json_file: Json = None,
 ) -> None:
     """Measure levers side by side on held-out prompts, with nulls and intervals."""
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.evaluation import measure
     from trimtab.evaluation.tasks.tasks import check_harness, measure_tasks

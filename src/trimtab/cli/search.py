@@ -78,7 +78,7 @@ def search_command(
     """
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.checks import choice
     from trimtab.engine import open_engine
     from trimtab.prompts.gap.gap_search import METHODS, close_gap

@@ -58,7 +58,7 @@ def parse_position(text: str) -> str | int:
 
 def read_lever(text: str) -> VectorSteering | PromptSteering:
     """Read `prompt:TEXT`, `prefix:TEXT`, `suffix:TEXT` or the path of a steering file."""
-    from trimtab.steering.file import load_steering
+    from trimtab.steering.load import load_steering
     from trimtab.steering.prompt import prompt
 
     kind, colon, words = text.partition(":")
@@ -69,7 +69,7 @@ def read_lever(text: str) -> VectorSteering | PromptSteering:
 
 def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
     """Read a steering file that must hold a vector."""
-    from trimtab.steering.file import load_steering
+    from trimtab.steering.load import load_steering
     from trimtab.steering.vector import VectorSteering
 
     lever = load_steering(path)
@@ -84,7 +84,7 @@ def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a model as `trimtab.load` does, saying so on a terminal: a download takes its time."""
-    from trimtab.models.model import load
+    from trimtab.models.load import load
 
     quiet_libraries()
     with Console(stderr=True).status(f"loading {escape(name)}"):

@@ -73,7 +73,7 @@ def tune_command(
     Refuses, with the curve, when no strength keeps the budget and moves the behavior. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.mechanism.sparse.sparsify import sparsify
     from trimtab.report.laws_page import write_laws_page

@@ -14,7 +14,8 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import Insert
-from trimtab.models.model import LanguageModel, Source, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel, Source
 from trimtab.passes.job import Unit
 from trimtab.results.journal import Notes
 

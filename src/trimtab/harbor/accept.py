@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.harbor import judge, steerability
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
@@ -23,7 +23,8 @@ from trimtab.harbor.behaviors import held_out_request
 from trimtab.harbor.card import write_card
 from trimtab.harbor.world import held_out
 from trimtab.models.chat import Prompt
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table
 
 ANSWER_TOKENS = 96  # the longest answers of the town fit

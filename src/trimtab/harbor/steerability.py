@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.judges import judge_for
 from trimtab.methods import find

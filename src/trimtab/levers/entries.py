@@ -13,7 +13,8 @@ from trimtab.levers.bakeable import bakeable
 from trimtab.levers.conversions.rank_one import fit_rank_one
 from trimtab.levers.found import SCOPES
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.weights.bake import bake

@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.gap import check_finite
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.models.sites import Site
 from trimtab.results.quantiles import Quantiles, quantiles

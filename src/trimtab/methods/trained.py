@@ -14,8 +14,9 @@ from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.methods.contrast import Contrast, read_contrast
 from trimtab.methods.registry import Found, Task
-from trimtab.methods.training import Rows, Trainer, frozen
+from trimtab.methods.training import Rows, Trainer
 from trimtab.methods.wanted import SOURCES, own_answers
+from trimtab.models.gradients import frozen
 
 SIDES = {"toward": (1,), "away": (-1,), "both": (1, -1)}
 INITS = ("mean_difference", "random")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,20 +19,6 @@ from trimtab.models.sites import Site
 from trimtab.steering.hooks import Edit, steered
 
 REFERENCE_TOKENS = 64  # kept per position of the unsteered distribution; the rest is one lump
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Keep every parameter out of the graph, and restore the flags as they were."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 class Objective(Protocol):

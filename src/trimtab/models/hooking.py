@@ -11,17 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.models.opened import Entry, enter, is_open, leave
-
-if TYPE_CHECKING:
-    from trimtab.models.sites import Tap
 
 _LOCK = threading.Lock()
 
@@ -38,6 +36,15 @@ def first_tensor(value: object) -> Tensor | None:
 def input_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     """The hidden states that a module is called with."""
     return first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site is reached: a module's input or output, times `scale`, is the site's value."""
+
+    module: nn.Module
+    on_input: bool
+    scale: float = 1.0
 
 
 class Hooks:

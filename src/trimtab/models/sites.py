@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from trimtab.errors import TrimtabError
+from trimtab.models.hooking import Tap
 from trimtab.models.probe import probe
 
 if TYPE_CHECKING:
@@ -72,15 +73,6 @@ class Site:
                 f"use one of {', '.join(KINDS)} and a layer: resid_post.3",
             )
         return Site(kind, int(layer))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where a site is reached: a module's input or output, times `scale`, is the site's value."""
-
-    module: nn.Module
-    on_input: bool
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

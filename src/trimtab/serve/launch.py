@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
+from trimtab.models.load import BUILT_IN
 from trimtab.models.model import LanguageModel
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
@@ -37,11 +38,7 @@ class Launch:
 
 def checkpoint(name: str) -> str:
     """What vLLM calls a model: the folder of the built-in one, else the name itself."""
-    if name != "harbor":
-        return name
-    from trimtab import harbor
-
-    return str(harbor.path())
+    return str(BUILT_IN.get(name, name))
 
 
 def prepare(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.tokens import SCOPES
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import SEPARATORS, SLOTS, Insert
 from trimtab.models.opened import opened
+from trimtab.steering.format import PromptHeader, SoftPromptHeader, expect, write
 from trimtab.steering.soft_tokens import soft_tokens
 
 if TYPE_CHECKING:
@@ -142,9 +143,59 @@ class PromptSteering:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one steering file (docs/format.md)."""
-        from trimtab.steering.file import save_steering
+        return write(path, *self.parts())
 
-        return save_steering(self, path)
+    def parts(self) -> tuple[PromptHeader | SoftPromptHeader, dict[str, Tensor]]:
+        """Return what a steering file holds: a header, and the vectors of a soft prompt."""
+        assert self.separator is not None  # it is set when the value is made
+        if self.vectors is None:
+            separator = None if self.separator == SEPARATORS[self.slot] else self.separator
+            header = PromptHeader(
+                kind="prompt",
+                text=self.text,
+                strength=self.strength,
+                slot=self.slot,
+                separator=separator,
+                provenance=self.provenance,
+            )
+            return header, {}
+        soft = SoftPromptHeader(
+            kind="soft_prompt",
+            strength=self.strength,
+            slot=self.slot,
+            separator=self.separator,
+            fingerprint=self.fingerprint,
+            model_name=self.model_name,
+            provenance=self.provenance,
+        )
+        return soft, {"vectors": self.vectors}
+
+    @classmethod
+    def from_parts(
+        cls, header: PromptHeader | SoftPromptHeader, tensors: Mapping[str, Tensor]
+    ) -> PromptSteering:
+        """Make the steering that a file holds; see `parts`."""
+        names = sorted(tensors)
+        if isinstance(header, PromptHeader):
+            expect(not tensors, "a prompt without tensors", f"the tensors {names}")
+            return cls(
+                header.text,
+                header.strength,
+                slot=header.slot,
+                separator=header.separator,
+                provenance=header.provenance,
+            )
+        expect(names == ["vectors"], "one tensor, vectors", f"the tensors {names}")
+        return cls(
+            "",
+            header.strength,
+            slot=header.slot,
+            separator=header.separator,
+            vectors=tensors["vectors"],
+            provenance=header.provenance,
+            fingerprint=header.fingerprint,
+            model_name=header.model_name,
+        )
 
 
 def prompt(text: str, slot: str = "system", separator: str | None = None) -> PromptSteering:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pkgutil import resolve_name
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,13 +22,12 @@ from trimtab.checks import (
     unit_direction,
 )
 from trimtab.errors import TrimtabError
+from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import KINDS, Site
+from trimtab.steering.format import Model, VectorHeader, int_keys, layer_number, text_keys, write
 from trimtab.steering.hooks import OPERATIONS, Edit, steered
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.weights.bake import BakeReport
 
 
 class Switch(Protocol):
@@ -282,20 +282,65 @@ class VectorSteering:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one steering file (docs/format.md), byte-identical for equal content."""
-        from trimtab.steering.file import save_steering
+        return write(path, *self.parts())
 
-        return save_steering(self, path)
+    def parts(self) -> tuple[VectorHeader, dict[str, Tensor]]:
+        """Return what a steering file holds: a header, and one tensor per direction."""
+        header = VectorHeader(
+            kind="vector",
+            model=Model(
+                name=self.model_name,
+                fingerprint=self.fingerprint,
+                n_layers=self.n_layers,
+                d_model=self.d_model,
+            ),
+            site=self.site,
+            operation=self.operation,
+            scope=str(self.scope),
+            strength=self.strength,
+            layers=list(self.layers),
+            scales=text_keys(self.scales),
+            targets=text_keys(self.targets),
+            norms=text_keys(self.norms),
+            class_gaps=text_keys(self.class_gaps),
+            spreads=text_keys(self.spreads),
+            provenance=self.provenance,
+        )
+        return header, {f"direction.{layer}": c for layer, c in self.directions.items()}
 
-    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> BakeReport:
+    @classmethod
+    def from_parts(cls, header: VectorHeader, tensors: Mapping[str, Tensor]) -> VectorSteering:
+        """Make the steering that a file holds; see `parts`."""
+        return cls(
+            directions={
+                layer_number(name.removeprefix("direction.")): c for name, c in tensors.items()
+            },
+            layers=tuple(header.layers),
+            scales=int_keys(header.scales),
+            strength=header.strength,
+            site=header.site,
+            operation=header.operation,
+            scope=Scope.parse(header.scope),
+            targets=int_keys(header.targets),
+            norms=int_keys(header.norms),
+            class_gaps=int_keys(header.class_gaps),
+            spreads=int_keys(header.spreads),
+            provenance=header.provenance,
+            fingerprint=header.model.fingerprint,
+            model_name=header.model.name,
+            n_layers=header.model.n_layers,
+            d_model=header.model.d_model,
+        )
+
+    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
         """Write a checkpoint that steers itself, verified after a real reload (weights/bake.py).
 
         Args:
             out: folder to create.
             lm: the model to bake into; loaded from `model_name` when absent.
         """
-        from trimtab.models.model import load
-        from trimtab.weights.bake import bake
-
+        # The one name that is looked up above this room, for the sake of `vector.bake(folder)`.
+        bake = resolve_name("trimtab.weights.bake:bake")
         return bake(load(self.model_name) if lm is None else lm, self, out)
 
     def __repr__(self) -> str:

@@ -20,14 +20,14 @@ from gradio.themes import Default
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 
-from trimtab.behaviors.behavior import Behavior, load_behavior
-from trimtab.behaviors.file import built_in_names
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import built_in_names, load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Progress
 from trimtab.methods import METHODS
 from trimtab.models.model import LanguageModel
 from trimtab.results.tables import clean
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk

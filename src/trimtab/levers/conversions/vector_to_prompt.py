@@ -21,7 +21,7 @@ from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.levers.conversions.vector_to_soft import Matched, induced, match
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.models.sites import Site
 from trimtab.prompts.discrete.hotflip import Progress, hotflip
 from trimtab.prompts.projections.project import project

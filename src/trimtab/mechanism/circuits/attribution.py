@@ -25,8 +25,8 @@ from trimtab.mechanism.circuits.anatomy import ROLES, anatomy_of, pulled_back
 from trimtab.mechanism.circuits.graph import Graph, Node, build_graph
 from trimtab.mechanism.circuits.record import Record, record
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
-from trimtab.methods.training import frozen
 from trimtab.models.batch import Batch
+from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.results.tables import Printable, Table, number
 

@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH
-from trimtab.methods.training import frozen
 from trimtab.models.batch import Batch
+from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.models.replay import Recording, Stopped, recorded, replayed
 from trimtab.models.sites import Site

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.models.sites import Site
 from trimtab.steering.hooks import Edit, steered
 from trimtab.steering.vector import VectorSteering

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from trimtab.errors import TrimtabError
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.prompts.gap.sort_sum_stop import need
 from trimtab.prompts.gap.steps import Found, GapStep, concluded
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
 from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import embedding_scale

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.task.rows import Row
 from trimtab.steering.soft_tokens import soft_tokens

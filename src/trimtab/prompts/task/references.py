@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.behaviors.file import nearest, read_text
+from trimtab.behaviors.located import nearest, read_text
 from trimtab.behaviors.parts import JudgeSpec, spec_at, text_at
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.checks import choice

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.behaviors.file import Located, read_text, refuse_at
+from trimtab.behaviors.located import Located, read_text, refuse_at
 from trimtab.behaviors.parts import BehaviorError, Example, describe, examples_at, shown
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.errors import TrimtabError

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
+from trimtab.models.load import BUILT_IN
 from trimtab.models.model import LanguageModel
 
 Model = LanguageModel | str | os.PathLike[str]
@@ -24,10 +25,8 @@ def folder_of(model: str | os.PathLike[str]) -> tuple[Path, str]:
         TrimtabError: there is no such model.
     """
     name = os.fspath(model)
-    if name == "harbor":
-        from trimtab import harbor
-
-        return Path(harbor.path()), name
+    if name in BUILT_IN:
+        return BUILT_IN[name], name
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder, folder.resolve().name

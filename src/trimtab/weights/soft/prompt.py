@@ -26,7 +26,8 @@ from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.results.staging import staged
 from trimtab.results.tables import write_json
-from trimtab.steering.file import METADATA_KEY, load_steering
+from trimtab.steering.format import METADATA_KEY
+from trimtab.steering.load import load_steering
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.prompt import PromptSteering
 from trimtab.weights.disk.base import Model, folder_of, save_model
