@@ -85,6 +85,7 @@ test-interop: $(STAMP) $(INTEROP)/vllm/.installed $(INTEROP)/tools/.installed $(
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-logo --no-cache
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
@@ -17,7 +18,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from importlib.metadata import version
 from trimtab.errors import TrimtabError
 
 # Also read where commands load models.
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"trimtab {__version__}")
+        typer.echo(f"trimtab {version('trimtab')}")
         raise typer.Exit
 
 

@@ -9,11 +9,11 @@ import typer
 from rich.text import Text
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     load_model,
     progress_bar,
-    show,
     stdout_console,
     write_result,
 )
@@ -42,6 +42,7 @@ def audit_command(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
     ] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
@@ -75,7 +76,6 @@ def audit_command(
     # Files first: a reader that closes the pipe early should not cost them.
     write_result(json_file, found.to_dict())
     page = None if report is None else write_audit_page(report, found)
-    for shown in (*([sets] if sets is not None else []), *found.tables(), found):
-        show(shown)
+    show(found, *([sets] if sets is not None else []), *found.tables(), full=full)
     if page is not None:
         stdout_console().print(Text(str(page)))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli.app import Json, Model, app
-from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, show, write_result
+from trimtab.cli.screen import Full, show
+from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, write_result
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def bake_command(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy unchanged files instead of hard links.")
     ] = False,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
@@ -57,14 +59,14 @@ def bake_command(
     quiet_libraries()
     if len(files) == 1 and out is not None and _is_soft_prompt(Path(files[0])):
         done = bake_prompt(model, files[0], out, verify=verify, link=not copy)
-        show(done)
+        show(done, full=full)
         return write_result(json_file, done.to_dict())
     vectors = [_vector(file, strength) for file in files]
     if every_writer is not None:
         vectors = [part for v in vectors for part in at_every_writer(v, every_writer)]
     if show_plan or out is None:
         found = plan(model, vectors, route)
-        show(found)
+        show(found, full=full)
         return write_result(json_file, found.to_dict())
     contrast = None if behavior is None else load_behavior(behavior)
     with progress_bar(f"writing {out}") as progress:
@@ -78,7 +80,7 @@ def bake_command(
             link=not copy,
             progress=progress,
         )
-    show(report)
+    show(report, full=full)
     return write_result(json_file, report.to_dict())
 
 

@@ -10,6 +10,7 @@ import typer
 
 from trimtab.cli.app import Json, Model, Seed, app, complete_behavior
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
+from trimtab.cli.screen import Full, show
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -17,7 +18,6 @@ from trimtab.cli.support import (
     parse_layers,
     parse_position,
     progress_bar,
-    show,
     write_result,
 )
 from trimtab.errors import TrimtabError
@@ -77,6 +77,7 @@ def find_command(
     engine: EngineName = "local",
     address: Address = None,
     workers: Workers = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Find a steering vector for a behavior and write it as one file.
@@ -105,7 +106,7 @@ def find_command(
             with progress_bar("weighing dimensions") as progress:
                 kept = sparsify(lm, each.behavior, kept, keep, seed=seed, progress=progress)
         kept.save(file)
-        show(convert(kept), f"{kept.label}, written to {file}")
+        show(convert(kept), title=f"{kept.label}, written to {file}", full=full)
     described = [{"file": str(file), **describe(file)} for file in files]
     write_result(json_file, {"files": described} if several else described[0])
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.app import Json, app
-from trimtab.cli.support import check_writable, in_short, read_lever, show, write_result
+from trimtab.cli.screen import Full, show
+from trimtab.cli.support import check_writable, in_short, read_lever, write_result
 
 
 @app.command("inspect", epilog="Example: trimtab inspect refusal.safetensors")
@@ -16,6 +17,7 @@ def inspect_command(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A steering file, or a checkpoint's folder.")
     ],
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Say what a file or checkpoint holds: its origin, its layers, its strength in every unit.
@@ -31,7 +33,7 @@ def inspect_command(
     check_writable(json_file)
     if file.is_dir():
         found = inspect_checkpoint(file)
-        show(found)
+        show(found, full=full)
         return write_result(json_file, found.to_dict())
     facts = describe(file)
     shown = [
@@ -39,8 +41,9 @@ def inspect_command(
         for name, value in facts.items()
         if name not in ("alphas", "norms", "class_gaps", "spreads")
     ]
-    show(Table(str(file), ("what", "value"), tuple(shown)))
+    tables = [Table(str(file), ("what", "value"), tuple(shown))]
     lever = read_lever(str(file))
     if isinstance(lever, VectorSteering):
-        show(convert(lever))
+        tables.append(convert(lever).table())
+    show(*tables, full=full)
     return write_result(json_file, facts)

@@ -9,12 +9,12 @@ import typer
 from rich.text import Text
 
 from trimtab.cli.app import Json, Seed, Tokens, app, complete_behavior, complete_model
+from trimtab.cli.screen import show
 from trimtab.cli.support import (
     check_writable,
     load_model,
     progress_bar,
     read_vector,
-    show,
     stdout_console,
     write_result,
 )

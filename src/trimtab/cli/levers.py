@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     load_model,
     progress_bar,
     read_lever,
     read_vector,
-    show,
     write_result,
 )
 from trimtab.errors import TrimtabError
@@ -44,6 +44,7 @@ def levers_command(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
     ] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Compare prompt, soft prompt, vector, bias, rank-1, LoRA and ablation at equal damage.
@@ -86,7 +87,7 @@ def levers_command(
             seed=seed,
             progress=progress,
         )
-    show(found)
+    show(found, full=full)
     if report is not None:
         write_laws_page(report, [levers_section(found)], title="Which lever", lead=found.model)
     write_result(json_file, found.to_dict())

@@ -9,12 +9,12 @@ import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
+from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     load_model,
     progress_bar,
     read_lever,
-    show,
     write_result,
 )
 from trimtab.errors import TrimtabError
@@ -65,6 +65,7 @@ def measure_command(
         bool,
         typer.Option("--apply-chat-template", help="With --tasks: documents as a user's turn."),
     ] = False,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Measure levers side by side on held-out prompts, with nulls and intervals."""
@@ -124,9 +125,8 @@ def measure_command(
             progress=progress,
             engine=where,
         )
-    show(result)
+    show(result, *([] if scored is None else [scored]), full=full)
     data = result.to_dict()
     if scored is not None:
-        show(scored)
         data["tasks"] = scored.to_dict()
     write_result(json_file, data)

@@ -10,7 +10,8 @@ import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
-from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.cli.screen import show
+from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from trimtab.cli.app import DEVICE_MAP
 from trimtab.errors import TrimtabError
@@ -134,16 +133,8 @@ def in_short(value: object) -> str:
 
 
 def stdout_console() -> Console:
-    """Return the console of stdout; a pipe has no width, so tables get room there."""
+    """Return the console of stdout, for what is no table."""
     return Console() if sys.stdout.isatty() else Console(width=160, color_system=None)
-
-
-def show(what: object, title: str | None = None) -> None:
-    """Print something that rich can render, below a plain title."""
-    console = stdout_console()
-    if title is not None:
-        console.print(Text(title))
-    console.print(cast(RenderableType, what))
 
 
 @contextmanager

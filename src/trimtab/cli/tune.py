@@ -9,6 +9,7 @@ import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
+from trimtab.cli.screen import Full, show
 from trimtab.cli.sparse import Sparsify, check_share
 from trimtab.cli.support import (
     check_writable,
@@ -16,7 +17,6 @@ from trimtab.cli.support import (
     parse_layers,
     progress_bar,
     read_vector,
-    show,
     write_result,
 )
 
@@ -66,6 +66,7 @@ def tune_command(
     report: Annotated[
         Path | None, typer.Option(help="Also write the curve as a page into this folder.")
     ] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Choose layers, scope and strength on validation prompts; report them on test prompts.
@@ -125,10 +126,10 @@ def tune_command(
             chosen = [list(sparse.layers)]
             tuned = choose(sparse, chosen, [str(sparse.scope)], f"tuning {keep:.0%} of it")
     except NoStrengthPasses as refusal:
-        show(refusal.table())
+        show(refusal.table(), full=full)
         write_result(json_file, {"refused": refusal.found, "tried": refusal.tried})
         raise
-    show(tuned.table())
+    show(tuned.table(), full=full)
     if out is not None:
         tuned.save(out)
     if report is not None:
