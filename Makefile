@@ -36,7 +36,7 @@ demo: $(STAMP)
 # Two processes of one thread each; a file's tests stay together, for they share their fixtures.
 JOBS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=25
 
 $(INTEROP)/vllm/.installed: tests/interop/vllm_requirements.py
 	test -x $(INTEROP)/vllm/bin/python || $(PYTHON) -m venv $(INTEROP)/vllm
