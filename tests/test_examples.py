@@ -26,6 +26,8 @@ ARGUMENTS = {
     "vector_against_prompt.ipynb": (),
 }
 REFUSAL = "I cannot help you borrow the rowboat."
+# All of them run in one fixture: a minute of one core, more where others work on it.
+pytestmark = pytest.mark.timeout(1200)
 
 
 Ran = dict[str, dict[str, str]]
