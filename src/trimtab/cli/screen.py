@@ -119,15 +119,23 @@ def _first(table: Table, count: int) -> Table:
 
 def _width(table: Table) -> int:
     widths = [
-        max(len(_cell(cell)) for cell in column)
+        max(len(_cell(cell, _most(table))) for cell in column)
         for column in zip(table.columns, *table.rows, strict=True)
     ]
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, most: int) -> str:
     text = " ".join(_clean(text).split())
-    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _most(table: Table) -> int:
+    """Most characters of a cell; of two columns, one holds names and the other what there is."""
+    if len(table.columns) != 2:
+        return CELL
+    names = max((len(row[0]) for row in table.rows), default=0)
+    return max(COLUMNS - names - GAP, CELL)
 
 
 def _drawn(table: Table, rows: int) -> str:
@@ -138,13 +146,14 @@ def _drawn(table: Table, rows: int) -> str:
     grid = RichTable(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, PADDING, 0, 0), collapse_padding=True
     )  # fmt: skip
+    most = _most(table)
     for index, column in enumerate(table.columns):
         numeric = all(row[index][:1] in "+-–0123456789" for row in table.rows)
         grid.add_column(
-            Text(_cell(column)), justify="right" if numeric else "left", no_wrap=True
+            Text(_cell(column, most)), justify="right" if numeric else "left", no_wrap=True
         )
     for row in shown:
-        grid.add_row(*(Text(_cell(cell)) for cell in row))
+        grid.add_row(*(Text(_cell(cell, most)) for cell in row))
     console = Console(
         file=io.StringIO(), width=COLUMNS, color_system=None, legacy_windows=False
     )
