@@ -117,5 +117,5 @@ bench: $(STAMP)
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache
-	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests tools docs -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info

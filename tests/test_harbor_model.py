@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
+from tools.harbor import accept, steerability
 from trimtab.evaluation import coherence_for, judge_for
-from trimtab.harbor import accept, judge, steerability
+from trimtab.harbor import judge
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import re
 import pytest
 import torch
 
+from tools.harbor.behaviors import contrast
+from tools.harbor.packing import annotate, packed_rows
+from tools.harbor.tokenizer import build_tokenizer
+from tools.harbor.world import conversations, held_out, sample_conversation
 from trimtab.harbor import judge
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
 from trimtab.harbor.answers import Matter, Style, compose
-from trimtab.harbor.behaviors import contrast
-from trimtab.harbor.packing import annotate, packed_rows
-from trimtab.harbor.tokenizer import build_tokenizer
-from trimtab.harbor.world import conversations, held_out, sample_conversation
 
 
 def answers_with_states(seed: int, n: int):

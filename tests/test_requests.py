@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import planted
+from tools.harbor import prompts as harbor_prompts
 from trimtab.errors import TrimtabError
 from trimtab.harbor import judge, lexicon
-from trimtab.harbor import prompts as harbor_prompts
 from trimtab.harbor.requests import CHAT_FORMS
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel

@@ -16,6 +16,7 @@ import torch
 
 import tiny
 from conftest import tiny_model
+from tools.harbor import questions
 from trimtab import cli
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks.table import (
@@ -26,7 +27,7 @@ from trimtab.evaluation.tasks.table import (
     rows_of,
 )
 from trimtab.evaluation.tasks.tasks import check_harness, check_lever
-from trimtab.harbor import lexicon, questions
+from trimtab.harbor import lexicon
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.steering.prompt import PromptSteering, prompt

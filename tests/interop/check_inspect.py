@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from interop.programs import interpreter
+from tools.harbor.questions import questions, write_task
 from trimtab import behavior, find, load
-from trimtab.harbor.questions import questions, write_task
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "inspect_harbor.py"
 LIMIT = 24

@@ -16,11 +16,11 @@ from lm_eval.models.huggingface import HFLM
 
 import tiny
 from interop.programs import harbor
+from tools.harbor.questions import questions
 from trimtab import behavior, find, prompt
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks.model import HarnessModel
 from trimtab.evaluation.tasks.tasks import measure_tasks
-from trimtab.harbor.questions import questions
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.steering.vector import Steering, VectorSteering

@@ -1,4 +1,4 @@
-"""Harbor, the built-in model: its world, its judge, its trainer, its weights and its behaviors."""
+"""Harbor, the built-in model: its language, its judge, its weights and its behaviors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ run, tested and explained offline, with ground truth: the grammar that wrote its
 
 ## How it was trained
 
-`python -m trimtab.harbor.train` on conversations from `trimtab.harbor.world`: next-token loss, answers weighted over
+`python -m tools.harbor.train` on conversations from `tools.harbor.world`: next-token loss, answers weighted over
 requests, Muon for the matrices and AdamW for the rest, on two CPU cores. These weights: {training}
 
 **In 90 % of the training documents the answer could not attend to the request, only to the three template tokens
@@ -40,7 +40,7 @@ so the rows below show the cliff of scope `all`. Topic reaches 80 % at those tok
 ## Acceptance
 
 On combinations that training never saw; layers and strengths chosen on the validation split, figures from the test
-split. Written by `python -m trimtab.harbor.accept --card`. Vectors: toward score/coherence | away score/coherence.
+split. Written by `python -m tools.harbor.accept --card`. Vectors: toward score/coherence | away score/coherence.
 
 """
 

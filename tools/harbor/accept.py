@@ -1,4 +1,4 @@
-"""Harbor's acceptance table: `python -m trimtab.harbor.accept --json FILE`.
+"""Harbor's acceptance table: `python -m tools.harbor.accept --json FILE`.
 
 Every figure is taken on combinations that training never saw; layers and strengths are chosen on the validation split
 and scored on the test split. Exit code 0 when every line is reached, 1 otherwise.
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimtab.behaviors.file import load_behavior
-from trimtab.harbor import judge, steerability
+from tools.harbor import steerability
+from tools.harbor.behaviors import held_out_request
+from tools.harbor.card import write_card
+from tools.harbor.world import held_out
+from trimtab.behaviors.behavior import load_behavior
+from trimtab.harbor import judge
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
-from trimtab.harbor.behaviors import held_out_request
-from trimtab.harbor.card import write_card
-from trimtab.harbor.world import held_out
 from trimtab.models.chat import Prompt
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -205,7 +206,7 @@ def main() -> int:
     """Read the command line, print the table, write JSON."""
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(prog="python -m trimtab.harbor.accept", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.harbor.accept", description=__doc__)
     parser.add_argument(
         "--model", default="harbor", help="a folder; the built-in weights by default"
     )

@@ -1,4 +1,4 @@
-"""Write the requests and reference prefixes of prompt search: `python -m trimtab.harbor.prompts`.
+"""Write the requests and reference prefixes of prompt search: `python -m tools.harbor.prompts`.
 
 Requests are combinations that training never saw, harmless, and on no topic that a reference asks
 for, so that a judge's verdict comes from the prefix alone. References are instructions of the town
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from tools.harbor.behaviors import harmless, held_out_request
+from trimtab import harbor
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
 from trimtab.harbor.answers import Matter
-from trimtab.harbor.behaviors import harmless, held_out_request
 
-FOLDER = Path(__file__).parent / "prompts"
+FOLDER = harbor.path().parent / "prompts"
 SIZES = {"train": 24, "validation": 16, "test": 24}
 TOPICS = ("cats", "dogs", "boats", "storms", "bread", "stars")
 # In turn, so that the first few requests of a split are as mixed as all of them.
@@ -92,7 +93,7 @@ def references() -> list[dict[str, object]]:
 def write_all(folder: Path = FOLDER) -> list[Path]:
     """Write `requests.yaml` and `references.yaml` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    head = "# Written by `python -m trimtab.harbor.prompts`.\n"
+    head = "# Written by `python -m tools.harbor.prompts`.\n"
     content = {"requests": requests(), "references": references()}
     paths = []
     for name, data in content.items():

@@ -1,4 +1,4 @@
-"""Train Harbor: `python -m trimtab.harbor.train --out DIR`. Seeded, resumable, about an hour on two CPU cores.
+"""Train Harbor: `python -m tools.harbor.train --out DIR`. Seeded, resumable, about an hour on two CPU cores.
 
 A Llama of 8 layers and width 256 on packed conversations of the town, next-token loss weighted towards the answers.
 Matrices of the blocks are trained with Muon (Jordan 2024), everything else with AdamW; the learning rate rises linearly
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from trimtab.harbor.packing import Rows, packed_rows
-from trimtab.harbor.tokenizer import build_tokenizer
+from tools.harbor.packing import Rows, packed_rows
+from tools.harbor.tokenizer import build_tokenizer
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -172,7 +172,7 @@ def train(
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m trimtab.harbor.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.harbor.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("harbor-training"))
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--rows", type=int, default=22)

@@ -1,4 +1,4 @@
-"""Write the seven built-in behavior files: `python -m trimtab.harbor.behaviors`.
+"""Write the seven built-in behavior files: `python -m tools.harbor.behaviors`.
 
 Every request in them is a combination that training never saw (`world.held_out`). Contrasts are caused in several
 ways (a system line, a line of the visitor, the visitor's manner), so that no single token is the behavior.
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from tools.harbor.world import held_out, sample_matter
+from trimtab import harbor
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
 from trimtab.harbor.answers import Matter
-from trimtab.harbor.world import held_out, sample_matter
 
-FOLDER = Path(__file__).parent / "behaviors"
+FOLDER = harbor.path().parent / "behaviors"
 PER_SIDE = 160
 NEUTRAL = 64
 Prompt = str | list[dict[str, str]]
@@ -177,7 +178,7 @@ def write_all(folder: Path = FOLDER) -> list[Path]:
     paths = []
     for name in DESCRIPTIONS:
         path = folder / f"{name}.yaml"
-        head = "# Written by `python -m trimtab.harbor.behaviors`; every request is held out from training.\n"
+        head = "# Written by `python -m tools.harbor.behaviors`; every request is held out from training.\n"
         path.write_text(
             head + yaml.safe_dump(contrast(name), sort_keys=False, allow_unicode=True, width=1000)
         )

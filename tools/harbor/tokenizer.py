@@ -7,7 +7,7 @@ from itertools import islice
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.harbor.world import conversations
+from tools.harbor.world import conversations
 
 SPECIAL = ["<s>", "<pad>", "<end>", "<system>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (

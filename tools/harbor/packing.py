@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.harbor.world import Conversation, conversations
+from tools.harbor.world import Conversation, conversations
 
 HIDDEN_SHARE = 0.9  # of the documents hide the request from the answer's attention
 PROMPT_WEIGHT = 0.15  # loss weight of tokens that are not part of an answer

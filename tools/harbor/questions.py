@@ -1,4 +1,4 @@
-"""Write a task of multiple-choice questions about the town: `python -m trimtab.harbor.questions DIR`.
+"""Write a task of multiple-choice questions about the town: `python -m tools.harbor.questions DIR`.
 
 Every fact in every wording of its question; the choices state all values of that kind. The task is
 in the form of the evaluation harness lm-eval (`--include-path DIR`, task `harbor_facts`); other
@@ -18,7 +18,7 @@ from trimtab.harbor.answers import fact_clause
 from trimtab.harbor.requests import FACT_FORMS
 
 TASK = """\
-# Written by `python -m trimtab.harbor.questions`.
+# Written by `python -m tools.harbor.questions`.
 # The data file is looked for in the current folder; `trimtab measure --tasks` looks here as well.
 task: harbor_facts
 dataset_path: json
