@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from test_report import Page
+from tools.theorems.__main__ import main
+from tools.theorems.features_model import EXAMPLE, FeaturesModel, balanced
+from tools.theorems.page import theory_figures, theory_section
+from tools.theorems.theorems import Theorems, theorems
 from trimtab.errors import TrimtabError
-from trimtab.theory.features_model import EXAMPLE, FeaturesModel, balanced
-from trimtab.theory.theorems import Theorems, theorems
+from trimtab.report.laws_page import write_laws_page
 
 CONCEPTS = {"up": ("a", "b"), "down": ("c", "d", "e"), "aside": ("f",)}
 
@@ -218,3 +222,40 @@ def test_shared_tokens_and_missing_contexts_are_refused(model: FeaturesModel) ->
         FeaturesModel.build({"up": ("x",), "down": ("x",)}, ["up", "down"], a, b, [0], [1])
     with pytest.raises(TrimtabError, match="context 99"):
         theorems(model, context=99)
+
+
+def test_theory_figures_draw_the_theorems(found: Theorems) -> None:
+    tokens, peaks, concepts, entropy, limits = theory_figures(found)
+    lines = [trace for trace in tokens["data"] if trace["mode"] == "lines"]
+    assert len(lines) == 24
+    drawn = torch.tensor([trace["y"] for trace in lines]).T
+    assert torch.allclose(drawn.double(), found.p0 + found.token_change, atol=1e-7)
+    target = lines[found.tokens.index("ferry")]
+    assert target["name"] == "harbor" and target["line"]["color"] == "var(--vector)"
+    assert "22 of 24 tokens" in tokens["label"]
+    assert len(peaks["data"][0]["x"]) == 22 and peaks["data"][0]["y"] == sorted(
+        peaks["data"][0]["y"]
+    )
+    assert concepts["data"][0]["y"] == found.concept_change["harbor"].tolist()
+    assert max(entropy["data"][0]["x"]) <= 1 and entropy["data"][1]["line"]["dash"] == "dash"
+    assert sum(limits["data"][0]["x"]) == pytest.approx(1.0)
+    assert "harbor 100 %" in limits["label"] and "ferry at infinity" in limits["caption"]
+
+
+def test_theory_as_a_page(found: Theorems, tmp_path: Path) -> None:
+    part = theory_section(found)
+    assert part.warnings == () and len(part.figures) == 5
+    html = write_laws_page(tmp_path, [part]).read_text()
+    assert "off-target tokens peak before target tokens" in html
+    labels = [a["aria-label"] or "" for _, a in Page(html).tags if a.get("role") == "img"]
+    assert len(labels) == 5 and all(len(label) > 60 for label in labels)
+
+
+def test_the_script_prints_the_table_and_writes_page_and_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], found: Theorems
+) -> None:
+    page, curves = tmp_path / "page", tmp_path / "curves.json"
+    assert main(["--out", str(page), "--json", str(curves)]) == 0
+    assert "288 of 288" in capsys.readouterr().out
+    assert "off-target tokens peak before target tokens" in (page / "index.html").read_text()
+    assert json.loads(curves.read_text()) == json.loads(json.dumps(found.to_dict()))

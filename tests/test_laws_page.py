@@ -23,15 +23,7 @@ from trimtab.report.law_figures import (
     line_figure,
 )
 from trimtab.report.laws_page import Section, render_laws, write_laws_page
-from trimtab.report.theory import theory_figures, theory_section
 from trimtab.results.tables import Table
-from trimtab.theory.features_model import FeaturesModel
-from trimtab.theory.theorems import Theorems, theorems
-
-
-@pytest.fixture(scope="module")
-def found() -> Theorems:
-    return theorems(FeaturesModel.example())
 
 
 def line(**more: Any) -> dict[str, Any]:
@@ -235,30 +227,3 @@ def test_lines_in_words() -> None:
         said == "kl: from 0.50 at 0.00 to 3.00 at 1.00, highest 3.00 at 1.00, lowest 0.50 at 0.00"
     )
     assert "nothing" in described("kl", [1], [None])
-
-
-def test_theory_figures_draw_the_theorems(found: Theorems) -> None:
-    tokens, peaks, concepts, entropy, limits = theory_figures(found)
-    lines = [trace for trace in tokens["data"] if trace["mode"] == "lines"]
-    assert len(lines) == 24
-    drawn = torch.tensor([trace["y"] for trace in lines]).T
-    assert torch.allclose(drawn.double(), found.p0 + found.token_change, atol=1e-7)
-    target = lines[found.tokens.index("ferry")]
-    assert target["name"] == "harbor" and target["line"]["color"] == "var(--vector)"
-    assert "22 of 24 tokens" in tokens["label"]
-    assert len(peaks["data"][0]["x"]) == 22 and peaks["data"][0]["y"] == sorted(
-        peaks["data"][0]["y"]
-    )
-    assert concepts["data"][0]["y"] == found.concept_change["harbor"].tolist()
-    assert max(entropy["data"][0]["x"]) <= 1 and entropy["data"][1]["line"]["dash"] == "dash"
-    assert sum(limits["data"][0]["x"]) == pytest.approx(1.0)
-    assert "harbor 100 %" in limits["label"] and "ferry at infinity" in limits["caption"]
-
-
-def test_theory_as_a_page(found: Theorems, tmp_path: Path) -> None:
-    part = theory_section(found)
-    assert part.warnings == () and len(part.figures) == 5
-    html = write_laws_page(tmp_path, [part]).read_text()
-    assert "off-target tokens peak before target tokens" in html
-    labels = [a["aria-label"] or "" for _, a in Page(html).tags if a.get("role") == "img"]
-    assert len(labels) == 5 and all(len(label) > 60 for label in labels)

@@ -1,1 +1,1 @@
-"""What pushing along a direction does in theory: tilting, peaks, collapse, and a model to try it on."""
+"""What pushing along a direction does in theory: tilting, peaks, collapse."""

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tools.theorems.features_model import FeaturesModel
 from trimtab.errors import TrimtabError
 from trimtab.results.tables import Printable, Table
-from trimtab.theory.features_model import FeaturesModel
 from trimtab.theory.tilt import Tilt
 
 ALPHAS = tuple(i / 20 for i in range(-120, 121))

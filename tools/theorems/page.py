@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from tools.theorems.theorems import Theorems
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import Bars, Series, bar_figure, described, line_figure
 from trimtab.report.laws_page import Section
 from trimtab.results.tables import number, percent
-from trimtab.theory.theorems import Theorems
 
 OTHERS = ("--prompt", "--baked", "--baseline", "--coherence", "--spill", "--damage")
 EVERY = 12  # of the strengths, drawn as a brute-force point
