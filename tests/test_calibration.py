@@ -12,6 +12,7 @@ from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
 from trimtab.models.model import LanguageModel
+from trimtab.passes.decisions import decisions
 from trimtab.passes.rollout import rollout
 from trimtab.prediction.calibration import (
     FURTHEST,
@@ -21,7 +22,6 @@ from trimtab.prediction.calibration import (
     calibration,
     cliff,
 )
-from trimtab.prediction.laws import decisions
 from trimtab.steering.norms import calibrate
 from trimtab.steering.vector import VectorSteering
 

@@ -16,11 +16,10 @@ from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import gap
 from trimtab.models.model import LanguageModel
+from trimtab.passes.decisions import answer_variance, decisions
 from trimtab.prediction.laws import (
     Laws,
-    answer_variance,
     curvature,
-    decisions,
     gap_slope,
     laws,
     quartiles,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
 from trimtab.evaluation.summary import mean
-from trimtab.prediction.laws import decisions
+from trimtab.passes.decisions import decisions
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 from trimtab.steering.norms import calibrate

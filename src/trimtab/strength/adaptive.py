@@ -16,7 +16,7 @@ from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.judges import judge_for
 from trimtab.evaluation.summary import mean
-from trimtab.prediction.laws import decisions
+from trimtab.passes.decisions import decisions
 from trimtab.results.intervals import share_interval
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.passes.decisions import answer_variance
 from trimtab.passes.fan import Fan
-from trimtab.prediction.laws import answer_variance
 from trimtab.steering.layers import default_layers
 from trimtab.steering.scope import Scope
 
