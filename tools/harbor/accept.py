@@ -19,7 +19,7 @@ from tools.harbor import steerability
 from tools.harbor.behaviors import held_out_request
 from tools.harbor.card import write_card
 from tools.harbor.world import held_out
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.harbor import judge
 from trimtab.harbor import lexicon as lex
 from trimtab.harbor import requests as req
