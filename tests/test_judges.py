@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.judges import Verdict, judge_for, judge_kinds, register_judge
+from trimtab.evaluation.judges import JUDGES, Verdict, judge_for, register_judge
 
 
 def behavior(kind: str | None = None, readout: Any = None, **options: object) -> Any:
@@ -121,7 +121,7 @@ def test_a_registered_judge_is_found_and_held_to_one_verdict_per_answer() -> Non
     def short(behavior: Any, options: Any) -> Any:
         return lambda prompts, answers: [Verdict(0.5, 0.25)]
 
-    assert "test-short" in judge_kinds()
+    assert "test-short" in JUDGES
     assert verdicts(behavior("test-short"), "a") == [(0.5, 0.25)]
     with pytest.raises(TrimtabError, match="1 verdicts"):
         verdicts(behavior("test-short"), "a", "b")

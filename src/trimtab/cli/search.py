@@ -81,6 +81,7 @@ def search_command(
 
     from trimtab.behaviors.file import load_behavior
     from trimtab.checks import choice
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.engine import open_engine
     from trimtab.prompts.gap.gap_search import METHODS, close_gap
     from trimtab.prompts.search import search
@@ -94,7 +95,7 @@ def search_command(
     check_engine(engine, ("local",) if gap is not None else ("local", "ray"))
     contrast = load_behavior(behavior)
     if gap is not None:
-        choice("gap search", gap, tuple(METHODS))
+        METHODS.get(gap)
         lm = load_model(model, dtype=torch.float32)
         with progress_bar(f"closing the gap of {contrast.name}") as progress:
             closed = close_gap(

@@ -26,10 +26,10 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.results.registry import Registry
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 Coherence = Callable[[Sequence[str]], list[float]]
 CoherenceFactory = Callable[["Behavior", Mapping[str, object]], Coherence]
 
-_FACTORIES: dict[str, CoherenceFactory] = {}
-# Imported when a behavior names the kind; a factory registered for it goes first.
-_BUILT_IN = {"harbor": "trimtab.harbor.scoring:harbor_coherence"}
 # Scripts written without spaces count each character as a word.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])\w)+(?:['’]\w+)*"
@@ -47,14 +44,12 @@ _WORD = re.compile(
 _CHANT = re.compile(r"([^\W\d_]{1,12}?)\1{2,}", re.IGNORECASE)
 
 
-def register_coherence(kind: str) -> Callable[[CoherenceFactory], CoherenceFactory]:
-    """Register a factory `(behavior, options) -> scorer` under the kind that behaviors name."""
-
-    def register(factory: CoherenceFactory) -> CoherenceFactory:
-        _FACTORIES[kind] = factory
-        return factory
-
-    return register
+COHERENCES: Registry[CoherenceFactory] = Registry(
+    "coherence",
+    group="trimtab.coherence",
+    later={"harbor": "trimtab.harbor.scoring:harbor_coherence"},
+)
+register_coherence = COHERENCES.register
 
 
 def coherence_for(behavior: Behavior) -> Coherence:
@@ -68,16 +63,7 @@ def coherence_for(behavior: Behavior) -> Coherence:
     """
     spec = behavior.coherence
     kind, options = ("text", {}) if spec is None else (spec.kind, spec.options)
-    factory = _FACTORIES.get(kind)
-    if factory is None and kind in _BUILT_IN:
-        factory = resolve_name(_BUILT_IN[kind])
-    if factory is None:
-        raise TrimtabError(
-            asked=f"the coherence {kind!r} of the behavior {behavior.name!r}",
-            found=f"the kinds {', '.join(sorted({*_FACTORIES, *_BUILT_IN}))}",
-            advice="name one of these, or add yours with register_coherence",
-        )
-    scorer = factory(behavior, options)
+    scorer = COHERENCES.get(kind, f"the behavior {behavior.name!r}")(behavior, options)
 
     def run(answers: Sequence[str]) -> list[float]:
         values = [float(value) for value in scorer(answers)]

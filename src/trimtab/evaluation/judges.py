@@ -14,11 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import text_coherence
+from trimtab.results.registry import Registry
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -28,9 +28,6 @@ Options = Mapping[str, object]
 Judge = Callable[[Sequence["Prompt"], Sequence[str]], list["Verdict"]]
 JudgeFactory = Callable[["Behavior", Options], Judge]
 
-_FACTORIES: dict[str, JudgeFactory] = {}
-# Imported when a behavior names the kind; a factory registered for it goes first.
-_BUILT_IN = {"harbor": "trimtab.harbor.scoring:harbor_judge"}
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "＇": "'", "`": "'"})
 
 
@@ -61,19 +58,12 @@ class Verdict:
 NEITHER = Verdict(0.0, 0.0)
 
 
-def register_judge(kind: str) -> Callable[[JudgeFactory], JudgeFactory]:
-    """Register a factory `(behavior, options) -> judge` under the kind that behaviors name."""
-
-    def register(factory: JudgeFactory) -> JudgeFactory:
-        _FACTORIES[kind] = factory
-        return factory
-
-    return register
-
-
-def judge_kinds() -> tuple[str, ...]:
-    """Return the kinds that a behavior may name, sorted."""
-    return tuple(sorted({*_FACTORIES, *_BUILT_IN}))
+JUDGES: Registry[JudgeFactory] = Registry(
+    "judge",
+    group="trimtab.judges",
+    later={"harbor": "trimtab.harbor.scoring:harbor_judge"},
+)
+register_judge = JUDGES.register
 
 
 def judge_for(behavior: Behavior) -> Judge:
@@ -87,15 +77,7 @@ def judge_for(behavior: Behavior) -> Judge:
     """
     kind = judge_kind(behavior)
     options = {} if behavior.judge is None else behavior.judge.options
-    factory = _FACTORIES.get(kind)
-    if factory is None and kind in _BUILT_IN:
-        factory = resolve_name(_BUILT_IN[kind])
-    if factory is None:
-        raise TrimtabError(
-            asked=f"the judge {kind!r} of the behavior {behavior.name!r}",
-            found=f"the kinds {', '.join(judge_kinds())}",
-            advice="name one of these, or add yours with register_judge",
-        )
+    factory = JUDGES.get(kind, f"the behavior {behavior.name!r}")
     return _checked(factory(behavior, options), kind)
 
 
@@ -112,7 +94,7 @@ def judge_kind(behavior: Behavior) -> str:
     raise TrimtabError(
         asked=f"a judge for the behavior {behavior.name!r}",
         found="neither a judge nor readout words",
-        advice=f"give it judge: with a kind ({', '.join(judge_kinds())}), or readout words",
+        advice=f"give it judge: with a kind ({', '.join(JUDGES)}), or readout words",
     )
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.levers.lora import train_lora
 from trimtab.levers.wanted_rows import wanted_texts
-from trimtab.methods.registry import METHODS, find
+from trimtab.methods.find import find
+from trimtab.methods.registry import METHODS
 from trimtab.passes.calls import counting
 from trimtab.prompts.pipeline.stages import descent_stage, projection_stage, soft_stage
 from trimtab.prompts.pipeline.task import Settings, Task
@@ -129,7 +129,7 @@ def find_levers(
     """
     spend = effort or Effort()
     for method in spend.methods:
-        choice("method", method, sorted(METHODS))
+        METHODS.get(method)
     found = FoundLevers(behavior.name, 1 if sign > 0 else -1, seed)
     text = behavior.prompt_toward if sign > 0 else behavior.prompt_away
     found.plain = None if text is None else PromptSteering(text)

@@ -18,7 +18,8 @@ from trimtab.methods import (
     selected_difference,
 )
 from trimtab.methods.contrast import Contrast, read_contrast
-from trimtab.methods.registry import METHODS, Found, Method, Task, find, register
+from trimtab.methods.find import find
+from trimtab.methods.registry import METHODS, Found, Method, Task, register
 
 __all__ = [
     "METHODS",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import judge_for
-from trimtab.methods.registry import METHODS, Progress, find
+from trimtab.methods.find import find
+from trimtab.methods.registry import METHODS, Progress
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
 
@@ -88,8 +89,7 @@ def find_one(
     options: dict[str, Any] = {}
     if wanted.position is not None:
         options["position"] = wanted.position
-    method = METHODS.get(wanted.method)
-    if method is not None and "judge" in method.options and wanted.behavior.judge is not None:
+    if "judge" in METHODS[wanted.method].options and wanted.behavior.judge is not None:
         options["judge"] = judge_for(wanted.behavior)  # wanted answers must show the behavior
     return find(
         lm,

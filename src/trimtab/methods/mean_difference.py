@@ -6,7 +6,7 @@ from trimtab.methods.contrast import SAME, read_contrast
 from trimtab.methods.registry import Found, Task, register
 
 
-@register("mean_difference", read_at="last", added_at="last")
+@register("mean_difference", aliases=("caa", "dim", "difference_in_means"))
 def mean_difference(task: Task) -> Found:
     """Find mean(toward) - mean(away) at each layer, in float64.
 

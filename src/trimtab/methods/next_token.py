@@ -11,7 +11,7 @@ from trimtab.methods.training import Rows
 from trimtab.methods.wanted import Judge, wanted_answers
 
 
-@register("next_token", read_at="last", added_at="all")
+@register("next_token", added_at="all")
 def next_token(
     task: Task,
     *,

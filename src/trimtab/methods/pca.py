@@ -9,7 +9,7 @@ from trimtab.methods.contrast import read_contrast
 from trimtab.methods.registry import Found, Task, register
 
 
-@register("pca", read_at="last", added_at="last")
+@register("pca")
 def pca(task: Task) -> Found:
     """Find the first right singular vector of the UNCenterD differences at each layer.
 

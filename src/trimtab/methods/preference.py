@@ -39,7 +39,7 @@ class Preference:
         return -logsigmoid(delta).mean()
 
 
-@register("preference", read_at="last", added_at="all")
+@register("preference", aliases=("reps",), added_at="all")
 def preference(
     task: Task,
     *,

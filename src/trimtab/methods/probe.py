@@ -12,7 +12,7 @@ from trimtab.methods.contrast import read_contrast
 from trimtab.methods.registry import Found, Task, register
 
 
-@register("probe", read_at="last", added_at="last")
+@register("probe")
 def probe(task: Task, *, l2: float = 1.0, max_iterations: int = 200) -> Found:
     """Find the weights of a logistic regression (toward = 1) at each layer, in the raw space.
 

@@ -49,7 +49,11 @@ class Candidate:
 
 
 @register(
-    "selected_difference", read_at="post_instruction", added_at="post_instruction", parts=True
+    "selected_difference",
+    aliases=("refusal_direction",),
+    read_at="post_instruction",
+    added_at="post_instruction",
+    parts=True,
 )
 def selected_difference(
     task: Task,

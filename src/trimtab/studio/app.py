@@ -130,7 +130,7 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
                     elem_id="tt-behavior",
                 )  # fmt: skip
                 method = gr.Dropdown(
-                    sorted(METHODS), value="mean_difference", label="Method", elem_id="tt-method"
+                    list(METHODS), value="mean_difference", label="Method", elem_id="tt-method"
                 )
                 side = gr.Radio(["toward", "away"], value="toward", label="Steer")
                 budget = gr.Slider(0.1, 2.0, value=0.5, step=0.1, label="Budget, nats per token")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import answer_kl, summarize
 from trimtab.evaluation.judges import judge_for
@@ -27,6 +26,7 @@ from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Bound, Constraints
 from trimtab.prompts.task.rows import SEPARATORS, lay_out, slot_text
 from trimtab.results.intervals import bootstrap, share_interval
+from trimtab.results.registry import Registry
 from trimtab.results.tables import Printable, Table, number, percent, with_interval
 from trimtab.steering.prompt import PromptSteering
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float, float]
 Progress = Callable[[int, int], None]
-METHODS: dict[str, Callable[..., Found]] = {"sort": sort_sum_stop, "gradient": gradient_search}
+METHODS: Registry[Callable[..., Found]] = Registry("gap search method")
+METHODS.register("sort")(sort_sum_stop)
+METHODS.register("gradient")(gradient_search)
 _ANSWER = 40
 
 
@@ -167,7 +169,7 @@ def close_gap(
         TrimtabError: an unknown method or sign, a behavior without readout words, or a search that
             found no token at all.
     """
-    choice("method", method, tuple(METHODS))
+    search = METHODS[method]
     if sign not in (1, -1):
         raise TrimtabError(f"a gap search with sign {sign!r}", "no sign", "use +1 or -1")
     tokens = readout_tokens(lm, behavior)
@@ -178,7 +180,7 @@ def close_gap(
     bound = (constraints or Constraints()).bind(lm, rows)
     started = time.perf_counter()
     reader = Reader(lm, rows, objective)
-    found = METHODS[method](reader, bound, progress=progress, **options)
+    found = search(reader, bound, progress=progress, **options)
     seconds = time.perf_counter() - started
     if not found.slot:
         raise TrimtabError(

@@ -81,7 +81,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check numbers and names."""
-        choice("projection", self.projection, sorted(PROJECTIONS))
+        PROJECTIONS.get(self.projection)
         choice("init", self.init, INITS)
         counts = {
             name: getattr(self, name)

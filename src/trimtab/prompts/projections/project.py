@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.prompts.projections import lattice, mixture, straight_through
 from trimtab.prompts.projections.registry import (
     PROJECTIONS,
@@ -107,17 +106,12 @@ def project(
     Raises:
         TrimtabError: an unknown method or option, or nothing allowed.
     """
-    if method not in PROJECTIONS:
-        raise TrimtabError(
-            f"the projection {method!r}",
-            "no such projection",
-            f"choose one of: {', '.join(sorted(PROJECTIONS))}",
-        )
+    projection = PROJECTIONS[method]
     began = time.perf_counter()
     aim = CrossEntropy() if objective is None else objective
     mask = allowed_tokens(lm, allowed)
     task = ProjectionTask(lm, tuple(rows), aim, soft, mask, generator, legal, progress)
-    ids = PROJECTIONS[method](task, **options)
+    ids = projection(task, **options)
     seconds = time.perf_counter() - began
     return Projected(
         method=method,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import TrimtabError
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, batches
 from trimtab.prompts.task.rows import Row
+from trimtab.results.registry import Named, Registry
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
@@ -91,12 +90,8 @@ class ProjectionTask:
         return distinct[int(losses.argmin())]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A registered projection: its function `(task, **options) -> ids`."""
-
-    name: str
-    function: Callable[..., tuple[int, ...]]
+class Projection(Named):
+    """A registered projection: its function `(task, *, option=default, ...) -> allowed ids`."""
 
     def __call__(self, task: ProjectionTask, **options: Any) -> tuple[int, ...]:
         """Project.
@@ -104,35 +99,12 @@ class Projection:
         Raises:
             TrimtabError: an unknown option.
         """
-        unknown = [option for option in options if option not in self.options]
-        if unknown:
-            raise TrimtabError(
-                f"the option {unknown[0]!r} of the projection {self.name!r}",
-                f"the options {', '.join(self.options) or 'none'}",
-                "see docs/methods/projection.md",
-            )
+        self.check("projection", options, "projection")
         return self.function(task, **options)
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Option name -> default."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-
-PROJECTIONS: dict[str, Projection] = {}
-
-
-def register(
-    name: str,
-) -> Callable[[Callable[..., tuple[int, ...]]], Callable[..., tuple[int, ...]]]:
-    """Register a function `(task, *, option=default, ...) -> allowed ids` under a name."""
-
-    def add(function: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
-        PROJECTIONS[name] = Projection(name, function)
-        return function
-
-    return add
+PROJECTIONS: Registry[Projection] = Registry("projection", make=Projection)
+register = PROJECTIONS.register
 
 
 def drawing(task: ProjectionTask, batch_size: int | None) -> Callable[[], Sequence[Row]]:
