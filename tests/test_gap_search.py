@@ -24,6 +24,7 @@ from trimtab.prompts.task.rows import lay_out
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import render_laws
 from trimtab.steering.load import load_steering
+from trimtab.results.intervals import Interval
 from trimtab.steering.prompt import PromptSteering, prompt
 
 READOUT = {"toward": ["Z", "cats"], "away": ["Q", "ferry"]}
@@ -177,7 +178,8 @@ def test_the_command_refuses_an_unknown_search(capsys):
 def test_the_page_warns_where_the_gap_closed_and_the_behavior_did_not():
     steps = (GapStep(1, "<b>", 1.0, 2.0),)
     found = Found("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
-    held = HeldOut(8, (-1, -1, -1), (1, 1, 1), 0.0, (1.0, 0.7, 1.0), 0.1, 0.0)
+    unmoved, moved = Interval(-1, -1, -1), Interval(1, 1, 1)
+    held = HeldOut(8, unmoved, moved, 0.0, Interval(1.0, 0.7, 1.0), 0.1, 0.0)
     search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)
     section = gap_section([search])
     assert "not the behavior" in section.warnings[0]

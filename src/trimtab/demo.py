@@ -35,6 +35,7 @@ from trimtab.methods import find
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.report.page import write_report
+from trimtab.results import Progress
 from trimtab.results.tables import to_plain, write_json
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.units import convert
@@ -68,7 +69,6 @@ CURVE = (-2.0, -1.0, 0.0, 0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0)  # of the chosen s
 NULL_CURVE = (-2.0, 4.0)
 CURVE_PROMPTS = 16  # per side: a curve needs many strengths, each of them fewer prompts
 
-Progress = Callable[[int, int], None]
 STEPS = 7  # per behavior
 
 

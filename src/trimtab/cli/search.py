@@ -80,8 +80,6 @@ def search_command(
     import torch
 
     from trimtab.behaviors.file import load_behavior
-    from trimtab.checks import choice
-    from trimtab.behaviors.behavior import load_behavior
     from trimtab.engine import open_engine
     from trimtab.prompts.gap.gap_search import METHODS, close_gap
     from trimtab.prompts.search import search

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.judges import judge_kind
 from trimtab.evaluation.measurement import Measurement, Row
 from trimtab.evaluation.spread import run_each
 from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
+from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering

@@ -17,7 +17,7 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Prompt
     from trimtab.steering.vector import Switch, VectorSteering
-
-Progress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)

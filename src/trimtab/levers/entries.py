@@ -16,6 +16,7 @@ from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, 
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
+from trimtab.results import Progress
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.weights.bake import bake
 
@@ -70,7 +71,7 @@ def entries_of(
     behavior: Behavior,
     nulls: int,
     folder: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> tuple[list[Entry], dict[str, str]]:
     """Place every lever under the budget.
 

@@ -18,6 +18,7 @@ from trimtab.prompts.pipeline.stages import descent_stage, projection_stage, sof
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.results import Progress
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.weights import LowRankUpdate
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
-Progress = Callable[[int, int], None]
 SCOPES = ("all", "last")
 USUAL = ("mean_difference", "next_token")
 SLOT = "prefix"

@@ -11,7 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685) for the adapter; the objective is that
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,13 @@ from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
+from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.weights import KINDS, LowRankUpdate, Writer, writer_of
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Encoded
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,9 @@ import torch
 
 from trimtab.evaluation.evaluate import Evaluation
 from trimtab.evaluation.summary import Summary, with_p95
-from trimtab.results.intervals import share_interval
+from trimtab.results.intervals import Interval, share_interval
 from trimtab.results.tables import ABSENT, clean, number, with_interval
 
-Interval = tuple[float, float, float]
 COLUMNS = (
     *("lever", "m", "gap closed", "gap", "score", "coherence", "perplexity", "damage (p95)"),
     *("context", "ms/token", "bakeable", "calls"),
@@ -89,7 +88,7 @@ class LeverRow(Summary):
         return (
             self.name,
             ABSENT if self.strength is None else f"{self.strength:+.3g}",
-            ABSENT if self.closed is None else with_interval(*self.closed),
+            ABSENT if self.closed is None else self.closed.cell,
             number(self.gap),
             with_interval(self.score, self.low, self.high),
             number(self.coherence) + collapsed,
@@ -118,4 +117,4 @@ def validated(results: Sequence[Evaluation], seed: int) -> Validated:
 def closed_share(gaps: Sequence[torch.Tensor], sign: int, seed: int) -> Interval:
     """Return the share of prompts whose gap lies on the wanted side, the mean over several levers."""
     shares = torch.stack([(sign * g > 0).double() for g in gaps]).mean(0)
-    return (float(shares.mean()), *share_interval(shares, seed))
+    return Interval(float(shares.mean()), *share_interval(shares, seed))

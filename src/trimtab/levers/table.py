@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import Summary, mean, summary
 from trimtab.levers.advice import Advice, advise
 from trimtab.levers.conversions.recovered import gaps_of
@@ -27,6 +27,7 @@ from trimtab.levers.settle import Bench
 from trimtab.levers.timing import ROUNDS, extra_time
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
+from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import Printable, Table
 

@@ -29,6 +29,7 @@ from trimtab.margins.gap import GapReport, read, report_gaps
 from trimtab.margins.learned import LearnedSets
 from trimtab.margins.radius import Radius, gap_gradients, report_radius
 from trimtab.margins.sets import Resolution, of_tokens, resolve
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from trimtab.models.chat import Encoded
     from trimtab.models.model import LanguageModel
 
-Progress = Callable[[int, int], None]
 LISTS = ("toward", "away", "requests", "neutral")
 STAGES = 5  # per checkpoint, for the progress
 

@@ -7,7 +7,6 @@ are chosen on validation and train prompts, scores are those of test prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
 from trimtab.mechanism.reading.value_vector import ValueVectors, value_vectors
 from trimtab.mechanism.sparse.curve import SparsityCurve, sparsity_curve
 from trimtab.mechanism.working import Working, working_strength
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.nulls import null_seeds, random_null
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
-Progress = Callable[[int, int], None]  # stages done, in all
 STAGES = 7
 SHARES = (0.3, 0.1, 0.03)
 ORDERS = ("attribution", "magnitude", "random")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from trimtab.behaviors.behavior import Example
 from trimtab.errors import TrimtabError
-from trimtab.methods.registry import Found, Position, Progress, Task
+from trimtab.methods.registry import Found, Position, Task
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
+from trimtab.results import Progress
 
 # A difference below this share of the activations' length is rounding, not a direction.
 SAME = 1e-5

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import judge_for
 from trimtab.methods.find import find
-from trimtab.methods.registry import METHODS, Progress
+from trimtab.methods.registry import METHODS
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
+from trimtab.results import Progress
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.methods.registry import METHODS, Position, Progress, Task
+from trimtab.methods.registry import METHODS, Position, Task
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.passes.engine import Engine
+from trimtab.results import Progress
 from trimtab.steering.layers import default_layers
 from trimtab.steering.norms import calibrate
 from trimtab.steering.scope import Scope

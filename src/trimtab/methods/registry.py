@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from trimtab.behaviors.behavior import Behavior
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
+from trimtab.results import Progress
 from trimtab.results.registry import Named, Registry
 from trimtab.steering.norms import Norms
 from trimtab.steering.scope import Scope
 
-Progress: TypeAlias = Callable[[int, int], None]  # done, in all
 Position: TypeAlias = "str | int"
 
 

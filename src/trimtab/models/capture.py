@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
 from trimtab.models.sites import Site
+from trimtab.results import Progress
 
 if TYPE_CHECKING:
     from trimtab.models.model import Batch, LanguageModel
@@ -54,7 +55,7 @@ def capture(
     positions: str | int = "last",
     site: str = "resid_post",
     collect: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Activations:
     """Read the activations of prompts at one kind of site.
 

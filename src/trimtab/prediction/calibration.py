@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
 from trimtab.passes.decisions import decisions
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 from trimtab.steering.norms import calibrate

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.evaluation.coherence import coherence_for
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.prediction.calibration import Calibration, calibration
 from trimtab.prediction.law_check import LawCheck, check_laws
 from trimtab.prediction.laws import Laws, laws
 from trimtab.prediction.recovery import Recovery, recovery
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:

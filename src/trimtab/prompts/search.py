@@ -22,7 +22,7 @@ from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
 from trimtab.prompts.pipeline.conclusion import conclude
 from trimtab.prompts.pipeline.report import SearchReport
-from trimtab.prompts.pipeline.restarts import Progress, run_restarts
+from trimtab.prompts.pipeline.restarts import run_restarts
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.task.constraints import Constraints
@@ -30,6 +30,7 @@ from trimtab.prompts.task.references import Reference, reference_of
 from trimtab.prompts.task.requests import Requests, behavior_requests, load_requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import Teacher, teacher
+from trimtab.results import Progress
 from trimtab.results.journal import Journal
 from trimtab.steering.prompt import PromptSteering
 

@@ -56,7 +56,7 @@ def _told(search: GapSearch) -> str:
     if held is not None:
         words += (
             f" Held-out prompts with the gap closed: {percent(held.closed_before)} before, "
-            f"{percent(held.closed[0])} after"
+            f"{percent(held.closed.value)} after"
         )
         words += "." if search.null is None else f", {percent(search.null[0])} by random tokens."
     if search.found.additivity is not None:
@@ -71,10 +71,10 @@ def _count(tokens: int) -> str:
 def _warned(search: GapSearch) -> list[str]:
     """Say so where the gap is closed and the behavior is not there."""
     held = search.held_out
-    if held is None or held.judged is None or held.closed[0] - held.judged < 0.25:
+    if held is None or held.judged is None or held.closed.value - held.judged < 0.25:
         return []
     return [
-        f"The gap is closed on {percent(held.closed[0])} of held-out prompts, yet the judge gives "
+        f"The gap is closed on {percent(held.closed.value)} of held-out prompts, yet the judge gives "
         f"only {percent(held.judged)} of the answers to that side (mean gap "
-        f"{number(held.gap_after[0])}): the first token moved, not the behavior."
+        f"{number(held.gap_after.value)}): the first token moved, not the behavior."
     ]

@@ -95,10 +95,10 @@ def _warned(found: LeversTable) -> list[str]:
     for row in found.rows:
         if row.gain > 0 and row.coherence < 0.5:
             warnings.append(f"{row.name}: the score rises while the text falls apart.")
-        if row.kind == "baseline" or row.closed is None or row.closed[0] - row.score < 0.25:
+        if row.kind == "baseline" or row.closed is None or row.closed.value - row.score < 0.25:
             continue
         warnings.append(
-            f"{row.name}: the gap lies on the wanted side of {percent(row.closed[0])} of prompts, yet "
+            f"{row.name}: the gap lies on the wanted side of {percent(row.closed.value)} of prompts, yet "
             f"only {percent(row.score)} of the answers show the behavior."
         )
     if found.advice.choice is None:

@@ -16,12 +16,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.results.tables import with_interval
 
 RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A figure between the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def cell(self) -> str:
+        """The figure with its interval, for a table."""
+        return with_interval(*self)
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

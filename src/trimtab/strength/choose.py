@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row

@@ -8,11 +8,12 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
 from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job, Result
+from trimtab.results import Progress
 from trimtab.results.correlation import spearman
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.journal import Notes

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Sample, Unsteered
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample, Unsteered
 from trimtab.evaluation.spread import run_groups
 from trimtab.evaluation.summary import Summary, alpha_text, raw_alphas, summary, with_p95
+from trimtab.results import Progress
 from trimtab.results.journal import Journal
 from trimtab.results.tables import Printable, Table, number, with_interval
 

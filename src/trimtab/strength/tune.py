@@ -22,10 +22,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress
+from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.spread import run_each
 from trimtab.evaluation.summary import mean
 from trimtab.passes.calls import counting
+from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null

@@ -23,9 +23,9 @@ from starlette.staticfiles import StaticFiles
 from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.file import built_in_names, load_behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Progress
 from trimtab.methods import METHODS
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.tables import clean
 from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Progress, Sample
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample
 from trimtab.evaluation.summary import mean
+from trimtab.results import Progress
 from trimtab.results.tables import number
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.tune import Tuned

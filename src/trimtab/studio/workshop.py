@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Measurement, judge_for, measure
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.mechanism import explain
 from trimtab.methods import METHODS, find
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.report.explain_page import write_explain_page
+from trimtab.results import Progress
 from trimtab.results.files import written
 from trimtab.steering.prompt import prompt as prompt_lever
 from trimtab.steering.vector import VectorSteering

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from trimtab.models.baked import RECORD
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
+from trimtab.results import Progress
 from trimtab.results.staging import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.norms import NEUTRAL_PROMPTS
@@ -56,7 +57,7 @@ class Settings:
     prompts: Sequence[Prompt]
     behavior: Behavior | None
     link: bool
-    progress: Callable[[int, int], None] | None
+    progress: Progress | None
 
 
 def bake(
@@ -69,7 +70,7 @@ def bake(
     behavior: Behavior | None = None,
     route: str | None = None,
     link: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BakeReport:
     """Write a checkpoint of a model that steers itself; the model is left as it is.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import unique_names
 from trimtab.evaluation.tasks.files import Loaded, load_tasks, members, set_examples
 from trimtab.evaluation.tasks.table import Scores, TaskMeasurement, TaskRow, read_scores, rows_of
+from trimtab.results import Progress
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Steering, VectorSteering
@@ -39,7 +40,7 @@ def measure_tasks(
     nulls: int = 1,
     batch_size: int = 8,
     apply_chat_template: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TaskMeasurement:
     """Run tasks of lm-eval on the unsteered model, each lever and random directions.
 

@@ -21,8 +21,8 @@ from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.readout import gap
 from trimtab.evaluation.summary import mean
 from trimtab.prompts.task.teacher import switched
-from trimtab.results.intervals import paired_bootstrap, ratio_bootstrap, share_interval
-from trimtab.results.tables import Printable, Table, number, with_interval
+from trimtab.results.intervals import Interval, paired_bootstrap, ratio_bootstrap, share_interval
+from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import Switch
 
-Interval = tuple[float, float, float]
 LEAST_EFFECT = 0.05  # a score that moved less has nothing to recover
 
 
@@ -85,7 +84,7 @@ class Recovered(Printable):
             (
                 e.name,
                 number(e.gap),
-                with_interval(*e.score),
+                e.score.cell,
                 number(e.coherence),
                 number(e.damage_p95, 3),
             )
@@ -93,9 +92,9 @@ class Recovered(Printable):
         )
         notes = [f"{self.n} prompts of {self.behavior}, sign {self.sign:+d}; intervals 95 %"]
         if self.gap is not None:
-            notes.append(f"gap recovered {with_interval(*self.gap)}, by the null {number(self.null_gap)}")  # fmt: skip
+            notes.append(f"gap recovered {self.gap.cell}, by the null {number(self.null_gap)}")  # fmt: skip
         if self.score is not None:
-            notes.append(f"behavior recovered {with_interval(*self.score)}")
+            notes.append(f"behavior recovered {self.score.cell}")
         columns = ("lever", "gap", "score", "coherence", "damage p95")
         return Table("recovered by the conversion", columns, rows, tuple(notes))
 
@@ -160,9 +159,8 @@ def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval
     side = 1.0 if sum(whole) >= 0 else -1.0  # the bootstrap of a ratio wants a positive divisor
     below, above = [side * x for x in whole], [side * x for x in part]
     if not sum(below) > 0:
-        return math.nan, math.nan, math.nan
-    low, high = ratio_bootstrap(above, below, seed)
-    return sum(above) / sum(below), low, high
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(sum(above) / sum(below), *ratio_bootstrap(above, below, seed))
 
 
 def _behavior(results: dict[str, Evaluation], seed: int) -> Interval | None:
@@ -172,14 +170,14 @@ def _behavior(results: dict[str, Evaluation], seed: int) -> Interval | None:
     if abs(moved) < LEAST_EFFECT:
         return None
     ends = sorted(1 + bound / moved for bound in paired_bootstrap(after, before, seed))
-    return (mean(after) - mean(rest)) / moved, ends[0], ends[1]
+    return Interval((mean(after) - mean(rest)) / moved, *ends)
 
 
 def _effect(name: str, result: Evaluation, gaps: torch.Tensor | None, seed: int) -> Effect:
     return Effect(
         name=name,
         gap=None if gaps is None else float(gaps.mean()),
-        score=(mean(result.scores), *share_interval(result.scores, seed)),
+        score=Interval(mean(result.scores), *share_interval(result.scores, seed)),
         coherence=mean(result.coherences),
         damage_p95=result.damage(seed).p95,
     )

@@ -23,7 +23,7 @@ from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.levers.conversions.vector_to_soft import Matched, induced, match
 from trimtab.models.gradients import frozen
 from trimtab.models.sites import Site
-from trimtab.prompts.discrete.hotflip import Progress, hotflip
+from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.projections.project import project
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.soft.embeddings import token_embeddings
@@ -32,6 +32,7 @@ from trimtab.prompts.soft.states import states
 from trimtab.prompts.task.constraints import Bound, Constraints
 from trimtab.prompts.task.rows import Row, lay_out, slot_text
 from trimtab.prompts.task.teacher import COMPLETION, answers_as_ids
+from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.prompt import PromptSteering
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator
@@ -23,10 +23,11 @@ from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.models.sites import Site
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Progress, Soft, descend, starting_vectors
-from trimtab.prompts.soft.states import NEAR, states
+from trimtab.prompts.soft.soft import Soft, descend, starting_vectors
+from trimtab.prompts.soft.states import NEAR, cosines, states
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, switched
+from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 
 if TYPE_CHECKING:
@@ -219,8 +220,8 @@ def match(lm: LanguageModel, target: Target, vectors: Tensor) -> Matched:
     before, wanted = target.unsteered, target.steered
     left = (found - wanted).square().sum()
     return Matched(
-        cosine=float(_cosine(found, wanted)),
-        shift=float(_cosine(found - before, wanted - before)),
+        cosine=float(cosines(found, wanted).mean()),
+        shift=float(cosines(found - before, wanted - before).mean()),
         closed=float(1 - left / (before - wanted).square().sum().clamp(min=NEAR)),
         loss=float(_loss(found, wanted)),
     )
@@ -255,8 +256,4 @@ def _states(lm: LanguageModel, target: Target, vectors: Tensor) -> Tensor:
 
 def _loss(found: Tensor, wanted: Tensor) -> Tensor:
     size = wanted.square().sum(-1).mean().clamp(min=NEAR)
-    return (found - wanted).square().sum(-1).mean() / size + 1 - _cosine(found, wanted)
-
-
-def _cosine(found: Tensor, wanted: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(found, wanted, dim=-1, eps=NEAR).mean()
+    return (found - wanted).square().sum(-1).mean() / size + 1 - cosines(found, wanted).mean()

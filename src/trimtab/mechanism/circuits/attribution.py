@@ -11,7 +11,7 @@ Source: edge attribution with integrated gradients (EAP-IG), over several tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,13 +28,13 @@ from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
-Progress = Callable[[int, int], None]
 Key: TypeAlias = tuple[str, int]  # kind of target, layer
 STEPS = 10
 # Of the recorded changes and the gradients held at once.

@@ -9,7 +9,7 @@ faithfulness reported is that of another. Source: arXiv 2604.08524, threshold 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,13 @@ from trimtab.mechanism.circuits.record import Record, record
 from trimtab.mechanism.circuits.run import run_circuit
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
+from trimtab.results import Progress
 from trimtab.results.intervals import ratio_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
-Progress = Callable[[int, int], None]
 THRESHOLD = 0.85
 MEMORY = 2**29
 RANDOM = 3

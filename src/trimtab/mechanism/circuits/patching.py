@@ -23,11 +23,11 @@ from trimtab.mechanism.circuits.record import Record, record
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.hooking import Hooks
+from trimtab.results import Progress
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
-Progress = Callable[[int, int], None]
 ROWS = 64  # of a patched pass: several edges at once
 
 

@@ -8,7 +8,7 @@ change of the same length in another direction. Source: arXiv 2604.08524, its fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from trimtab.evaluation.judges import judge_for, judge_kind
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
 from trimtab.mechanism.frozen.holding import HOLDS, WITHOUT_NULL, check_additive, parse_holds
 from trimtab.mechanism.frozen.lanes import lane_answers
+from trimtab.results import Progress
 from trimtab.results.intervals import (
     bounded_interval,
     paired_bootstrap,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from trimtab.steering.vector import VectorSteering
 
 FREEZES = (*HOLDS, "ov+mlp")
-Progress = Callable[[int, int], None]  # runs done, runs in all
 
 
 @dataclass(frozen=True)

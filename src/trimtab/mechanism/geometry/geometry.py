@@ -8,7 +8,7 @@ Every part of it is measured, beside its null, and said in one sentence each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from trimtab.mechanism.geometry.linearity import Linearity, linearity
 from trimtab.mechanism.geometry.positions import PositionShares, position_shares
 from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import Ranks, pair_differences, rank_row
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, percent
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
-Progress = Callable[[int, int], None]  # done, in all
 STAGES = 6
 PLAIN = "Please."  # put into the prompts of a behavior without a prompt of its own
 FUNCTIONAL_KS = (1, 2, 3, 4, 8, 16, 64)

@@ -25,13 +25,13 @@ from trimtab.mechanism.sparse.dimensions import (
 )
 from trimtab.mechanism.sparse.sparsify import masked
 from trimtab.passes.rollout import rollout
+from trimtab.results import Progress
 from trimtab.results.intervals import share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.evaluation.evaluate import Progress
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering

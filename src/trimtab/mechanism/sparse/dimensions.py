@@ -12,7 +12,7 @@ Sundararajan et al., 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns
 from trimtab.models.gradients import frozen
 from trimtab.models.sites import Site
+from trimtab.results import Progress
 from trimtab.steering.hooks import Edit, steered
 from trimtab.steering.vector import VectorSteering
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
 Effects = Mapping[int, Tensor]  # layer -> `[d_model]`
-Progress = Callable[[int, int], None]
 STEPS = 10
 ORDERS = ("attribution", "slope", "magnitude", "random", "bottom")
 

@@ -23,11 +23,11 @@ from trimtab.mechanism.sparse.dimensions import (
     dimension_scores,
     kept_dimensions,
 )
+from trimtab.results import Progress
 from trimtab.steering.vector import VectorSteering
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.evaluation.evaluate import Progress
     from trimtab.models.model import LanguageModel
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
@@ -18,7 +18,6 @@ from trimtab.results.journal import Notes
 from trimtab.results.tables import Printable, Table, clean, number
 
 Slot: TypeAlias = "tuple[int, ...]"
-Progress: TypeAlias = "Callable[[int, int], None]"
 
 # Less is rounding: the same slot in another batch differs by about this much in float32.
 LEAST_GAIN = 1e-6

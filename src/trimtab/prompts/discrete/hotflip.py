@@ -11,7 +11,6 @@ from trimtab.prompts.discrete.descent import (
     LEAST_GAIN,
     Descent,
     Diary,
-    Progress,
     Scorer,
     Slot,
     checked_start,
@@ -23,6 +22,7 @@ from trimtab.prompts.discrete.descent import (
 )
 from trimtab.prompts.discrete.walk import Walk
 from trimtab.prompts.task.constraints import Bound
+from trimtab.results import Progress
 from trimtab.results.journal import Notes
 
 NEAR = 4  # best replacements of a place that pairs are made of

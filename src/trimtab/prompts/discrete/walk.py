@@ -11,12 +11,12 @@ from trimtab.prompts.discrete.descent import (
     Descent,
     Diary,
     Meter,
-    Progress,
     Scorer,
     Slot,
 )
 from trimtab.prompts.discrete.repair import repair
 from trimtab.prompts.task.constraints import Bound
+from trimtab.results import Progress
 
 
 class Walk(ABC):

@@ -25,9 +25,10 @@ from trimtab.prompts.gap.steps import Found
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Bound, Constraints
 from trimtab.prompts.task.rows import SEPARATORS, lay_out, slot_text
-from trimtab.results.intervals import bootstrap, share_interval
+from trimtab.results import Progress
+from trimtab.results.intervals import Interval, bootstrap, share_interval
 from trimtab.results.registry import Registry
-from trimtab.results.tables import Printable, Table, number, percent, with_interval
+from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
 
-Interval = tuple[float, float, float]
-Progress = Callable[[int, int], None]
 METHODS: Registry[Callable[..., Found]] = Registry("gap search method")
 METHODS.register("sort")(sort_sum_stop)
 METHODS.register("gradient")(gradient_search)
@@ -49,10 +48,10 @@ class HeldOut:
 
     Attributes:
         n: prompts.
-        gap_before: mean of sign * gap without the slot, (mean, low, high).
+        gap_before: mean of sign * gap without the slot.
         gap_after: with it.
         closed_before: share of prompts with sign * gap > 0 without it.
-        closed: with it, (share, low, high).
+        closed: with it.
         judged: share of greedy answers that the judge gives to the wanted side; None without judge.
         judged_before: the same without the slot.
     """
@@ -110,9 +109,9 @@ class GapSearch(Printable):
             rows += [
                 ("held out: prompts", str(held.n)),
                 ("held out: closed before", percent(held.closed_before)),
-                ("held out: closed", with_interval(*held.closed)),
-                ("held out: mean gap before", with_interval(*held.gap_before)),
-                ("held out: mean gap", with_interval(*held.gap_after)),
+                ("held out: closed", held.closed.cell),
+                ("held out: mean gap before", held.gap_before.cell),
+                ("held out: mean gap", held.gap_after.cell),
                 (f"held out: answers judged {wanted}, before", percent(held.judged_before)),
                 (f"held out: answers judged {wanted}", percent(held.judged)),
             ]
@@ -255,10 +254,10 @@ def _held_out(
         )
     return HeldOut(
         n=len(prompts),
-        gap_before=(float(before.mean()), *bootstrap(before)),
-        gap_after=(float(after.mean()), *bootstrap(after)),
+        gap_before=Interval(float(before.mean()), *bootstrap(before)),
+        gap_after=Interval(float(after.mean()), *bootstrap(after)),
         closed_before=float((before > 0).double().mean()),
-        closed=(share, *share_interval(closed)),
+        closed=Interval(share, *share_interval(closed)),
         judged=judged,
         judged_before=judged_before,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +13,12 @@ from trimtab.models.gradients import frozen
 from trimtab.prompts.gap.sort_sum_stop import need
 from trimtab.prompts.gap.steps import Found, GapStep, concluded
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
+from trimtab.results import Progress
 
 if TYPE_CHECKING:
     from trimtab.prompts.gap.readings import Reader
     from trimtab.prompts.task.constraints import Bound
 
-Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]
 _GRADIENT_COST = 3  # a backward pass takes about two forward ones
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.gap.steps import Found, GapStep, concluded
+from trimtab.results import Progress
 
 if TYPE_CHECKING:
     from trimtab.prompts.gap.readings import Reader, Reading
     from trimtab.prompts.task.constraints import Bound
 
-Progress = Callable[[int, int], None]
 Slot = tuple[int, ...]
 
 

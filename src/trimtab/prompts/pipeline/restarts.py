@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
@@ -14,9 +14,9 @@ from trimtab.prompts.pipeline import baselines, stages
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.soft.soft import Soft
+from trimtab.results import Progress
 from trimtab.results.journal import Notes
 
-Progress: TypeAlias = "Callable[[int, int], None]"
 PER_RESTART = 7  # attempts, GCG aside
 
 

@@ -20,8 +20,9 @@ from trimtab.prompts.projections.registry import (
     slot_losses,
 )
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
-from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens
+from trimtab.prompts.soft.soft import Soft, allowed_tokens
 from trimtab.prompts.task.rows import Row, slot_text
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:

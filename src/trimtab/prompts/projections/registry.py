@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, batches
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, batches
 from trimtab.prompts.task.rows import Row
+from trimtab.results import Progress
 from trimtab.results.registry import Named, Registry
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import gap_of, readout_tokens
 from trimtab.models.sites import Site
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, descend, starting_vectors
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, starting_vectors
 from trimtab.prompts.soft.states import states
 from trimtab.prompts.task.rows import Row
+from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.soft_tokens import soft_tokens
 from trimtab.steering.vector import VectorSteering

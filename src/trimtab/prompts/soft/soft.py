@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from trimtab.models.gradients import frozen
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.task.rows import Row
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
-Progress: TypeAlias = Callable[[int, int], None]  # steps done, in all
 INITS = ("random_tokens", "reference")
 
 

@@ -18,8 +18,9 @@ from trimtab.models.replay import Stopped
 from trimtab.models.sites import Site
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.soft.soft import Progress, Soft, allowed_tokens, descend, starting_vectors
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, starting_vectors
 from trimtab.prompts.task.rows import Row, slot_text
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.soft_tokens import soft_tokens
 
@@ -192,9 +193,9 @@ def match_states(
     def loss(vectors: Tensor) -> Tensor:
         nonlocal mean
         (found,) = states(lm, rows, vectors, sites)
-        cosines = _cosines(found, wanted)
-        mean = float(cosines.detach().mean())
-        return (found - wanted).square().sum(-1).mean() / size + (1 - cosines).mean()
+        near = cosines(found, wanted)
+        mean = float(near.detach().mean())
+        return (found - wanted).square().sum(-1).mean() / size + (1 - near).mean()
 
     soft = descend(
         lm,
@@ -209,16 +210,16 @@ def match_states(
     )
     with torch.no_grad():
         (last,) = states(lm, rows, soft.vectors.to(lm.device), sites)
-    cosines = _cosines(last, wanted)
+    near = cosines(last, wanted)
     ids = nearest_tokens(lm, soft.vectors, mask)
     aim = CrossEntropy() if objective is None and rows[0].target else objective
     vectors, tokens = soft.vectors.to(lm.device), token_embeddings(lm, ids)
     return StateMatch(
         layer=at,
         soft=soft,
-        cosine_start=float(_cosines(first, wanted).mean()),
-        cosine=float(cosines.mean()),
-        cosine_min=float(cosines.min()),
+        cosine_start=float(cosines(first, wanted).mean()),
+        cosine=float(near.mean()),
+        cosine_min=float(near.min()),
         recovered=_closed(first, last, wanted),
         ids=ids,
         text=slot_text(lm, ids),
@@ -335,7 +336,8 @@ def nearest_tokens(lm: LanguageModel, vectors: Tensor, allowed: Tensor) -> tuple
     return tuple(pool[best.cpu()].tolist())
 
 
-def _cosines(found: Tensor, wanted: Tensor) -> Tensor:
+def cosines(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the cosines of states `[..., d_model]` along their last axis."""
     return nn.functional.cosine_similarity(found, wanted, dim=-1, eps=NEAR)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from trimtab.errors import TrimtabError
+from trimtab.results import Progress
 from trimtab.results.tables import write_json
 from trimtab.weights.disk.checkpoint import INDEX, SINGLE, Checkpoint
 from trimtab.weights.disk.draft import Draft
@@ -85,7 +86,7 @@ def write(
     draft: Draft,
     folder: Path,
     link: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write weights, index, configuration and everything that belongs to them into `folder`.
 
