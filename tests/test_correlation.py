@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.results.correlation import spearman
+from trimtab.results.intervals import spearman
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.load import load
-from trimtab.results.staging import remove_leftovers, staged
+from trimtab.models.model import load
+from trimtab.results.files import remove_leftovers, staged
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, plan
 from trimtab.weights.disk import stream
@@ -219,11 +218,12 @@ def test_leftovers_of_other_targets_stay(tmp_path):
 
 
 def test_a_folder_just_begun_is_not_yet_abandoned(tmp_path):
-    young, old = tmp_path / ".out.1.partial", tmp_path / ".out.2.partial"
-    young.mkdir()
-    old.mkdir()
-    os.utime(old, (time.time() - 3600, time.time() - 3600))
-    assert remove_leftovers(tmp_path / "out") == [old]
+    old = tmp_path / ".out.2.partial"
+    with staged(tmp_path / "out") as building:
+        old.mkdir()
+        assert not any(building.iterdir())
+        assert remove_leftovers(tmp_path / "out") == [old] and building.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):

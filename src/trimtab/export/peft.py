@@ -26,7 +26,7 @@ from trimtab.export.files import not_zero, public_name
 from trimtab.extras import extra
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
-from trimtab.results.staging import staged
+from trimtab.results.files import staged
 from trimtab.steering.hooks import Edit
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights.disk.layout import layout_of

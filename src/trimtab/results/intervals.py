@@ -1,4 +1,4 @@
-"""Intervals: exact binomial for rates, bootstrap over prompts for everything else.
+"""Intervals: exact binomial for rates, bootstrap over prompts for everything else. Rank correlation.
 
 Clopper and Pearson (1934) for 0/1 values; for graded values the percentile bootstrap, widened for
 small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section
@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from scipy.special import betaincinv, stdtrit
 
 from trimtab.errors import TrimtabError
 from trimtab.results.tables import with_interval
@@ -53,8 +54,8 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float,
             advice="give at least one trial and between 0 and n successes",
         )
     tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else beta_quantile(tail, successes, n - successes + 1)
-    high = 1.0 if successes == n else beta_quantile(1 - tail, successes + 1, n - successes)
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
     return low, high
 
 
@@ -168,64 +169,38 @@ def bounded_interval(
 def percentiles(means: torch.Tensor, n: int, level: float) -> tuple[float, float]:
     """Read an interval from resampled means, levels widened for n prompts (module docstring)."""
     _check_level(level)
-    student = student_quantile((1 + level) / 2, n - 1)
+    student = float(stdtrit(n - 1, (1 + level) / 2))
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student)
     bounds = torch.quantile(means.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return bounds[0].item(), bounds[1].item()
 
 
-def student_quantile(probability: float, freedom: int) -> float:
-    """Return Student's t quantile for a probability of at least one half."""
-    # T^2 / (T^2 + freedom) is Beta(1/2, freedom/2), and P(|T| <= t) = 2 * probability - 1.
-    ratio = beta_quantile(2 * probability - 1, 0.5, freedom / 2)
-    return math.sqrt(freedom * ratio / (1 - ratio)) if ratio < 1 else math.inf
+def spearman(
+    first: Sequence[float] | torch.Tensor, second: Sequence[float] | torch.Tensor
+) -> float:
+    """Return Spearman's rank correlation in [-1, 1], ties at their mean rank; nan if one is constant.
 
-
-def beta_quantile(probability: float, a: float, b: float) -> float:
-    """Invert the Beta(a, b) distribution function by bisection to full double precision."""
-    low, high = 0.0, 1.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if beta_cdf(middle, a, b) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def beta_cdf(x: float, a: float, b: float) -> float:
-    """Return the regularized incomplete beta function I_x(a, b).
-
-    Continued fraction of DLMF 8.17.22, evaluated by Lentz's method; the symmetry
-    I_x(a, b) = 1 - I_{1-x}(b, a) keeps it in its fast region.
+    Raises:
+        TrimtabError: when the two differ in length, have fewer than two values, or one that is nan.
     """
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):
-        return 1 - beta_cdf(1 - x, b, a)
-    log_front = (
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
-    tiny = 1e-300
-    fraction, c, d = 1.0, 1.0, 0.0
-    for step in range(2000):
-        m = step // 2
-        if step == 0:
-            term = 1.0
-        elif step % 2 == 0:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 + term * d
-        d = 1 / (d if abs(d) > tiny else tiny)
-        c = 1 + term / c
-        c = c if abs(c) > tiny else tiny
-        fraction *= c * d
-        if abs(1 - c * d) < 1e-15:
-            break
-    return min(1.0, math.exp(log_front) * (fraction - 1) / a)
+    from scipy.stats import spearmanr  # takes a second to import, so not before it is used
+
+    a, b = (torch.as_tensor(x, dtype=torch.float64).flatten().cpu() for x in (first, second))
+    if a.shape != b.shape or a.numel() < 2:
+        raise TrimtabError(
+            asked="a rank correlation",
+            found=f"{a.numel()} values against {b.numel()}",
+            advice="give two figures for each of at least two things",
+        )
+    if bool(a.isnan().any() | b.isnan().any()):
+        raise TrimtabError(
+            asked="a rank correlation",
+            found="a value that is nan",
+            advice="leave out what was not measured",
+        )
+    if bool((a == a[0]).all() or (b == b[0]).all()):
+        return math.nan
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)  # pyright: ignore
 
 
 def _identical(

@@ -14,8 +14,7 @@ from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job, Result
 from trimtab.results import Progress
-from trimtab.results.correlation import spearman
-from trimtab.results.intervals import paired_bootstrap
+from trimtab.results.intervals import paired_bootstrap, spearman
 from trimtab.results.journal import Notes
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses, Tried

@@ -18,7 +18,7 @@ from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results import Progress
-from trimtab.results.staging import staged
+from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.vector import VectorSteering

@@ -28,8 +28,8 @@ from trimtab.margins.radius import gap_gradients
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
-from trimtab.results.estimate import Estimate
 from trimtab.results.intervals import RESAMPLES
+from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
 
 if TYPE_CHECKING:

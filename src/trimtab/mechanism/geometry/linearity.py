@@ -33,9 +33,8 @@ from trimtab.mechanism.geometry.jacobian import (
     pulled_back,
 )
 from trimtab.mechanism.geometry.positions import request_span
-from trimtab.results.correlation import spearman
-from trimtab.results.estimate import Estimate
-from trimtab.results.quantiles import Quantiles, quantiles
+from trimtab.results.intervals import spearman
+from trimtab.results.quantiles import Estimate, Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number, percent
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from trimtab.mechanism.geometry.jacobian import (
     pulled_back,
     secant,
 )
-from trimtab.results.estimate import Estimate
+from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
 
 if TYPE_CHECKING:

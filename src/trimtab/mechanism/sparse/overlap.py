@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.sparse.dimensions import Effects, kept_dimensions
-from trimtab.results.intervals import beta_quantile
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import VectorSteering
 
@@ -167,7 +167,7 @@ def vector_cosines(vectors: Mapping[str, VectorSteering], layer: int) -> Cosines
     units = torch.stack([vector.directions[layer].double() for vector in vectors.values()])
     values: Tensor = units @ units.T
     half = (units.shape[1] - 1) / 2
-    null = 2 * beta_quantile(0.975, half, half) - 1 if half > 0 else math.nan
+    null = 2 * float(betaincinv(half, half, 0.975)) - 1 if half > 0 else math.nan
     return Cosines(
         layer, tuple(vectors), tuple(tuple(row) for row in values.clamp(-1, 1).tolist()), null
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.results.correlation import spearman
+from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.results.staging import staged
+from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.format import METADATA_KEY
 from trimtab.steering.load import load_steering
