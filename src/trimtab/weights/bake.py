@@ -22,15 +22,13 @@ from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.vector import VectorSteering
-from trimtab.weights.card import model_card
+from trimtab.weights.card import model_card, record_of
 from trimtab.weights.disk.base import Model, folder_of, save_model
 from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.stream import check_space, write
-from trimtab.weights.plan import Plan, prepare, refused_plan
-from trimtab.weights.record import record_of
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport, Plan, prepare, refused_plan
 from trimtab.weights.routes.changes import changes_of
 from trimtab.weights.slices import write_slices
 from trimtab.weights.verify import (
