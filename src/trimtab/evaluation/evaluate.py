@@ -26,7 +26,7 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.divergence import Divergence, Reference, summarize
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.judges import Verdict, judge_for
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 
@@ -72,6 +72,20 @@ class Evaluation:
     def spill(self, seed: int) -> Divergence | None:
         """Summarize the spill; None without neutral prompts."""
         return None if self.spill_tokens is None else summarize(self.spill_tokens, seed)
+
+
+@dataclass(frozen=True)
+class JudgedAnswer(Verdict):
+    """How far an answer shows the behavior and how far its opposite, and whether it is sound text.
+
+    `share(sign)` is the score that every table reports.
+    """
+
+    coherence: float
+
+    def sound(self, sign: int) -> float:
+        """Return the score times coherence, for a search that must not follow gibberish."""
+        return self.share(sign) * self.coherence
 
 
 class Unsteered:
@@ -176,6 +190,14 @@ class Evaluator:
         """Return the unsteered greedy answers of a side, generated once."""
         return self._unsteered.answers(self.prompts(side))
 
+    def judged(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[JudgedAnswer]:
+        """Judge answers, however they were made: one result per answer, in order."""
+        verdicts, coherences = self._judge(prompts, answers), self._coherence(answers)
+        return [
+            JudgedAnswer(verdict.toward, verdict.away, coherence)
+            for verdict, coherence in zip(verdicts, coherences, strict=True)
+        ]
+
     def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
         scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
@@ -234,10 +256,11 @@ class Evaluator:
         damage: tuple[torch.Tensor, ...],
         spill: tuple[torch.Tensor, ...] | None,
     ) -> Evaluation:
+        judged = self.judged(prompts, answers)
         return Evaluation(
             sign=sign,
-            scores=tuple(verdict.share(sign) for verdict in self._judge(prompts, answers)),
-            coherences=tuple(self._coherence(answers)),
+            scores=tuple(answer.share(sign) for answer in judged),
+            coherences=tuple(answer.coherence for answer in judged),
             damage_tokens=damage,
             spill_tokens=spill,
             samples=tuple(
