@@ -17,7 +17,8 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,11 @@ class Evaluation:
     damage_tokens: tuple[torch.Tensor, ...]
     spill_tokens: tuple[torch.Tensor, ...] | None
     samples: tuple[Sample, ...]
+
+    def sound_score(self, floor: float) -> float:
+        """Return the mean score; 0 where the mean coherence is below a floor."""
+        sound = sum(self.coherences) / len(self.coherences) >= floor
+        return sum(self.scores) / len(self.scores) * sound
 
     def damage(self, seed: int) -> Divergence:
         """Summarize the damage."""
@@ -149,15 +155,29 @@ class Evaluator:
         self.lm, self.behavior = lm, behavior
         self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
         self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
-        self._unsteered = unsteered or Unsteered(lm, max_new_tokens, engine)
-        self.engine = engine or self._unsteered.engine
-        if (self._unsteered.lm, self._unsteered.max_new_tokens) != (lm, max_new_tokens):
+        self.known = unsteered or Unsteered(lm, max_new_tokens, engine)
+        self.engine = engine or self.known.engine
+        if (self.known.lm, self.known.max_new_tokens) != (lm, max_new_tokens):
             raise TrimtabError(
                 asked="to share unsteered answers",
                 found="answers of another model or another length",
                 advice="make Unsteered(lm, max_new_tokens) with the same two",
             )
         self._references: dict[str, Reference] = {}
+        self._first: dict[int, Evaluator] = {}
+
+    def first(self, prompts: int) -> Evaluator:
+        """Return the same with at most so many prompts a side; nothing is judged or answered anew.
+
+        What it reads is kept, so that a second look at as many prompts costs less.
+        """
+        if self.max_prompts is not None and prompts >= self.max_prompts:
+            return self
+        if prompts not in self._first:
+            few = copy(self)
+            few.max_prompts, few._references, few._first = prompts, {}, {}
+            self._first[prompts] = few
+        return self._first[prompts]
 
     def prompts(self, side: str) -> list[Prompt]:
         """Return the prompts of the side `toward`, `away`, `neutral` or `requests`.
@@ -186,9 +206,30 @@ class Evaluator:
             return "requests"
         return "away" if sign > 0 else "toward"
 
+    def damaged(self, sign: int) -> str:
+        """Return the side that already shows the behavior, along whose answers damage is read."""
+        return "toward" if sign > 0 else "away"
+
     def unsteered(self, side: str) -> list[str]:
         """Return the unsteered greedy answers of a side, generated once."""
-        return self._unsteered.answers(self.prompts(side))
+        return self.known.answers(self.prompts(side))
+
+    def answers(
+        self, vector: VectorSteering, strengths: Sequence[float], sign: int
+    ) -> dict[float, list[str]]:
+        """Return the greedy answers to the scored prompts at each strength, generated together."""
+        scored = self.scored(sign)
+        found, moving = {0.0: self.unsteered(scored)}, sorted({float(m) for m in strengths} - {0.0})
+        if moving:
+            said = self.engine.rollout(vector, self.prompts(scored), moving, self.max_new_tokens)
+            found |= dict(zip(moving, said, strict=True))
+        return found
+
+    def reference(self, side: str) -> Reference:
+        """Return a side's prompts with their unsteered answers, read once, to measure KL along."""
+        if side not in self._references:
+            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
+        return self._references[side]
 
     def judged(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[JudgedAnswer]:
         """Judge answers, however they were made: one result per answer, in order."""
@@ -200,7 +241,7 @@ class Evaluator:
 
     def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
-        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        scored = self.scored(sign)
         prompts, before = self.prompts(scored), self.unsteered(scored)
         if lever is None:
             answers = before
@@ -209,7 +250,8 @@ class Evaluator:
         else:
             answers = self.engine.answer(lever, prompts, self.max_new_tokens)
         spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
-        return self._evaluation(sign, prompts, before, answers, self._kl(lever, damaged), spilled)
+        damage = self._kl(lever, self.damaged(sign))
+        return self._evaluation(sign, prompts, before, answers, damage, spilled)
 
     def run_many(
         self, vector: VectorSteering, strengths: Sequence[float], sign: int
@@ -224,22 +266,20 @@ class Evaluator:
             strengths: multipliers m; 0 gives the unsteered model.
             sign: which side is scored.
         """
-        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
-        prompts, before = self.prompts(scored), self.unsteered(scored)
-        moving = sorted({float(m) for m in strengths} - {0.0})
-        answers, damage, spill = {0.0: before}, {}, {}
-        if moving:
-            found = self.engine.rollout(vector, prompts, moving, self.max_new_tokens)
-            answers |= dict(zip(moving, found, strict=True))
-        each = [*moving, 0.0]
-        damage = dict(zip(each, self._reference(damaged).kl_many(vector, each), strict=True))
-        if self.prompts("neutral"):
-            spill = dict(zip(each, self._reference("neutral").kl_many(vector, each), strict=True))
+        answers = self.answers(vector, strengths, sign)
+        each = sorted(answers)
+
+        def kl(side: str) -> dict[float, list[torch.Tensor]]:
+            return dict(zip(each, self.reference(side).kl_many(vector, each), strict=True))
+
+        damage = kl(self.damaged(sign))
+        spill = kl("neutral") if self.prompts("neutral") else {}
+        prompts = self.prompts(self.scored(sign))
         return [
             self._evaluation(
                 sign,
                 prompts,
-                before,
+                answers[0.0],
                 answers[m],
                 tuple(damage[m]),
                 tuple(spill[m]) if spill else None,
@@ -269,13 +309,8 @@ class Evaluator:
             ),
         )
 
-    def _reference(self, side: str) -> Reference:
-        if side not in self._references:
-            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
-        return self._references[side]
-
     def _kl(self, lever: Switch | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
-        reference = self._reference(side)
+        reference = self.reference(side)
         if lever is None:  # the unsteered model does not differ from itself
             return tuple(reference.zeros())
         if isinstance(lever, LanguageModel):
