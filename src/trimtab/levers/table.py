@@ -171,7 +171,7 @@ def levers_table(
             found=f"levers found for {levers.behavior!r}, sign {levers.sign:+d}, seed {levers.seed}",
             advice="find them for this behavior, sign and seed",
         )
-    bench = Bench(lm, validation, budget, side, seed, known)
+    bench = Bench(lm, validation, budget, side, seed)
     with tempfile.TemporaryDirectory() as folder:
         entries, missing = entries_of(bench, levers, behavior, nulls, Path(folder), ticks.settling)
         neutral = "neutral" if test.prompts("neutral") else bench.shown
