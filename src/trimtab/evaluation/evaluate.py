@@ -17,7 +17,7 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
