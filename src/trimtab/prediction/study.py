@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
-from trimtab.results import Progress
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.prediction.calibration import Calibration, calibration
 from trimtab.prediction.law_check import LawCheck, check_laws
