@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "load_steering",
     "measure",
+    "predict_strength",
     "prompt",
     "register_coherence",
     "register_judge",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from trimtab.models.load import load
     from trimtab.models.model import LanguageModel
     from trimtab.prediction.laws import laws
+    from trimtab.prediction.predict import predict_strength
     from trimtab.prompts.search import search
     from trimtab.steering.load import load_steering
     from trimtab.steering.norms import calibrate
@@ -95,6 +97,7 @@ _PLACES = {
     "load": "trimtab.models.load:load",
     "load_steering": "trimtab.steering.load:load_steering",
     "measure": "trimtab.evaluation.compare:measure",
+    "predict_strength": "trimtab.prediction.predict:predict_strength",
     "prompt": "trimtab.steering.prompt:prompt",
     "register_coherence": "trimtab.evaluation.coherence:register_coherence",
     "register_judge": "trimtab.evaluation.judges:register_judge",

@@ -37,17 +37,17 @@ def laws_command(
     """Compare what the laws of steering strength predict for a vector with what the model does."""
     import torch
 
-    from trimtab.behaviors.file import load_behavior
-    from trimtab.prediction.study import study
+    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.prediction.laws import laws
     from trimtab.report.laws_page import write_laws_page
-    from trimtab.report.strength_sections import study_sections
+    from trimtab.report.strength_sections import laws_sections
 
     check_writable(out / "index.html", json_file)
     contrast, vector = load_behavior(behavior), read_vector(file)
     # Divergences of a thousandth of a nat are read, which half precision would drown.
     lm = load_model(model, dtype=torch.float32)
-    with progress_bar(f"studying {contrast.name}") as progress:
-        found = study(
+    with progress_bar(f"laws of {contrast.name}") as progress:
+        found = laws(
             lm,
             contrast,
             vector,
@@ -60,6 +60,6 @@ def laws_command(
     # Files first: a reader that closes the pipe early should not cost them.
     write_result(json_file, found.to_dict())
     lead = f"{lm.name}, {contrast.name}"
-    write_laws_page(out, study_sections(found), title="How hard to pull", lead=lead)
+    write_laws_page(out, laws_sections(found), title="How hard to pull", lead=lead)
     show(found)
     stdout_console().print(Text(str(out / "index.html")))

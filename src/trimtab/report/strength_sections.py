@@ -6,9 +6,9 @@ import math
 
 from trimtab.prediction.calibration import Calibration
 from trimtab.prediction.law_check import LawCheck
-from trimtab.prediction.laws import TARGET, Laws
+from trimtab.prediction.laws import LawsReport
+from trimtab.prediction.predict import TARGET, StrengthPrediction
 from trimtab.prediction.recovery import Recovery
-from trimtab.prediction.study import Study
 from trimtab.report.figures import Figure
 from trimtab.report.law_figures import (
     Band,
@@ -32,17 +32,17 @@ _PREDICTED = (
 _DEPTH_COLORS = ("--vector", "--prompt", "--baked", "--coherence", "--damage", "--spill")
 
 
-def study_sections(study: Study) -> list[Section]:
-    """Return the sections of a study in the order they are read."""
+def laws_sections(found: LawsReport) -> list[Section]:
+    """Return the sections of a report in the order they are read."""
     return [
-        laws_section(study.laws, study.check),
-        depth_section(study),
-        calibration_section(study.calibration),
-        recovery_section(study.recovery),
+        prediction_section(found.prediction, found.check),
+        depth_section(found),
+        calibration_section(found.calibration),
+        recovery_section(found.recovery),
     ]
 
 
-def laws_section(laws: Laws, check: LawCheck) -> Section:
+def prediction_section(laws: StrengthPrediction, check: LawCheck) -> Section:
     """Show prediction and measurement on one plot, and the window of every prompt."""
     figures = [_kl(check, laws.trusted)]
     if check.curve and check.curve[0].probability is not None:
@@ -69,10 +69,10 @@ def laws_section(laws: Laws, check: LawCheck) -> Section:
     )
 
 
-def depth_section(study: Study) -> Section:
+def depth_section(found: LawsReport) -> Section:
     """Show by layer how far measured KL is from the law's."""
-    checks = (*study.depth, study.check)
-    budgets = sorted({b.nats for b in study.check.budgets})
+    checks = (*found.depth, found.check)
+    budgets = sorted({b.nats for b in found.check.budgets})
     names = [", ".join(map(str, check.layers)) for check in checks]
     ratios = [[math.log2(check.budget("norm", nats).ratio) for nats in budgets] for check in checks]
     heat = heat_figure(
@@ -94,7 +94,7 @@ def depth_section(study: Study) -> Section:
         title="Where the laws hold",
         paragraphs=("Late pushes pass few nonlinear steps, so they are predicted further.",),
         figures=(heat,),
-        tables=(study.table(),),
+        tables=(found.table(),),
     )
 
 
@@ -163,9 +163,7 @@ def tune_section(report: TuneReport) -> Section:
             Series("coherence", m, [r.coherence for r in report.curve], "--coherence", "dot"),
         ],
         bands=[
-            Band(
-                "behavior, 95 %", m, [r.low for r in report.curve], [r.high for r in report.curve]
-            )
+            Band("behavior, 95 %", m, [r.low for r in report.curve], [r.high for r in report.curve])
         ],
         window=report.window,
         description=described("behavior", m, [r.score for r in report.curve]),
@@ -245,7 +243,7 @@ def _probability(check: LawCheck) -> Figure:
     )
 
 
-def _windows(laws: Laws) -> Figure:
+def _windows(laws: StrengthPrediction) -> Figure:
     order = sorted(laws.windows, key=lambda window: (window[0] is None, window[0] or 0.0))
     places = [float(i + 1) for i in range(len(order))]
     return line_figure(
