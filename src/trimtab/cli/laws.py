@@ -37,7 +37,7 @@ def laws_command(
     """Compare what the laws of steering strength predict for a vector with what the model does."""
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.prediction.laws import laws
     from trimtab.report.laws_page import write_laws_page
     from trimtab.report.strength_sections import laws_sections

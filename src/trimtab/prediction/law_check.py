@@ -24,7 +24,7 @@ from trimtab.passes.decisions import Decisions, decisions
 from trimtab.passes.fan import Fan
 from trimtab.passes.head import STREAM_SITES, collapse_logits, read_head
 from trimtab.prediction.predict import BUDGETS, curvature, quartiles
-from trimtab.results.correlation import spearman
+from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.theory.tilt import Tilt
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
-from trimtab.results import Progress
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.prediction.calibration import Calibration, calibration
 from trimtab.prediction.law_check import LawCheck, check_laws
 from trimtab.prediction.predict import StrengthPrediction, predict_strength
 from trimtab.prediction.recovery import Recovery, recovery
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
