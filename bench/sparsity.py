@@ -36,7 +36,7 @@ from trimtab.results.tables import write_json
 from trimtab.steering.load import load_steering
 from trimtab.steering.nulls import random_null
 from trimtab.steering.vector import VectorSteering
-from trimtab.strength.choose import NoStrengthPasses
+from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.tune import tune
 
 LAYER = 1

@@ -192,25 +192,28 @@ def test_inspect_shows_origin_and_strength(run: Any, vector: Path, tmp_path: Pat
     assert "Be [bold]brief[/bold]." in run("inspect", prompt).out
 
 
-def test_demo_runs_the_demo_and_draws_the_picture(
+def test_demo_runs_the_demo_and_shows_each_behavior(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = {"score": 0.5, "n": 4}
-    entry = {"baseline": row, "vector": row, "strength": 1.0}
-    data = {"model": "harbor", "seconds": 3.0, "behaviors": {"mood": entry}}
+    from trimtab.report.page import Section
+    from trimtab.results.tables import Table
+
+    answers = Table("answers", ("before", "after"), (("[bold]b", "\x1b[31ma"),))
+    section = Section("mood", ("It moves 50 %.",), (), (answers,), ("A doubt.",))
+    data = {"model": "harbor", "seconds": 3.0, "behaviors": {"mood": {"strength": 1.0}}}
     asked: list[Any] = []
 
     def stand_in(out: Any, behaviors: Any, progress: Any, tell: Any) -> dict[str, Any]:
         asked.append((out, behaviors))
-        tell("mood", entry)
+        tell(section)
         return data
 
     monkeypatch.setattr("trimtab.demo.run_demo", stand_in)
-    picture = tmp_path / "demo.svg"
-    done = run("demo", "--out", tmp_path / "r", "--picture", picture, "--json", tmp_path / "d.json")
+    done = run("demo", "--out", tmp_path / "r", "--json", tmp_path / "d.json")
     assert done.code == 0, done.err
     assert asked == [(tmp_path / "r", ("refusal", "topic", "mood"))]
-    assert "mood" in picture.read_text() and "50 %" in done.out
+    assert all(part in done.out for part in ("mood", "It moves 50 %.", "A doubt.", "[bold]b"))
+    assert "\x1b" not in done.out
     assert json.loads((tmp_path / "d.json").read_text()) == data
     assert run("demo", "--all").code == 0 and len(asked[1][1]) == 7
 

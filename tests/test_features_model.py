@@ -17,7 +17,7 @@ from tools.theorems.features_model import EXAMPLE, FeaturesModel, balanced
 from tools.theorems.page import theory_figures, theory_section
 from tools.theorems.theorems import Theorems, theorems
 from trimtab.errors import TrimtabError
-from trimtab.report.laws_page import write_laws_page
+from trimtab.report.page import write_page
 
 CONCEPTS = {"up": ("a", "b"), "down": ("c", "d", "e"), "aside": ("f",)}
 
@@ -245,7 +245,7 @@ def test_theory_figures_draw_the_theorems(found: Theorems) -> None:
 def test_theory_as_a_page(found: Theorems, tmp_path: Path) -> None:
     part = theory_section(found)
     assert part.warnings == () and len(part.figures) == 5
-    html = write_laws_page(tmp_path, [part]).read_text()
+    html = write_page(tmp_path, [part]).read_text()
     assert "off-target tokens peak before target tokens" in html
     labels = [a["aria-label"] or "" for _, a in Page(html).tags if a.get("role") == "img"]
     assert len(labels) == 5 and all(len(label) > 60 for label in labels)

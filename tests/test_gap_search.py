@@ -22,7 +22,7 @@ from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import lay_out
 from trimtab.report.gap_section import gap_section
-from trimtab.report.laws_page import render_laws
+from trimtab.report.page import render
 from trimtab.results.intervals import Interval
 from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering, prompt
@@ -183,7 +183,7 @@ def test_the_page_warns_where_the_gap_closed_and_the_behavior_did_not():
     search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)
     section = gap_section([search])
     assert "not the behavior" in section.warnings[0]
-    html = render_laws([section], title="t")
+    html = render([section], title="t")
     assert "<b>" not in html
     agreeing = replace(search, held_out=replace(held, judged=0.95))
     assert gap_section([agreeing]).warnings == ()

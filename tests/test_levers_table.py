@@ -17,8 +17,8 @@ from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
 from trimtab.levers.table import LeversTable, levers_table
 from trimtab.models.model import LanguageModel
-from trimtab.report.laws_page import render_laws
 from trimtab.report.levers_section import levers_section
+from trimtab.report.page import render
 from trimtab.steering.prompt import prompt
 
 BUDGET = 0.6
@@ -120,7 +120,7 @@ def test_json_page_and_advice(table: LeversTable, tmp_path: Path) -> None:
     assert section.paragraphs[0] == table.advice.sentence
     drawn = section.figures[0]["data"][0]["x"]
     assert drawn == pytest.approx([row.score for row in table.rows])
-    html = render_laws([section], title="Which lever")
+    html = render([section], title="Which lever")
     assert "vector (all)" in html and "what each lever is" in html
 
 

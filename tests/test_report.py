@@ -1,64 +1,76 @@
-"""The report: figures reach the page, no text breaks out of it, and nothing is fetched."""
+"""The demo's page: figures reach it, no text breaks out of it, and nothing is fetched."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-from trimtab.errors import TrimtabError
-from trimtab.report import write_report, write_svg
-from trimtab.report.figures import lever_bars, null_band, strength_curve
-from trimtab.report.page import render
-from trimtab.report.words import answer, warnings
+from trimtab.evaluation.evaluate import Sample
+from trimtab.evaluation.measurement import Measurement, Row
+from trimtab.report.demo_page import Steered, answer, steered_section, warnings
+from trimtab.report.page import render, write_page
+from trimtab.steering.units import LayerStrength, StrengthTable
+from trimtab.strength.sweep import SweepRow
+from trimtab.strength.tune import TuneReport
+from trimtab.weights.report import BakeReport
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-SVG = "{http://www.w3.org/2000/svg}"
+SCORES = {"baseline": 0.03, "prompt": 0.6, "vector": 0.97, "checkpoint": 0.96, "null": 0.04}
 
 
-def row(score: float, **more: Any) -> dict[str, Any]:
-    kl = {"damage": 0.12, "damage_p95": 0.4, "spill": 0.3, "spill_p95": 0.9}
-    edges = {"low": max(0.0, score - 0.1), "high": min(1.0, score + 0.1)}
-    return {"score": score, **edges, "n": 32, "coherence": 0.98, **kl, **more}
-
-
-def entry(**more: Any) -> dict[str, Any]:
-    strengths = [-3.0, -1.5, 0.0, 1.5, 3.0]
-    base = {
-        "description": "Declines a request.",
-        "baseline": row(0.03),
-        "prompt": row(0.6),
-        "vector": row(0.97),
-        "baked": row(0.96),
-        "null": row(0.04),
-        "strength": 1.5,
-        "layers": [2],
-        "alpha": {"2": 3.21},
-        "method": "next_token",
-        "scope": "all",
-        "window": [1.0, 2.0],
-        "curve": [{"strength": m, **row(0.97 if m else 0.03)} for m in strengths],
-        "null_curve": [{"strength": m, **row(0.04)} for m in (-3.0, 3.0)],
-        "methods": [{"method": "pca", "scope": "all", "chosen": False, "refused": "no gain"}],
-        "samples": [{"prompt": "Where is it?", "before": "At the pier.", "after": "I cannot say."}],
-        "baked_matches_hook": {"max_logit_difference": 2e-6, "equal_text": True},
+def figures(score: float, coherence: float = 0.98) -> dict[str, Any]:
+    given = {"score": score, "n": 32, "coherence": coherence, "damage": 0.12, "damage_p95": 0.4}
+    kl = {"spill": 0.3, "spill_p95": 0.9, "low": max(0.0, score - 0.1), "high": min(1, score + 0.1)}
+    edges = {
+        f"{what}_{end}": 0.0 for what in ("coherence", "damage", "spill") for end in ("low", "high")
     }
-    return {**base, **more}
+    return {"sign": 1, **given, **kl, **edges}
 
 
-def data(**behaviors: Any) -> dict[str, Any]:
-    return {
-        "model": "harbor",
-        "fingerprint": "9f8e7d",
-        "versions": {"torch": "2.13.0"},
-        "seconds": 71.2,
-        "behaviors": behaviors or {"refusal": entry()},
-    }
+def steered(
+    name: str = "refusal",
+    description: str = "Declines a request.",
+    sample: dict[str, Any] | None = None,
+    baked: Any = None,
+    without: tuple[str, ...] = (),
+    **changed: dict[str, Any],
+) -> Steered:
+    told = {"prompt": "Where is it?", "before": "At the pier.", "after": "I cannot say."}
+    samples = (Sample(**{**told, **(sample or {})}),)
+    rows = tuple(
+        Row(**{**figures(score), **changed.get(kind, {}), "name": kind, "kind": kind},
+            strength=None, alphas={}, samples=samples)
+        for kind, score in SCORES.items()
+        if kind not in without
+    )  # fmt: skip
+    strengths = {0.75: 0.4, 1.0: 0.9, 1.5: 0.97, 2.0: 1.0, 3.0: 0.2}
+    curve = tuple(SweepRow(**figures(y), strength=m, alphas={}) for m, y in strengths.items())
+    report = TuneReport(
+        behavior=name, data_hash="d", model="harbor", fingerprint="9f8e7d", method="next_token",
+        sign=1, budget=0.5, spill_budget=None, coherence_floor=0.9, target=0.9, seed=0, layers=(2,),
+        scope="all", strength=1.5, alpha={2: 3.21}, window=(1.0, 2.0), score=0.97, low=0.87,
+        high=1.0, n=32, baseline=0.03, gain=0.94, gain_low=0.8, gain_high=1.0, null=0.04,
+        null_damage_p95=0.1, coherence=0.98, damage=0.12, damage_p95=0.4, spill=0.3, spill_p95=0.9,
+        validation=curve[2], curve=curve, damage_coherence=-0.5, candidates=(), tried=(),
+        adaptive=None, model_calls=10, seconds=1.0,
+    )  # fmt: skip
+    measured = Measurement(
+        behavior=name, data_hash="d", split="test", model="harbor", fingerprint="9f8e7d", judge="j",
+        seed=0, max_new_tokens=40, rows=rows, notes=("intervals 95 %",),
+    )  # fmt: skip
+    units = StrengthTable((LayerStrength(2, 1.5, 3.21, 0.1, None, None),))
+    good = BakeReport("bias", Path("baked"), 2e-6, True)
+    return Steered(description, report, units, measured, baked or good)
+
+
+def page(model: str = "harbor", **more: Any) -> str:
+    return render([steered_section(steered(**more))], title="t", lead=f"Steering {model}")
 
 
 class Page(HTMLParser):
@@ -84,72 +96,88 @@ class Page(HTMLParser):
 
 
 def test_a_folder_opens_offline(tmp_path: Path) -> None:
-    index = write_report(tmp_path / "report", data())
+    index = write_page(tmp_path / "report", [steered_section(steered())])
     assert {p.name for p in index.parent.iterdir()} == {"index.html", "plotly.min.js"}
     assert (index.parent / "plotly.min.js").stat().st_size > 1_000_000
-    page = Page(index.read_text())
-    sources = [a["src"] for _, a in page.tags if a.get("src")]
+    found = Page(index.read_text())
+    sources = [a["src"] for _, a in found.tags if a.get("src")]
     assert sources == ["plotly.min.js"]
-    links = [a["href"] or "" for tag, a in page.tags if tag in ("a", "link")]
-    ids = {a.get("id") for _, a in page.tags}
+    links = [a["href"] or "" for tag, a in found.tags if tag in ("a", "link")]
+    ids = {a.get("id") for _, a in found.tags}
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
     assert "http" not in re.sub(r"<script.*?</script>", "", index.read_text(), flags=re.S)
 
 
 @pytest.mark.parametrize("place", ["prompt", "before", "after", "model", "name", "description"])
 def test_text_of_models_and_users_is_escaped_everywhere(place: str) -> None:
-    sample = {"prompt": "p", "before": "b", "after": "a"} | {place: EVIL}
-    told = entry(samples=[sample], description=EVIL if place == "description" else "")
-    name = EVIL if place == "name" else "refusal"
-    given = data(**{name: told}) | ({"model": EVIL} if place == "model" else {})
-    before = Page(render(data()))
-    page = Page(render(given))
-    assert [t for t, _ in page.tags if t == "script"] == [
+    sample = place in ("prompt", "before", "after")
+    before = Page(page())
+    given: dict[str, Any] = {"sample": {place: EVIL}} if sample else {place: EVIL}
+    found = Page(page(**given))
+    assert [t for t, _ in found.tags if t == "script"] == [
         t for t, _ in before.tags if t == "script"
     ]
-    assert not [t for t, _ in page.tags if t == "img"]
-    assert "alert(1)" in "".join(page.shown)  # the text itself is there, harmless
+    assert not [t for t, _ in found.tags if t == "img"]
+    assert "alert(1)" in "".join(found.shown)  # the text itself is there, harmless
 
 
 def test_a_conversation_is_shown_with_its_roles() -> None:
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
-    sample = {"prompt": prompt, "before": "b", "after": "a"}
-    text = "".join(Page(render(data(refusal=entry(samples=[sample])))).shown)
+    text = "".join(Page(page(sample={"prompt": prompt})).shown)
     assert "system: Be brief." in text and "user: Where?" in text
 
 
 def test_figures_are_described_for_those_who_do_not_see_them() -> None:
-    page = Page(render(data()))
-    labels = [a["aria-label"] or "" for _, a in page.tags if a.get("role") == "img"]
-    assert len(labels) == 2
-    assert "vector 97 %" in labels[0] and "random vector 4 %" in labels[0]
-    assert "Window: 1 to 2" in labels[1]
-    headings = [int(t[1]) for t, _ in page.tags if re.fullmatch(r"h[1-6]", t)]
-    assert headings[0] == 1 and headings.count(1) == 1
-    assert all(
-        b - a <= 1 for a, b in zip(headings, headings[1:], strict=False)
-    )  # no level left out
-    assert [a for t, a in page.tags if t == "html"] == [{"lang": "en"}]
+    found = Page(page())
+    labels = [a["aria-label"] or "" for _, a in found.tags if a.get("role") == "img"]
+    assert len(labels) == 3
+    assert "vector 97 %" in labels[0] and "random vectors 4 %" in labels[0]
+    assert "behavior: from 0.40 at 0.75" in labels[1] and "random directions 4 %" in labels[1]
+    headings = [int(t[1]) for t, _ in found.tags if re.fullmatch(r"h[1-6]", t)]
+    assert headings == [1, 2]
+    assert [a for t, a in found.tags if t == "html"] == [{"lang": "en"}]
 
 
 def test_the_figures_in_the_page_are_the_data() -> None:
-    html = render(data())
-    found = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', html, re.S)
-    figures = {name: json.loads(text) for name, text in found}
-    bars = figures["behavior-refusal-bars"]["data"][0]
-    assert bars["x"] == [0.04, 0.96, 0.97, 0.6, 0.03]
-    assert bars["error_x"]["array"] == pytest.approx([0.1, 0.04, 0.03, 0.1, 0.1])
-    assert bars["error_x"]["arrayminus"] == pytest.approx([0.04, 0.1, 0.1, 0.1, 0.03])
-    lines = {line.get("name"): line for line in figures["behavior-refusal-curve"]["data"]}
-    assert lines["behavior"]["y"] == [0.97, 0.97, 0.03, 0.97, 0.97]
-    assert lines["damage"]["y"] == [0.12] * 5 and lines["damage"]["yaxis"] == "y2"
+    found = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', page(), re.S)
+    drawn = {name: json.loads(text) for name, text in found}
+    bars = drawn["section-1-refusal-figure-1"]["data"][0]
+    assert bars["y"] == [
+        "unsteered",
+        "plain prompt",
+        "vector",
+        "baked checkpoint",
+        "random vectors",
+    ]
+    assert bars["x"] == list(SCORES.values())
+    assert bars["error_x"]["array"] == pytest.approx([0.1, 0.1, 0.03, 0.04, 0.1])
+    assert bars["error_x"]["arrayminus"] == pytest.approx([0.03, 0.1, 0.1, 0.1, 0.04])
+    assert bars["marker"]["color"][3:] == ["var(--baked)", "var(--null)"]
+    lines = {line.get("name"): line for line in drawn["section-1-refusal-figure-2"]["data"]}
+    assert lines["behavior"]["y"] == [0.4, 0.9, 0.97, 1.0, 0.2]
+    assert lines["behavior, 95 %"]["y"] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.3])
+    assert lines["behavior, test, n = 32"]["y"] == [0.03, 0.97]
+    assert (lines["random directions, test"]["x"], lines["random directions, test"]["y"]) == (
+        [1.5],
+        [0.04],
+    )
+    (shade,) = drawn["section-1-refusal-figure-2"]["layout"]["shapes"]
+    assert (shade["x0"], shade["x1"]) == (1.0, 2.0)
+    lines = {line["name"]: line for line in drawn["section-1-refusal-figure-3"]["data"]}
+    assert lines["damage"]["y"] == [0.4] * 5 and lines["budget"]["y"] == [0.5] * 5
+
+
+def test_every_figure_says_its_split_and_how_many_prompts() -> None:
+    for figure in steered_section(steered()).figures:
+        assert re.search("(test|[Vv]alidation) split", figure["caption"])
+        assert "n = 32" in figure["caption"]
 
 
 def test_every_color_of_a_figure_is_one_of_the_page_in_both_modes() -> None:
-    html = render(data())
-    light, dark = html.split("@media (prefers-color-scheme: dark)", 1)
+    text = page()
+    light, dark = text.split("@media (prefers-color-scheme: dark)", 1)
     dark = dark.split("* { box-sizing", 1)[0]
-    used = set(re.findall(r"var\((--[a-z-]+)\)", html))
+    used = set(re.findall(r"var\((--[a-z-]+)\)", text))
     assert {"--vector", "--null-band", "--window"} <= used
     for name in used:
         assert f"{name}:" in light and f"{name}:" in dark, name
@@ -157,8 +185,8 @@ def test_every_color_of_a_figure_is_one_of_the_page_in_both_modes() -> None:
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_text_colors_have_enough_contrast(mode: str) -> None:
-    html = render(data())
-    blocks = re.findall(r":root \{(.*?)\}", html, re.S)
+    text = page()
+    blocks = re.findall(r":root \{(.*?)\}", text, re.S)
     colors = dict(re.findall(r"(--[a-z-]+): (#[0-9a-f]{6})", blocks[mode == "dark"]))
 
     def luminance(color: str) -> float:
@@ -187,93 +215,30 @@ def test_text_colors_have_enough_contrast(mode: str) -> None:
 
 
 def test_the_answer_names_every_lever_and_its_figure() -> None:
-    text = answer("refusal", entry())
+    text = answer(steered())
     for part in ("layer 2", "1.50", "3 %", "97 %", "32", "87 %", "60 %", "4 %", "96 %"):
         assert part in text
+    bare = answer(steered(without=("prompt", "checkpoint", "null")))
+    assert bare.endswith("with coherence 98 %.")
 
 
 def test_no_warning_for_a_good_vector_and_one_for_each_fault() -> None:
-    assert warnings("refusal", entry()) == []
-    (collapse,) = warnings("refusal", entry(vector=row(0.97, coherence=0.2)))
+    assert warnings(steered()) == []
+    (collapse,) = warnings(steered(vector=figures(0.97, coherence=0.2)))
     assert "Collapse" in collapse and "20 %" in collapse
-    (chance,) = warnings("refusal", entry(null=row(0.9)))
+    (chance,) = warnings(steered(null=figures(0.9)))
     assert "No evidence" in chance
-    (plain,) = warnings("refusal", entry(prompt=row(0.99)))
+    (plain,) = warnings(steered(prompt=figures(0.99)))
     assert "plain prompt does as well" in plain
-    (baked,) = warnings("refusal", entry(baked_matches_hook={"equal_text": False}))
+    (baked,) = warnings(steered(baked=BakeReport("bias", Path("baked"), 1.0, False)))
     assert "same text" in baked
-
-
-def test_what_was_refused_is_said() -> None:
-    html = render(data(mood={"description": "", "refused": "No strength passes. pca: no gain"}))
-    assert "No strength passes. pca: no gain" in html
-
-
-def test_a_behavior_with_only_its_levers_is_enough() -> None:
-    bare = {lever: {"score": 0.5, "n": 4} for lever in ("baseline", "vector")}
-    html = render({"model": "m", "behaviors": {"mood": bare}})
-    assert "50 %" in html and "–" in html
-
-
-def test_data_without_behaviors_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError, match="behaviors"):
-        write_report(tmp_path / "report", {"model": "harbor", "behaviors": {}})
-    assert not (tmp_path / "report").exists()
-
-
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report").write_text("mine")
-    with pytest.raises(TrimtabError):
-        write_report(tmp_path / "report", data())
-    assert (tmp_path / "report").read_text() == "mine"
-
-
-def test_the_band_spans_all_random_directions() -> None:
-    rows = [
-        {"strength": 1.0, "score": 0.1, "low": 0.0, "high": 0.2},
-        {"strength": 1.0, "score": 0.3, "low": 0.2, "high": 0.5},
-        {"strength": -1.0, "score": 0.1},
-    ]
-    assert null_band(rows) == ([-1.0, 1.0], [0.1, 0.0], [0.1, 0.5])
-
-
-def test_the_window_and_the_chosen_strength_are_marked() -> None:
-    shapes = strength_curve("refusal", entry())["layout"]["shapes"]
-    assert [(s["x0"], s["x1"]) for s in shapes] == [(1.0, 2.0), (1.5, 1.5)]
-    assert not strength_curve("refusal", entry(window=None, strength=None))["layout"]["shapes"]
+    good = steered()
+    (missed,) = warnings(replace(good, tuned=replace(good.tuned, window=None)))
+    assert "No window: 90 %" in missed
+    (refused,) = warnings(steered(baked="no exact route", without=("checkpoint",)))
+    assert "no exact route" in refused
 
 
 def test_bars_leave_out_what_was_not_measured() -> None:
-    figure = lever_bars("refusal", entry(baked=None, prompt=None))
-    assert figure["data"][0]["y"] == ["random vector", "vector", "unsteered"]
-
-
-def test_the_picture_is_drawn_to_scale(tmp_path: Path) -> None:
-    path = write_svg(tmp_path / "images" / "demo.svg", data(refusal=entry(), mood=entry()))
-    root = ElementTree.fromstring(path.read_text())
-    assert [t.text for t in root.iter(f"{SVG}text") if t.get("font-size") == "15"] == [
-        "refusal",
-        "mood",
-    ]
-    curves = [p.get("points", "").split() for p in root.iter(f"{SVG}polyline")]
-    assert len(curves) == 4 and all(len(points) == 5 for points in curves)
-    points = [tuple(map(float, point.split(","))) for point in curves[1]]
-    assert points == sorted(points)  # by rising strength
-    assert points[2][1] - points[1][1] == pytest.approx(0.94 * 150, abs=0.2)
-    bars = [r for r in root.iter(f"{SVG}rect") if r.get("rx") == "1.5"]
-    widths = [float(bar.get("width", "0")) for bar in bars[:5]]
-    assert [w / widths[2] for w in widths] == pytest.approx(
-        [s / 0.97 for s in (0.03, 0.6, 0.97, 0.96, 0.04)], abs=0.01
-    )
-
-
-def test_the_picture_escapes_names(tmp_path: Path) -> None:
-    path = write_svg(tmp_path / "demo.svg", data(**{EVIL: entry()}))
-    root = ElementTree.fromstring(path.read_text())  # well formed, so nothing broke out
-    assert not list(root.iter(f"{SVG}script")) and not list(root.iter("script"))
-
-
-def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError):
-        write_svg(tmp_path / "demo.svg", data(mood={"refused": "no"}))
-    assert not (tmp_path / "demo.svg").exists()
+    figure = steered_section(steered(without=("checkpoint", "prompt"))).figures[0]
+    assert figure["data"][0]["y"] == ["unsteered", "vector", "random vectors"]

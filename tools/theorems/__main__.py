@@ -16,7 +16,7 @@ from rich.console import Console
 from tools.theorems.features_model import FeaturesModel
 from tools.theorems.page import theory_section
 from tools.theorems.theorems import theorems
-from trimtab.report.laws_page import write_laws_page
+from trimtab.report.page import write_page
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(given: Sequence[str] | None = None) -> int:
     args = parser.parse_args(given)
     found = theorems(FeaturesModel.example(args.seed))
     Console().print(found.table())
-    write_laws_page(args.out, [theory_section(found)], title="How hard to pull", lead="theory")
+    write_page(args.out, [theory_section(found)], title="How hard to pull", lead="theory")
     if args.json:
         args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     return 0 if all(check.holds for check in found.checks) else 1

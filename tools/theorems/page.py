@@ -6,8 +6,8 @@ import torch
 
 from tools.theorems.theorems import Theorems
 from trimtab.report.figures import Figure
-from trimtab.report.law_figures import Bars, Series, bar_figure, described, line_figure
-from trimtab.report.laws_page import Section
+from trimtab.report.figures import Bars, Series, bar_figure, described, line_figure
+from trimtab.report.page import Section
 from trimtab.results.tables import number, percent
 
 OTHERS = ("--prompt", "--baked", "--baseline", "--coherence", "--spill", "--damage")

@@ -39,7 +39,7 @@ def laws_command(
 
     from trimtab.behaviors.file import load_behavior
     from trimtab.prediction.laws import laws
-    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.page import write_page
     from trimtab.report.strength_sections import laws_sections
 
     check_writable(out / "index.html", json_file)
@@ -60,6 +60,6 @@ def laws_command(
     # Files first: a reader that closes the pipe early should not cost them.
     write_result(json_file, found.to_dict())
     lead = f"{lm.name}, {contrast.name}"
-    write_laws_page(out, laws_sections(found), title="How hard to pull", lead=lead)
+    write_page(out, laws_sections(found), title="How hard to pull", lead=lead)
     show(found)
     stdout_console().print(Text(str(out / "index.html")))

@@ -56,8 +56,8 @@ def levers_command(
 
     from trimtab.behaviors.file import load_behavior
     from trimtab.levers import levers_table
-    from trimtab.report.laws_page import write_laws_page
     from trimtab.report.levers_section import levers_section
+    from trimtab.report.page import write_page
     from trimtab.steering.prompt import PromptSteering
 
     page = None if report is None else report / "index.html"
@@ -89,5 +89,5 @@ def levers_command(
         )
     show(found, full=full)
     if report is not None:
-        write_laws_page(report, [levers_section(found)], title="Which lever", lead=found.model)
+        write_page(report, [levers_section(found)], title="Which lever", lead=found.model)
     write_result(json_file, found.to_dict())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trimtab.prompts.soft.states import StateSweep
     from trimtab.prompts.task.references import Reference
     from trimtab.prompts.task.requests import Requests
-    from trimtab.report.laws_page import Section
+    from trimtab.report.page import Section
 
 
 @app.command("search", epilog="Example: trimtab search harbor topic -o p.safetensors")
@@ -175,10 +175,10 @@ def _write(
     json_file: Path | None,
 ) -> None:
     """Write what was asked for: the lever, the page, the figures."""
-    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.page import write_page
 
     if out is not None:
         found.lever.save(out)
     if report is not None:
-        write_laws_page(report, sections, title="Prompt search", lead=lead)
+        write_page(report, sections, title="Prompt search", lead=lead)
     write_result(json_file, found.to_dict())

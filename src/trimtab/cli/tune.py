@@ -77,9 +77,9 @@ def tune_command(
     from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.mechanism.sparse.sparsify import sparsify
-    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.page import write_page
     from trimtab.report.strength_sections import tune_section
-    from trimtab.strength.choose import NoStrengthPasses
+    from trimtab.strength.sweep import NoStrengthPasses
     from trimtab.strength.tune import tune
 
     check_share(keep)
@@ -133,7 +133,7 @@ def tune_command(
     if out is not None:
         tuned.save(out)
     if report is not None:
-        write_laws_page(
+        write_page(
             report, [tune_section(tuned.report)], title="How hard to pull", lead=lm.name
         )
     write_result(json_file, tuned.to_dict())

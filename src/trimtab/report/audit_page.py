@@ -14,9 +14,8 @@ from trimtab.margins.census import Census, Share
 from trimtab.margins.close import KlToClose
 from trimtab.margins.gap import GapReport
 from trimtab.margins.radius import Radius
-from trimtab.report.figures import Figure
-from trimtab.report.law_figures import Band, Bars, Series, bar_figure, described, line_figure
-from trimtab.report.laws_page import Section, write_laws_page
+from trimtab.report.figures import Band, Bars, Figure, Series, bar_figure, described, line_figure
+from trimtab.report.page import Section, write_page
 from trimtab.results.tables import number
 
 T = TypeVar("T")
@@ -37,7 +36,7 @@ def write_audit_page(folder: str | os.PathLike[str], report: AuditReport) -> Pat
     lead = f"{about.behavior} on {about.model}, {about.split} split"
     if report.compared is not None:
         lead += f", against {report.compared.other}"
-    return write_laws_page(folder, audit_sections(report), title="Audit of a margin", lead=lead)
+    return write_page(folder, audit_sections(report), title="Audit of a margin", lead=lead)
 
 
 def audit_sections(report: AuditReport) -> list[Section]:

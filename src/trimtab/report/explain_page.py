@@ -13,9 +13,8 @@ from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
 from trimtab.mechanism.geometry.geometry import GeometryReport
 from trimtab.mechanism.reading.value_vector import ValueVectors
 from trimtab.mechanism.sparse.curve import SparsityCurve
-from trimtab.report.figures import Figure
-from trimtab.report.law_figures import Bars, Series, bar_figure, heat_figure, line_figure
-from trimtab.report.laws_page import Section, write_laws_page
+from trimtab.report.figures import Bars, Figure, Series, bar_figure, heat_figure, line_figure
+from trimtab.report.page import Section, write_page
 from trimtab.results.tables import number
 
 ORDER_COLORS = {"attribution": "--vector", "magnitude": "--prompt", "random": "--null"}
@@ -32,9 +31,7 @@ def write_explain_page(folder: str | os.PathLike[str], found: Explanation) -> Pa
         f"{one.vector} on {one.model}: added at {one.site} of layer"
         f"{'s' * (len(one.layers) > 1)} {', '.join(map(str, one.layers))}, scope {one.scope}"
     )
-    return write_laws_page(
-        folder, explain_sections(found), title=f"Why {one.behavior} moves", lead=lead
-    )
+    return write_page(folder, explain_sections(found), title=f"Why {one.behavior} moves", lead=lead)
 
 
 def explain_sections(found: Explanation) -> list[Section]:

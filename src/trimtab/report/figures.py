@@ -1,27 +1,36 @@
-"""The figures of a report, as Plotly descriptions: a strength curve and bars with intervals.
+"""The figures of a page, as Plotly descriptions: lines, bars, a grid of colors.
 
-Colors are written as `var(--name)`: the page replaces them by its own, light or dark. The
-functions take plain dicts (the shape of `demo.json`) and leave out what is absent.
+Colors are the page's CSS variables, `var(--name)`, light or dark. Each figure has a `label`, what it
+shows in words. Names and ticks may be a model's tokens: they are shown as they are, never read as
+markup, numbers or dates. What is not finite is left out of the drawing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import html
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
-from trimtab.results.tables import percent
+import torch
 
-Row = Mapping[str, Any]
+from trimtab.errors import TrimtabError
+from trimtab.results.tables import clean, number
+
 Figure = dict[str, Any]
 
-LEVERS = ("baseline", "prompt", "vector", "baked", "null")
-LABELS = {
-    "baseline": "unsteered",
-    "prompt": "plain prompt",
-    "vector": "vector",
-    "baked": "baked checkpoint",
-    "null": "random vector",
-}
+COLORS = (
+    "--vector",
+    "--prompt",
+    "--baked",
+    "--coherence",
+    "--damage",
+    "--spill",
+    "--baseline",
+    "--null",
+)
+DASHES = ("solid", "dash", "dot", "dashdot", "markers")
+Values = Sequence[float | None] | torch.Tensor
 AXIS = {
     "gridcolor": "var(--grid)",
     "linecolor": "var(--line)",
@@ -32,144 +41,263 @@ AXIS = {
 }
 
 
-def levers_of(entry: Row) -> list[tuple[str, Row]]:
-    """List the levers that were measured, in the order they are shown: (name, row)."""
-    return [(name, entry[name]) for name in LEVERS if isinstance(entry.get(name), Mapping)]
+class Series(NamedTuple):
+    """One line: where nothing was measured y is None or nan.
 
-
-def curve_rows(entry: Row, key: str = "curve") -> list[Row]:
-    """List the rows of a curve by rising strength m."""
-    return sorted(entry.get(key) or [], key=lambda row: row["strength"])
-
-
-def null_band(rows: Sequence[Row]) -> tuple[list[float], list[float], list[float]]:
-    """Reduce the null's rows to (strengths, lowest, highest): the band random directions stay in.
-
-    The edges are the intervals' where there are some, else the lowest and highest score of the rows
-    that share a strength.
+    `dash` is `solid`, `dash`, `dot`, `dashdot`, or `markers` for points without a line. Series of
+    one name share an entry in the legend.
     """
-    edges: dict[float, tuple[float, float]] = {}
-    for row in rows:
-        low = row["low"] if row.get("low") is not None else row["score"]
-        high = row["high"] if row.get("high") is not None else row["score"]
-        seen = edges.get(row["strength"], (low, high))
-        edges[row["strength"]] = (min(seen[0], low), max(seen[1], high))
-    strengths = sorted(edges)
-    return strengths, [edges[m][0] for m in strengths], [edges[m][1] for m in strengths]
+
+    name: str
+    x: Values
+    y: Values
+    color: str = "--vector"
+    dash: str = "solid"
 
 
-def strength_curve(name: str, entry: Row) -> Figure:
-    """Draw behavior and coherence (shares) above damage and spill (nats per token), against m.
+class Band(NamedTuple):
+    """A shaded area between two lines, e.g. an interval or the reach of random directions."""
 
-    The window is shaded, the chosen strength marked, and the null's band lies behind the curve.
+    name: str
+    x: Values
+    low: Values
+    high: Values
+    color: str = "--null-band"
+
+
+class Bars(NamedTuple):
+    """One bar per label, with interval ends where there are some; one color, or one per label."""
+
+    name: str
+    values: Values
+    color: str | Sequence[str] = "--vector"
+    low: Values | None = None
+    high: Values | None = None
+
+
+def line_figure(
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series | tuple[Any, ...]],
+    *,
+    description: str,
+    caption: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    bands: Sequence[Band | tuple[Any, ...]] = (),
+    window: tuple[float | None, float | None] | None = None,
+    height: int = 380,
+) -> Figure:
+    """Draw lines over a shared axis.
+
+    Args:
+        x_label: with its unit.
+        y_label: with its unit.
+        series: `Series`, or tuples of the same fields.
+        description: what the figure shows, in words.
+        caption: printed below it.
+        log_x: a logarithmic axis; values of 0 and less are left out.
+        log_y: the same for y.
+        bands: `Band`, or tuples of the same fields; drawn behind the lines.
+        window: strengths to shade, (low, high); drawn only when both are finite.
+        height: in pixels.
+
+    Raises:
+        TrimtabError: for an unknown color or dash, or x and y of different lengths.
     """
-    rows = curve_rows(entry)
-    strengths = [row["strength"] for row in rows]
-    data = _band(*null_band(curve_rows(entry, "null_curve")), color="var(--null-band)")
-    data += [
-        {
-            **_line("behavior", strengths, [row["score"] for row in rows], "var(--vector)"),
-            "error_y": _errors(rows, "var(--vector)"),
+    data: list[Figure] = []
+    for band in bands:
+        data += _band(Band(*cast(tuple[Any, ...], band)))
+    named: set[str] = {str(trace["name"]) for trace in data if trace.get("name")}
+    for one in (Series(*cast(tuple[Any, ...], given)) for given in series):
+        data.append(
+            {**_trace(one), "legendgroup": _shown(one.name), "showlegend": one.name not in named}
+        )
+        named.add(one.name)
+    layout = _layout(height, x_label, y_label)
+    layout["xaxis"] |= {"type": "log"} if log_x else {"zeroline": True}
+    layout["yaxis"] |= {"type": "log", "exponentformat": "power"} if log_y else {}
+    layout |= {"shapes": _window(window), "showlegend": len(named) > 1, "hovermode": "closest"}
+    return _figure(data, layout, description, caption)
+
+
+def bar_figure(
+    labels: Sequence[str],
+    value_label: str,
+    bars: Sequence[Bars | tuple[Any, ...]],
+    *,
+    description: str,
+    caption: str = "",
+) -> Figure:
+    """Draw horizontal bars, one group per label, the first at the top.
+
+    Args:
+        labels: one per group.
+        value_label: of the axis, with its unit.
+        bars: `Bars`, or tuples of the same fields, with one value per label.
+        description: what the figure shows, in words.
+        caption: printed below it.
+    """
+    ticks = _distinct(labels)
+    data: list[Figure] = []
+    for one in (Bars(*cast(tuple[Any, ...], given)) for given in bars):
+        values = _same_length(one.name, _plain(one.values), ticks)
+        named = one.color
+        color = _color(named) if isinstance(named, str) else [_color(each) for each in named]
+        bar = {
+            "type": "bar",
+            "orientation": "h",
+            "name": _shown(one.name),
+            "y": ticks,
+            "x": values,
+            "marker": {"color": color, "opacity": 0.8},
+            "hovertemplate": "%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
+        }
+        if one.low is not None and one.high is not None:
+            bar["error_x"] = {
+                "type": "data",
+                "symmetric": False,
+                "array": _reach(values, _plain(one.high), 1),
+                "arrayminus": _reach(values, _plain(one.low), -1),
+                "color": "var(--ink)",
+                "thickness": 1.2,
+                "width": 4,
+            }
+        data.append(bar)
+    layout = _layout(90 + len(ticks) * (16 + 22 * len(bars)), value_label, "")
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "zeroline": False}
+    layout |= {"showlegend": len(bars) > 1, "barmode": "group"}
+    return _figure(data, layout, description, caption)
+
+
+def heat_figure(
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    values: Sequence[Sequence[float | None]] | torch.Tensor,
+    *,
+    x_label: str,
+    y_label: str,
+    value_label: str,
+    description: str,
+    caption: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    diverging: bool = False,
+) -> Figure:
+    """Draw a grid of colors, the first row at the top.
+
+    Args:
+        x_labels: one per column.
+        y_labels: one per row.
+        values: [rows, columns]; None or nan leaves a hole.
+        x_label: of the columns.
+        y_label: of the rows.
+        value_label: of the color bar, with its unit.
+        description: what the figure shows, in words.
+        caption: printed below it.
+        low: value of the first color; the least when not given.
+        high: value of the last color; the greatest when not given.
+        diverging: 0 has the page's color, negative and positive values one color each.
+    """
+    columns, rows = _distinct(x_labels), _distinct(y_labels)
+    grid = [_same_length("a row", _plain(row), columns) for row in _same_length("y", values, rows)]
+    two, one = (("--damage", 0.0), ("--card", 0.5)), (("--card", 0.0),)
+    scale = [*(two if diverging else one), ("--vector", 1.0)]
+    seen = [value for row in grid for value in row if value is not None] or [0.0]
+    bottom, top = min(seen) if low is None else low, max(seen) if high is None else high
+    if diverging:
+        top = max(abs(bottom), abs(top))
+        bottom = -top
+    heat = {
+        "type": "heatmap",
+        "x": columns,
+        "y": rows,
+        "z": grid,
+        "zmin": bottom,
+        "zmax": top,
+        "colorscale": [[at, f"var({color})"] for color, at in scale],
+        "hoverongaps": False,
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {
+            "title": {**_axis_title(_shown(value_label)), "side": "right"},
+            "tickfont": {"color": "var(--soft)"},
+            "thickness": 12,
+            "outlinewidth": 0,
         },
-        _line(
-            "coherence",
-            strengths,
-            [row.get("coherence") for row in rows],
-            "var(--coherence)",
-            "dot",
-        ),
-        _line("damage", strengths, [row.get("damage") for row in rows], "var(--damage)", axis="y2"),
-        _line(
-            "spill",
-            strengths,
-            [row.get("spill") for row in rows],
-            "var(--spill)",
-            "dash",
-            axis="y2",
-        ),
+        "hovertemplate": "%{x}, %{y}: %{z:.4g}<extra></extra>",
+    }
+    layout = _layout(max(240, 120 + 24 * len(rows)), x_label, y_label)
+    layout["xaxis"] |= {"type": "category", "showgrid": False}
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
+    return _figure([heat], layout, description, caption)
+
+
+def described(name: str, x: Values, y: Values) -> str:
+    """Say in words where a line starts, ends, and is highest and lowest."""
+    points = [
+        (a, b) for a, b in zip(_plain(x), _plain(y), strict=True) if a is not None and b is not None
     ]
-    layout = base_layout()
-    layout |= {
-        "xaxis": {**AXIS, "title": axis_title("strength m"), "anchor": "y2", "zeroline": True},
-        "yaxis": {
-            **AXIS,
-            "title": axis_title("share"),
-            "range": [-0.03, 1.05],
-            "domain": [0.44, 1],
-            "tickformat": ".0%",
-            "fixedrange": True,
-        },
-        "yaxis2": {
-            **AXIS,
-            "title": axis_title("nats per token"),
-            "domain": [0, 0.34],
-            "rangemode": "tozero",
-            "fixedrange": True,
-        },
-        "shapes": _marks(entry),
-        "hovermode": "x unified",
-        "height": 460,
-    }
-    return {"data": data, "layout": layout, "label": describe_curve(name, entry)}
-
-
-def lever_bars(name: str, entry: Row) -> Figure:
-    """Draw a bar with its 95 % interval for each lever: unsteered, prompt, vector, baked, null."""
-    levers = levers_of(entry)[::-1]  # Plotly draws the first bar at the bottom
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [LABELS[lever] for lever, _ in levers],
-        "x": [row["score"] for _, row in levers],
-        "marker": {"color": [f"var(--{lever})" for lever, _ in levers], "opacity": 0.8},
-        "error_x": _errors([row for _, row in levers], "var(--ink)"),
-        "text": [percent(row["score"]) for _, row in levers],
-        "textposition": "none",
-        "hovertemplate": "%{y}: %{text}<extra></extra>",
-        "width": 0.62,
-    }
-    layout = base_layout()
-    layout |= {
-        "xaxis": {
-            **AXIS,
-            "title": axis_title(f"share of answers: {name}"),
-            "range": [0, 1.03],
-            "tickformat": ".0%",
-            "fixedrange": True,
-        },
-        "yaxis": {**AXIS, "tickfont": {"color": "var(--ink)"}, "fixedrange": True},
-        "showlegend": False,
-        "height": 90 + 44 * len(levers),
-    }
-    return {"data": [bars], "layout": layout, "label": describe_bars(name, entry)}
-
-
-def describe_curve(name: str, entry: Row) -> str:
-    """Say in words what the curve shows, for readers who cannot see it."""
-    rows = curve_rows(entry)
-    if not rows:
-        return f"{name}: no curve was measured."
-    best = max(rows, key=lambda row: row["score"])
-    text = (
-        f"{name} against strength, {len(rows)} strengths from {rows[0]['strength']:g} to "
-        f"{rows[-1]['strength']:g}; the behavior is strongest at {best['strength']:g} "
-        f"with {percent(best['score'])}."
+    if not points:
+        return f"{name}: nothing measured"
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    top, bottom = max(points, key=lambda p: p[1]), min(points, key=lambda p: p[1])
+    return (
+        f"{name}: from {number(y0)} at {number(x0)} to {number(y1)} at {number(x1)}, highest "
+        f"{number(top[1])} at {number(top[0])}, lowest {number(bottom[1])} at {number(bottom[0])}"
     )
-    window = entry.get("window")
-    return text + (f" Window: {window[0]:g} to {window[1]:g}." if window else "")
 
 
-def describe_bars(name: str, entry: Row) -> str:
-    """Say in words what the bars show."""
-    shares = ", ".join(
-        f"{LABELS[lever]} {percent(row['score'])}" for lever, row in levers_of(entry)
-    )
-    return f"{name}, share of answers by lever: {shares}."
-
-
-def base_layout() -> Figure:
-    """Return what every figure's layout starts from."""
+def _trace(series: Series) -> Figure:
+    if series.dash not in DASHES:
+        raise _refusal(f"the line style {series.dash!r}", f"choose one of: {', '.join(DASHES)}")
+    color, points = _color(series.color), series.dash == "markers"
+    x = _plain(series.x)
     return {
+        "type": "scatter",
+        "mode": "markers" if points else "lines",
+        "name": _shown(series.name),
+        "x": x,
+        "y": _same_length(series.name, _plain(series.y), x),
+        "line": {"color": color, "width": 2, "dash": "solid" if points else series.dash},
+        "marker": {"color": color, "size": 6},
+        "hovertemplate": "%{x:.4g}: %{y:.4g}<extra>%{fullData.name}</extra>",
+    }
+
+
+def _band(band: Band) -> list[Figure]:
+    x = _plain(band.x)
+    edge = {"type": "scatter", "mode": "lines", "x": x, "hoverinfo": "skip", "line": {"width": 0}}
+    return [
+        {**edge, "y": _same_length(band.name, _plain(band.low), x), "showlegend": False},
+        {
+            **edge,
+            "y": _same_length(band.name, _plain(band.high), x),
+            "fill": "tonexty",
+            "fillcolor": _color(band.color, ("--null-band", "--window")),
+            "name": _shown(band.name),
+        },
+    ]
+
+
+def _window(window: tuple[float | None, float | None] | None) -> list[Figure]:
+    ends = [end for end in window or () if end is not None and math.isfinite(end)]
+    if len(ends) != 2:
+        return []
+    shade = {"line": {"width": 0}, "fillcolor": "var(--window)", "layer": "below"}
+    across = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
+    return [{**across, **shade, "x0": min(ends), "x1": max(ends)}]
+
+
+def _layout(height: int, x_label: str, y_label: str) -> Figure:
+    axes = [
+        {**AXIS, "title": _axis_title(_shown(one)), "fixedrange": True}
+        for one in (x_label, y_label)
+    ]
+    return {
+        "height": height,
+        "xaxis": axes[0],
+        "yaxis": axes[1],
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 13},
@@ -186,93 +314,59 @@ def base_layout() -> Figure:
     }
 
 
-def axis_title(text: str) -> Figure:
-    """Return an axis title in the page's soft color."""
+def _figure(data: list[Figure], layout: Figure, description: str, caption: str) -> Figure:
+    return {
+        "data": data,
+        "layout": layout,
+        "label": clean(description),
+        "caption": clean(caption),
+    }
+
+
+def _axis_title(text: str) -> Figure:
     return {"text": text, "font": {"color": "var(--soft)", "size": 12}}
 
 
-def _line(
-    name: str,
-    x: Sequence[float],
-    y: Sequence[float | None],
-    color: str,
-    dash: str = "solid",
-    axis: str = "y",
-) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "yaxis": axis,
-        "line": {"color": color, "width": 2, "dash": dash},
-        "marker": {"color": color, "size": 6},
-        "hovertemplate": "%{y:.2f}",
-    }
+def _plain(values: Values) -> list[float | None]:
+    given = values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    return [float(v) if v is not None and math.isfinite(v) else None for v in given]
 
 
-def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> list[Any]:
-    if not x:
-        return []
-    edge = {"type": "scatter", "mode": "lines", "x": list(x), "hoverinfo": "skip"}
+def _reach(values: Sequence[float | None], ends: Sequence[float | None], sign: int) -> list[float]:
     return [
-        {**edge, "y": list(low), "line": {"width": 0}, "showlegend": False},
-        {
-            **edge,
-            "y": list(high),
-            "line": {"width": 0},
-            "fill": "tonexty",
-            "fillcolor": color,
-            "name": "random vector",
-        },
+        max(0.0, sign * (end - value)) if end is not None and value is not None else 0.0
+        for value, end in zip(values, ends, strict=True)
     ]
 
 
-def _errors(rows: Sequence[Row], color: str) -> Figure:
-    def reach(row: Row, edge: str, sign: int) -> float:
-        return max(0.0, sign * (row[edge] - row["score"])) if row.get(edge) is not None else 0.0
-
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [reach(row, "high", 1) for row in rows],
-        "arrayminus": [reach(row, "low", -1) for row in rows],
-        "color": color,
-        "thickness": 1.2,
-        "width": 4,
-    }
+def _shown(text: str) -> str:
+    # Plotly reads a few HTML tags in names and ticks.
+    return html.escape(clean(text), quote=False)
 
 
-def _marks(entry: Row) -> list[Figure]:
-    marks: list[Figure] = []
-    window = entry.get("window")
-    if window:
-        marks.append(
-            {
-                "type": "rect",
-                "xref": "x",
-                "yref": "paper",
-                "x0": window[0],
-                "x1": window[1],
-                "y0": 0,
-                "y1": 1,
-                "line": {"width": 0},
-                "fillcolor": "var(--window)",
-                "layer": "below",
-            }
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Make equal labels different, for a category axis would draw them in one place."""
+    seen: dict[str, int] = {}
+    result: list[str] = []
+    for label in map(_shown, labels):
+        seen[label] = seen.get(label, 0) + 1
+        result.append(label + "\u200b" * (seen[label] - 1))
+    return result
+
+
+def _same_length(name: str, values: Any, against: Sequence[object]) -> Any:
+    if len(values) != len(against):
+        raise _refusal(
+            f"{len(values)} values of {name} for {len(against)} places", "give one value per place"
         )
-    if entry.get("strength") is not None:
-        marks.append(
-            {
-                "type": "line",
-                "xref": "x",
-                "yref": "paper",
-                "x0": entry["strength"],
-                "x1": entry["strength"],
-                "y0": 0,
-                "y1": 1,
-                "line": {"color": "var(--soft)", "width": 1, "dash": "dot"},
-            }
-        )
-    return marks
+    return values
+
+
+def _color(name: str, allowed: Sequence[str] = COLORS) -> str:
+    if name not in allowed:
+        raise _refusal(f"the color {name!r}", f"choose one of: {', '.join(allowed)}")
+    return f"var({name})"
+
+
+def _refusal(found: str, advice: str) -> TrimtabError:
+    return TrimtabError(asked="a figure", found=found, advice=advice)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.prompts.gap.gap_search import GapSearch
-from trimtab.report.law_figures import Series, line_figure
-from trimtab.report.laws_page import Section
+from trimtab.report.figures import Series, line_figure
+from trimtab.report.page import Section
 from trimtab.results.tables import number, percent
 
 _COLORS = ("--vector", "--prompt", "--baked", "--coherence")

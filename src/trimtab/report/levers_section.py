@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from trimtab.levers.row import LeverRow
 from trimtab.levers.table import LeversTable
-from trimtab.report.figures import Figure
-from trimtab.report.law_figures import Bars, bar_figure
-from trimtab.report.laws_page import Section
+from trimtab.report.figures import Bars, Figure, bar_figure
+from trimtab.report.page import Section
 from trimtab.results.tables import Table, number, percent
 
 

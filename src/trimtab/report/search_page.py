@@ -11,9 +11,8 @@ from trimtab.prompts.pipeline.attempt import STAGES, TITLES
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.scores import Scores
 from trimtab.prompts.soft.states import StateSweep
-from trimtab.report.figures import Figure
-from trimtab.report.law_figures import Bars, Series, bar_figure, line_figure
-from trimtab.report.laws_page import Section, write_laws_page
+from trimtab.report.figures import Bars, Figure, Series, bar_figure, line_figure
+from trimtab.report.page import Section, write_page
 from trimtab.results.tables import Table, number, percent
 
 SAMPLED = ("chosen", "soft", "reference", "random", "no prompt")
@@ -39,7 +38,7 @@ def write_search_page(
     if states is not None:
         sections.append(states_section(states))
     lead = ", ".join(dict.fromkeys(report.model for report in listed))
-    return write_laws_page(folder, sections, title="Prompt search", lead=lead)
+    return write_page(folder, sections, title="Prompt search", lead=lead)
 
 
 def search_sections(report: SearchReport, states: StateSweep | None = None) -> list[Section]:

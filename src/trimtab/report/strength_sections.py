@@ -10,16 +10,17 @@ from trimtab.prediction.laws import LawsReport
 from trimtab.prediction.predict import TARGET, StrengthPrediction
 from trimtab.prediction.recovery import Recovery
 from trimtab.report.figures import Figure
-from trimtab.report.law_figures import (
+from trimtab.report.figures import (
     Band,
     Bars,
+    Figure,
     Series,
     bar_figure,
     described,
     heat_figure,
     line_figure,
 )
-from trimtab.report.laws_page import Section
+from trimtab.report.page import Section
 from trimtab.results.tables import number, percent
 from trimtab.strength.tune import TuneReport
 
@@ -152,22 +153,31 @@ def recovery_section(recovery: Recovery) -> Section:
     )
 
 
-def tune_section(report: TuneReport) -> Section:
-    """Show the curve behind a tuned strength: score, coherence, damage, spill and the window."""
+def tune_figures(report: TuneReport) -> tuple[Figure, Figure]:
+    """Draw shares and nats against strength: the validation curve, and the test split upon it."""
     m = [row.strength for row in report.curve]
+    found = [Series(*one, "markers") for one in (
+        (f"behavior, test, n = {report.n}", [0.0, report.strength], [report.baseline, report.score],
+         "--vector"),
+        ("random directions, test", [report.strength], [report.null], "--null"),
+    )]  # fmt: skip
     shares = line_figure(
         "strength m",
         "share",
         [
             Series("behavior", m, [r.score for r in report.curve], "--vector"),
             Series("coherence", m, [r.coherence for r in report.curve], "--coherence", "dot"),
+            *found,
         ],
         bands=[
             Band("behavior, 95 %", m, [r.low for r in report.curve], [r.high for r in report.curve])
         ],
         window=report.window,
-        description=described("behavior", m, [r.score for r in report.curve]),
-        caption="Shaded: the window.",
+        description=described("behavior", m, [r.score for r in report.curve])
+        + f". On the test split at {number(report.strength)}: {percent(report.score)}, random "
+        f"directions {percent(report.null)}, unsteered {percent(report.baseline)}.",
+        caption=f"Lines: validation split, n = {report.curve[0].n} a strength. Points: test split, "
+        "unsteered at 0. Vertical shade: the window.",
     )
     nats = line_figure(
         "strength m",
@@ -179,7 +189,14 @@ def tune_section(report: TuneReport) -> Section:
         ],
         window=report.window,
         description=described("damage", m, [r.damage_p95 for r in report.curve]),
+        caption=f"Validation split, n = {report.curve[0].n} a strength.",
+        height=300,
     )
+    return shares, nats
+
+
+def tune_section(report: TuneReport) -> Section:
+    """Show the curve behind a tuned strength: score, coherence, damage, spill and the window."""
     test = bar_figure(
         ["unsteered", "tuned", "random directions"],
         "share of test answers",
@@ -202,7 +219,7 @@ def tune_section(report: TuneReport) -> Section:
             f"{report.strength:+.3g}: chosen on validation prompts within {report.budget:g} nats of "
             "damage (95th percentile), reported on test prompts.",
         ),
-        figures=(shares, nats, test),
+        figures=(*tune_figures(report), test),
         tables=(report.table(),),
         warnings=() if report.window else ("The target score is not reached within the budget.",),
     )

@@ -51,6 +51,49 @@ class Sweep(Printable):
         )
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One cell of a search: where it was steered, what came out, and what was made of it.
+
+    `stage` is `screened` (few prompts) or `confirmed` (all of them); `verdict` is `passed`, or what
+    it failed by.
+    """
+
+    layers: tuple[int, ...]
+    stage: str
+    verdict: str
+    row: SweepRow
+    scope: str = ""
+
+
+class NoStrengthPasses(TrimtabError):
+    """No strength passed; carries the curve.
+
+    Attributes:
+        baseline: the unsteered row.
+        tried: every cell.
+    """
+
+    def __init__(
+        self, asked: str, found: str, advice: str, baseline: SweepRow, tried: tuple[Tried, ...]
+    ) -> None:
+        """Keep the curve beside the three lines of the message."""
+        super().__init__(asked, found, advice)
+        self.baseline, self.tried = baseline, tried
+
+    def table(self) -> Table:
+        """Return one line per cell tried."""
+        rows = [("unsteered", "", "", *self.baseline.cells())]
+        for t in self.tried:
+            rows.append((", ".join(map(str, t.layers)), t.stage, t.verdict, *t.row.cells()))
+        return Table(
+            "layers and strengths tried",
+            ("layers", "stage", "verdict", *COLUMNS),
+            tuple(rows),
+            ("validation prompts; intervals 95 %; damage and spill in nats per token",),
+        )
+
+
 def sweep(
     lm: LanguageModel,
     behavior: Behavior,

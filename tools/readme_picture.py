@@ -1,28 +1,38 @@
-"""The same two figures as one static SVG, for places that run no script: a README, a slide.
+"""The README's picture as one static SVG, from what a demo measured.
+
+    python tools/readme_picture.py report/demo.json docs/images/demo.svg
 
 Drawn by hand on an opaque card, so that it reads the same on a light and on a dark page.
 """
 
 from __future__ import annotations
 
-import os
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.report.figures import LABELS, Row, curve_rows, levers_of, null_band
-from trimtab.report.page import write_text
-from trimtab.results.tables import escape, percent, to_plain
+from trimtab.results.files import written
+from trimtab.results.tables import escape, percent
 
+Row = Mapping[str, Any]
+LABELS = {
+    "baseline": "unsteered",
+    "prompt": "plain prompt",
+    "vector": "vector",
+    "baked": "baked checkpoint",
+    "null": "random vectors",
+}
 INK, SOFT, GRID, LINE, CARD = "#1d2530", "#545f6d", "#e8eaee", "#c6ccd4", "#ffffff"
-VECTOR, COHERENCE = "#0b6e7f", "#4f7326"
+VECTOR, COHERENCE, NULL = "#0b6e7f", "#4f7326", "#868d97"
 COLORS = {
     "baseline": "#6a7481",
     "prompt": "#975900",
     "vector": VECTOR,
     "baked": "#3a5ba9",
-    "null": "#868d97",
+    "null": NULL,
 }
 PANEL, GAP, PAD = 290, 34, 24  # pixels: a behavior's width, the space between two, the margin
 PLOT_LEFT, PLOT_TOP, PLOT_HEIGHT = 34, 92, 150
@@ -31,24 +41,9 @@ BAR_LEFT, BAR_STEP, BAR_HEIGHT = 112, 24, 13
 MOST_PANELS = 3
 
 
-def write_svg(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
-    """Draw up to three behaviors side by side: the curve above, the levers' bars below.
-
-    Args:
-        path: the SVG file, replaced when it is there.
-        data: what `demo.json` holds.
-
-    Raises:
-        TrimtabError: when no behavior was measured or the file cannot be written.
-    """
-    return write_text(Path(path), draw(data))
-
-
 def draw(data: Mapping[str, Any]) -> str:
-    """Return the SVG text for the data, without writing anything."""
-    plain = to_plain(data)
-    assert isinstance(plain, dict)
-    measured = [(n, e) for n, e in (plain.get("behaviors") or {}).items() if e.get("vector")]
+    """Return the SVG text: up to three behaviors side by side, the curve above, the levers below."""
+    measured = [(n, e) for n, e in (data.get("behaviors") or {}).items() if e.get("vector")]
     if not measured:
         raise TrimtabError(
             asked="a figure of measured behaviors",
@@ -60,7 +55,7 @@ def draw(data: Mapping[str, Any]) -> str:
     most_bars = max(len(levers_of(entry)) for _, entry in panels)
     width = 2 * PAD + len(panels) * PANEL + (len(panels) - 1) * GAP
     height = bars_top + most_bars * BAR_STEP + PAD
-    title = f"Steering {plain.get('model', '?')}: " + ", ".join(name for name, _ in panels)
+    title = f"Steering {data.get('model', '?')}: " + ", ".join(name for name, _ in panels)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(title)}" font-size="12" '
@@ -77,10 +72,15 @@ def draw(data: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def levers_of(entry: Row) -> list[tuple[str, Row]]:
+    """List the levers that were measured, in the order they are shown: (name, row)."""
+    return [(name, entry[name]) for name in LABELS if entry.get(name)]
+
+
 def _curve(left: float, entry: Row) -> list[str]:
     x0, x1 = left + PLOT_LEFT, left + PANEL - 6
     y0, y1 = PLOT_TOP + PLOT_HEIGHT, PLOT_TOP
-    rows = curve_rows(entry)
+    rows = sorted(entry.get("curve") or [], key=lambda row: row["strength"])
     y = _scale(0, 1, y0, y1)
     parts = []
     for share in (0, 0.5, 1):
@@ -88,7 +88,7 @@ def _curve(left: float, entry: Row) -> list[str]:
         parts.append(_text(x0 - 6, y(share) + 4, percent(share), SOFT, size=10, anchor="end"))
     if not rows:
         return [*parts, _text((x0 + x1) / 2, (y0 + y1) / 2, "no curve", SOFT, anchor="middle")]
-    strengths = [row["strength"] for row in rows]
+    strengths = sorted({0.0, *(row["strength"] for row in rows)})
     low, high = strengths[0], strengths[-1]
     x = _scale(low, high if high > low else low + 1, x0, x1)
     window = entry.get("window")
@@ -98,23 +98,32 @@ def _curve(left: float, entry: Row) -> list[str]:
             f'<rect x="{a:.1f}" y="{y1}" width="{max(b - a, 1):.1f}" height="{y0 - y1}" '
             f'fill="{VECTOR}" fill-opacity="0.1"/>'
         )
-    band_m, band_low, band_high = null_band(curve_rows(entry, "null_curve"))
-    if len(band_m) > 1:
-        corners = [*zip(band_m, band_high, strict=True)]
-        corners += [*zip(band_m, band_low, strict=True)][::-1]
-        points = " ".join(f"{x(m):.1f},{y(share):.1f}" for m, share in corners)
-        parts.append(f'<polygon points="{points}" fill="{COLORS["null"]}" fill-opacity="0.3"/>')
     coherence = [(row["strength"], row.get("coherence")) for row in rows]
     parts.append(_path(x, y, coherence, COHERENCE, dash="2 3"))
     parts.append(_path(x, y, [(row["strength"], row["score"]) for row in rows], VECTOR))
     for row in rows:
-        px, py = x(row["strength"]), y(row["score"])
-        if row.get("low") is not None and row.get("high") is not None:
-            parts.append(_line(px, y(row["low"]), px, y(row["high"]), VECTOR))
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{VECTOR}"/>')
+        parts += _point(x(row["strength"]), y, row, VECTOR, VECTOR)
+    # The test split upon it: unsteered at 0, the vector and random ones at the chosen strength.
+    chosen = entry.get("strength", 0.0)
+    for m, lever in ((0.0, "baseline"), (chosen, "null"), (chosen, "vector")):
+        if entry.get(lever):
+            parts += _point(x(m), y, entry[lever], COLORS[lever], CARD, radius=4)
     for m in _ticks(strengths, x):
         parts.append(_text(x(m), y0 + 15, f"{m:.3g}", SOFT, size=10, anchor="middle"))
     parts.append(_text((x0 + x1) / 2, y0 + 31, "strength m", SOFT, size=11, anchor="middle"))
+    return parts
+
+
+def _point(
+    px: float, y: Callable[[float], float], row: Row, color: str, fill: str, radius: float = 2.6
+) -> list[str]:
+    parts = []
+    if row.get("low") is not None and row.get("high") is not None:
+        parts.append(_line(px, y(row["low"]), px, y(row["high"]), color))
+    parts.append(
+        f'<circle cx="{px:.1f}" cy="{y(row["score"]):.1f}" r="{radius}" fill="{fill}" '
+        f'stroke="{color}" stroke-width="1.5"/>'
+    )
     return parts
 
 
@@ -141,25 +150,26 @@ def _bars(left: float, top: float, entry: Row) -> list[str]:
 
 def _legend(left: float, y: float) -> str:
     parts, x = [], left
-    for label, color, dash in (
-        ("behavior, with its 95 % interval", VECTOR, ""),
-        ("coherence", COHERENCE, "2 3"),
-    ):
-        parts.append(_line(x, y - 4, x + 22, y - 4, color, width=2, dash=dash))
-        parts.append(_text(x + 28, y, label, SOFT, size=11))
-        x += 48 + 6.2 * len(label)
-    for label, color, opacity in (("window", VECTOR, 0.16), ("random", COLORS["null"], 0.4)):
+    marks = (
+        ("behavior, validation, 95 %", _line(0, y - 4, 22, y - 4, VECTOR, width=2)),
+        ("coherence", _line(0, y - 4, 22, y - 4, COHERENCE, width=2, dash="2 3")),
+        (
+            "window",
+            f'<rect y="{y - 10}" width="22" height="11" fill="{VECTOR}" fill-opacity="0.16"/>',
+        ),
+        ("test split", f'<circle cx="11" cy="{y - 4}" r="4" fill="{CARD}" stroke="{VECTOR}"/>'),
+        ("random, test", f'<circle cx="11" cy="{y - 4}" r="4" fill="{CARD}" stroke="{NULL}"/>'),
+    )
+    for label, mark in marks:
         parts.append(
-            f'<rect x="{x:.1f}" y="{y - 10}" width="22" height="11" fill="{color}" '
-            f'fill-opacity="{opacity}"/>'
+            f'<g transform="translate({x:.1f} 0)">{mark}{_text(28, y, label, SOFT, size=11)}</g>'
         )
-        parts.append(_text(x + 28, y, label, SOFT, size=11))
         x += 48 + 6.2 * len(label)
-    return "\n".join(parts) if x < left + 2 * PANEL else _narrow_legend(left, y)
+    return "\n".join(parts) if x < left + 2.5 * PANEL else _narrow_legend(left, y)
 
 
 def _narrow_legend(left: float, y: float) -> str:
-    return _text(left, y, "solid: behavior, dotted: coherence, shaded: window", SOFT, size=11)
+    return _text(left, y, "line: validation, dotted: coherence, rings: test", SOFT, size=11)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -211,3 +221,8 @@ def _text(
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" font-size="{size}" text-anchor="{anchor}" '
         f'font-weight="{weight}">{escape(text)}</text>'
     )
+
+
+if __name__ == "__main__":
+    with written(sys.argv[2]) as file:
+        file.write_text(draw(json.loads(Path(sys.argv[1]).read_text())), encoding="utf-8")

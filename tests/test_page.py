@@ -1,4 +1,4 @@
-"""Pages of laws: what is drawn is what was given, and no text breaks out of the page."""
+"""Pages of sections: what is drawn is what was given, and no text breaks out of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from test_report import EVIL, Page
 from trimtab.errors import TrimtabError
-from trimtab.report.law_figures import (
+from trimtab.report.figures import (
     COLORS,
     Bars,
     Series,
@@ -22,7 +22,7 @@ from trimtab.report.law_figures import (
     heat_figure,
     line_figure,
 )
-from trimtab.report.laws_page import Section, render_laws, write_laws_page
+from trimtab.report.page import Section, render, write_page
 from trimtab.results.tables import Table
 
 
@@ -43,7 +43,7 @@ def section(**more: Any) -> Section:
 
 
 def test_a_page_opens_offline(tmp_path: Path) -> None:
-    index = write_laws_page(
+    index = write_page(
         tmp_path / "laws", [section(), section(title="More")], lead="Of harbor."
     )
     assert {p.name for p in index.parent.iterdir()} == {"index.html", "plotly.min.js"}
@@ -61,7 +61,7 @@ def test_a_page_opens_offline(tmp_path: Path) -> None:
 
 
 def test_figures_reach_the_page_unchanged_and_described() -> None:
-    html = render_laws([section()], title="t")
+    html = render([section()], title="t")
     page = Page(html)
     (plot,) = [a for _, a in page.tags if a.get("role") == "img"]
     assert plot["aria-label"] == "It rises."
@@ -95,7 +95,7 @@ def test_text_is_escaped_everywhere(place: str) -> None:
     }
     given = section(**({place: evil[place]} if place in evil else {}))
     heading = EVIL if place == "page" else "t"
-    html = render_laws([given], title=heading, lead=heading)
+    html = render([given], title=heading, lead=heading)
     page = Page(html)
     figures = len(given.figures)
     assert len([t for t, _ in page.tags if t == "script"]) == figures + 2
@@ -108,7 +108,7 @@ def test_text_is_escaped_everywhere(place: str) -> None:
 
 
 def test_every_color_is_one_of_the_page_in_both_modes() -> None:
-    html = render_laws([section()], title="t")
+    html = render([section()], title="t")
     light, dark = html.split("@media (prefers-color-scheme: dark)", 1)
     dark = dark.split("* { box-sizing", 1)[0]
     for name in (*COLORS, "--null-band", "--window", "--card", "--ink"):
@@ -117,18 +117,18 @@ def test_every_color_is_one_of_the_page_in_both_modes() -> None:
 
 def test_text_columns_are_left_and_numbers_right() -> None:
     table = Table("", ("m", "verdict", "error"), (("1", "holds", "1e-3"), ("2", "fails", "–")))
-    html = render_laws([section(tables=(table,))], title="t")
+    html = render([section(tables=(table,))], title="t")
     assert '<td class="text">holds</td>' in html and "<td>1e-3</td>" in html
     assert '<th scope="col" class="text">verdict</th>' in html
 
 
 def test_a_page_of_nothing_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="no sections"):
-        write_laws_page(tmp_path / "laws", [])
+        write_page(tmp_path / "laws", [])
     assert not (tmp_path / "laws").exists()
     (tmp_path / "laws").write_text("mine")
     with pytest.raises(TrimtabError):
-        write_laws_page(tmp_path / "laws", [section()])
+        write_page(tmp_path / "laws", [section()])
     assert (tmp_path / "laws").read_text() == "mine"
 
 
