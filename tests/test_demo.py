@@ -132,16 +132,16 @@ def test_a_second_run_replaces_its_own_checkpoint_only(tmp_path: Path) -> None:
     lm = planted.language_model()
     vector = planted.push(lm, scope="all")
     folder = tmp_path / "baked-x"
-    first, _ = demo._bake(lm, vector, folder)
-    again, baked = demo._bake(lm, vector, folder)
+    first, _ = demo.bake_again(lm, vector, folder)
+    again, baked = demo.bake_again(lm, vector, folder)
     assert isinstance(first, BakeReport) and isinstance(again, BakeReport) and baked is not None
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("dear")
     with pytest.raises(TrimtabError, match="not a checkpoint"):
-        demo._bake(lm, vector, mine)
+        demo.bake_again(lm, vector, mine)
     assert (mine / "letter.txt").read_text() == "dear"
-    refused, none = demo._bake(lm, planted.push(lm, scope="last"), tmp_path / "no")
+    refused, none = demo.bake_again(lm, planted.push(lm, scope="last"), tmp_path / "no")
     assert isinstance(refused, str) and "no exact route" in refused and none is None
 
 

@@ -129,7 +129,7 @@ def run_demo(
             section = Section(behavior.name, (behavior.description,), (), tables, (error.found,))
             entry["refused"] = error.found
         else:
-            report, baked = _bake(lm, tuned, folder / f"baked-{behavior.name}")
+            report, baked = bake_again(lm, tuned, folder / f"baked-{behavior.name}")
             stage(2)(1, 1)
             measured = measure(
                 lm, behavior, [tuned], nulls=nulls, checkpoint=baked, progress=stage(3), **effort
@@ -178,7 +178,7 @@ def _folder(out: str | PathLike[str]) -> Path:
     return folder
 
 
-def _bake(
+def bake_again(
     lm: LanguageModel, vector: VectorSteering, folder: Path
 ) -> tuple[BakeReport | str, LanguageModel | None]:
     """Bake into a folder that an earlier demo may have filled, and load it; or say why not."""
