@@ -117,13 +117,13 @@ def _bars(found: Steered) -> Figure:
         [row.high for row in rows],
     )
     said = ", ".join(f"{LABELS[kind]} {percent(row.score)}" for kind, row in levers.items())
-    name, split, n = found.tuned.behavior, found.measured.split, rows[0].n
+    name, split, n = found.tuned.behavior, found.measured.split or "whole", rows[0].n
     return bar_figure(
         [LABELS[kind] for kind in levers],
         f"share of answers: {name}",
         [shares],
         description=f"{name}, share of answers by lever: {said}.",
-        caption=f"{split} split, n = {n}, with 95 % intervals. Random vectors have the same layers, "
+        caption=f"{split.capitalize()} split, n = {n}, with 95 % intervals. Random vectors have the same layers, "
         "scope and size.",
     )
 
