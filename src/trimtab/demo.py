@@ -68,7 +68,7 @@ def run_demo(
         progress: called with (steps done, steps in all).
         model: what `load` takes, or a loaded model.
         method: of `find`, with its `options`.
-        options: for the method.
+        options: for the method; the default ones are those of `next_token`.
         budget: of `tune`, as `scopes` and `coherence_floor` are; weights can hold scope `all`.
         scopes: see `tune`.
         coherence_floor: see `tune`.
