@@ -15,7 +15,7 @@ import trimtab as tt
 from trimtab import demo
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.report.page import Section
 from trimtab.weights.bake import BakeReport
 

@@ -10,9 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tools import readme_picture
 
 from test_report import EVIL
+from tools import readme_picture
 from trimtab.errors import TrimtabError
 
 SVG = "{http://www.w3.org/2000/svg}"

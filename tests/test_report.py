@@ -18,7 +18,7 @@ from trimtab.report.page import render, write_page
 from trimtab.steering.units import LayerStrength, StrengthTable
 from trimtab.strength.sweep import SweepRow
 from trimtab.strength.tune import TuneReport
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 SCORES = {"baseline": 0.03, "prompt": 0.6, "vector": 0.97, "checkpoint": 0.96, "null": 0.04}
@@ -56,7 +56,9 @@ def steered(
         sign=1, budget=0.5, spill_budget=None, coherence_floor=0.9, target=0.9, seed=0, layers=(2,),
         scope="all", strength=1.5, alpha={2: 3.21}, window=(1.0, 2.0), score=0.97, low=0.87,
         high=1.0, n=32, baseline=0.03, gain=0.94, gain_low=0.8, gain_high=1.0, null=0.04,
-        null_damage_p95=0.1, coherence=0.98, damage=0.12, damage_p95=0.4, spill=0.3, spill_p95=0.9,
+        null_damage_p95=0.1, coherence=0.98, coherence_low=0.9, coherence_high=1.0, damage=0.12,
+        damage_p95=0.4, damage_low=0.1, damage_high=0.2, spill=0.3, spill_p95=0.9, spill_low=0.2,
+        spill_high=0.4,
         validation=curve[2], curve=curve, damage_coherence=-0.5, candidates=(), tried=(),
         adaptive=None, model_calls=10, seconds=1.0,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength import search as search_module
 from trimtab.strength.adaptive import adaptive_strengths, common_goal
-from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.core import Bounds
 from trimtab.strength.screen import Candidate, Odds, best_within, candidates, crossing
 from trimtab.strength.search import Search

@@ -18,21 +18,23 @@ from typing import Any
 
 import torch
 
-from trimtab.behaviors.behavior import Behavior, load_behavior
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.file import load_behavior
+from trimtab.doctor import versions
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import measure
-from trimtab.evaluation.evaluate import Progress
 from trimtab.evaluation.summary import Summary
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.report.demo_page import SAMPLES, Steered, steered_section
 from trimtab.report.page import Section, write_page
+from trimtab.results import Progress
 from trimtab.results.tables import Table, to_plain, write_json
 from trimtab.steering.units import convert
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.tune import tune
-from trimtab.versions import versions
 from trimtab.weights.bake import BakeReport, bake
 
 BEHAVIORS = ("refusal", "topic", "mood")

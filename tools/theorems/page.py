@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from tools.theorems.theorems import Theorems
-from trimtab.report.figures import Figure
-from trimtab.report.figures import Bars, Series, bar_figure, described, line_figure
+from trimtab.report.figures import Bars, Figure, Series, bar_figure, described, line_figure
 from trimtab.report.page import Section
 from trimtab.results.tables import number, percent
 

@@ -11,7 +11,7 @@ from trimtab.report.strength_sections import tune_figures
 from trimtab.results.tables import Table, percent
 from trimtab.steering.units import StrengthTable
 from trimtab.strength.tune import TuneReport
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport
 
 COHERENCE_LOST = 0.9  # of the unsteered coherence; below, the text falls apart
 SAMPLES = 3  # the first ones, not the best ones

@@ -9,7 +9,6 @@ from trimtab.prediction.law_check import LawCheck
 from trimtab.prediction.laws import LawsReport
 from trimtab.prediction.predict import TARGET, StrengthPrediction
 from trimtab.prediction.recovery import Recovery
-from trimtab.report.figures import Figure
 from trimtab.report.figures import (
     Band,
     Bars,

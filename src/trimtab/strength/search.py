@@ -17,9 +17,9 @@ from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap, spearman
 from trimtab.results.journal import Notes
 from trimtab.steering.vector import VectorSteering
-from trimtab.strength.sweep import NoStrengthPasses, Tried
 from trimtab.strength.core import Bounds, SweepRow, curve, sweep_row, window
 from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
+from trimtab.strength.sweep import NoStrengthPasses, Tried
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior

@@ -32,10 +32,10 @@ from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
-from trimtab.strength.sweep import Tried
 from trimtab.strength.core import COLUMNS, Bounds, SweepRow, span
 from trimtab.strength.screen import Candidate
 from trimtab.strength.search import Search
+from trimtab.strength.sweep import Tried
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior

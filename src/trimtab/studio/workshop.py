@@ -26,8 +26,8 @@ from trimtab.results import Progress
 from trimtab.results.files import written
 from trimtab.steering.prompt import prompt as prompt_lever
 from trimtab.steering.vector import VectorSteering
-from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.core import Bounds, SweepRow, span
+from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.tune import tune
 from trimtab.studio.coloring import Scale, projections, scale_of
 from trimtab.studio.lever import Lever, measure_lever
