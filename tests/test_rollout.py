@@ -11,6 +11,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.model import LanguageModel
 from trimtab.passes import fan as fans
+from trimtab.passes import greedy as greedily
 from trimtab.passes import rollout as rollouts
 from trimtab.passes.rollout import rollout
 from trimtab.steering.vector import VectorSteering
@@ -59,7 +60,7 @@ def test_rows_that_end_leave_the_batch(
     ]
     common = torch.tensor([token for row in ids for token in row]).bincount().topk(3).indices
     monkeypatch.setattr(generation, "end_ids", lambda lm: [2, *common.tolist()])
-    monkeypatch.setattr(rollouts, "ENDED_SHARE", share)
+    monkeypatch.setattr(greedily, "ENDED_SHARE", share)
     sizes: list[int] = []
     handle = llama.sites.embedding.register_forward_pre_hook(
         lambda module, args: sizes.append(args[0].shape[0])

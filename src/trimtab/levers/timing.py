@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from transformers import DynamicCache
 
 from trimtab.models.model import LanguageModel
+from trimtab.models.probe import text_config
+from trimtab.passes.greedy import collect, greedy
 from trimtab.prompts.task.teacher import switched
 
 if TYPE_CHECKING:
@@ -56,21 +58,11 @@ def extra_time(
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-@torch.no_grad()
 def _seconds(lm: LanguageModel, lever: Switch | None, prompt: Prompt, tokens: int) -> float:
     with switched(lm, lever):
         (batch,) = lm.batches([lm.encode(prompt)])
-        ids, mask, cache = batch.input_ids, batch.attention_mask, None
-        arguments: dict[str, Any] = {"use_cache": True}
+        cache = DynamicCache(config=text_config(lm.model))  # the one that the model makes itself
         clock = time.process_time if lm.device.type == "cpu" else time.perf_counter
         began = clock()
-        with lm.calling(batch):
-            for _ in range(tokens):
-                output = lm.model(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
-                )
-                cache = output.past_key_values
-                ids = output.logits[:, -1:].argmax(-1)
-                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        ids.cpu()  # waits for a device that works on its own
+        collect(greedy(lm, batch, cache), 1, tokens)
         return clock() - began

@@ -255,27 +255,6 @@ class Fan:
                 yield Part((place,), order, logits[None], own)
 
 
-def step(
-    lm: LanguageModel, batch: Batch, tokens: Tensor, mask: Tensor, cache: KeptCache
-) -> tuple[Tensor, Tensor]:
-    """Feed one token per row behind a cache, which grows by it.
-
-    Args:
-        lm: The model, steered by the caller.
-        batch: The rows' prompts.
-        tokens: `[rows]`.
-        mask: Of what was fed before `[rows, seq]`.
-        cache: Keys and values of that.
-
-    Returns:
-        float32 logits of the next token `[rows, vocab]`, and the mask with this one.
-    """
-    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    logits = call(lm, batch, tokens[:, None], mask, cache, 1)
-    assert logits is not None  # only a cache that is told to stop gives none
-    return logits[:, -1], mask
-
-
 @torch.no_grad()
 def _difference(fan: Fan, strength: float) -> str:
     """Compare two prompts at two strengths with the plain forward; "" where they are equal."""
@@ -305,10 +284,12 @@ def _next_two(fan: Fan, strengths: Sequence[float]) -> Iterator[tuple[Tensor, Te
         encoded = [fan.encoded[i] for i in state.prompts]
         tokens = state.logits.argmax(-1)
         with fan.vector.on(fan.lm, rows):
-            after, _ = step(fan.lm, state.batch, tokens, state.batch.attention_mask, state.cache)
+            mask = torch.nn.functional.pad(state.batch.attention_mask, (0, 1), value=1)
+            after = call(fan.lm, state.batch, tokens[:, None], mask, state.cache, 1)
+        assert after is not None  # only a cache that is told to stop gives none
         for row, (strength, item) in enumerate(zip(rows, encoded, strict=True)):
             longer = replace(item, ids=[*item.ids, int(tokens[row])])
             (batch,) = fan.lm.batches([longer])
             with fan.vector.at(strength).on(fan.lm):
                 plain = fan.lm.forward(batch, logits_to_keep=2)[0].float()
-            yield torch.stack([state.logits[row], after[row]]).cpu(), plain.cpu()
+            yield torch.stack([state.logits[row], after[row, -1]]).cpu(), plain.cpu()

@@ -16,7 +16,8 @@ from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.batch import Batch
 from trimtab.models.replay import KeptCache, KeptLayer
-from trimtab.passes.fan import Fan, State, step
+from trimtab.passes.fan import Fan, State
+from trimtab.passes.greedy import collect, greedy
 
 if TYPE_CHECKING:
     from trimtab.models.chat import Prompt
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Keys and values of the rows that are continued together take at most this many bytes (1 GiB).
 CACHE_BYTES = 2**30
-# Rows that have ended are dropped when they are at least this share: dropping copies the others.
-ENDED_SHARE = 1 / 8
 
 
 @torch.no_grad()
@@ -69,36 +68,11 @@ def rollout(
         stops = generation.end_ids(lm)
         for state in _packed(fan.states(strengths), max_new_tokens):
             with vector.on(lm, [strengths[i] for i in state.strengths]):
-                rows = _continue(lm, state, max_new_tokens, stops)
+                steps = greedy(lm, state.batch, state.cache, stops, logits=state.logits)
+                rows = collect(steps, len(state.prompts), max_new_tokens)
             for place, row, ids in zip(state.strengths, state.prompts, rows, strict=True):
                 answers[place][row] = generation.decode(lm.tokenizer, ids, stops)
     return answers
-
-
-def _continue(
-    lm: LanguageModel, state: State, max_new_tokens: int, stops: Sequence[int]
-) -> list[list[int]]:
-    """The tokens of every row, the one that ends an answer and some after it included."""
-    batch, mask, cache = state.batch, state.batch.attention_mask, state.cache
-    found: list[list[int]] = [[] for _ in state.prompts]
-    logits = state.logits
-    # Where the ids go, which in a sharded model is not where the logits come out.
-    ends = torch.tensor(stops, dtype=torch.long, device=mask.device)
-    ended = torch.zeros(len(found), dtype=torch.bool, device=mask.device)
-    for count in range(1, max_new_tokens + 1):
-        tokens = logits.argmax(-1).to(mask.device)
-        for row, token in zip(batch.rows.tolist(), tokens.tolist(), strict=True):
-            found[row].append(token)
-        ended |= torch.isin(tokens, ends)
-        share = float(ended.float().mean())
-        if share == 1 or count == max_new_tokens:
-            break
-        if share >= ENDED_SHARE:
-            rows = (~ended).nonzero()[:, 0]
-            batch, mask, tokens, ended = batch.take(rows), mask[rows], tokens[rows], ended[rows]
-            cache.batch_select_indices(rows)
-        logits, mask = step(lm, batch, tokens, mask, cache)
-    return found
 
 
 def _packed(states: Iterator[State], max_new_tokens: int) -> Iterator[State]:

@@ -18,6 +18,8 @@ from trimtab.models.batch import Batch
 from trimtab.models.replay import KeptCache, KeptLayer, Recording, Stopped, recorded, replayed
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from trimtab.models.chat import Encoded
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
@@ -30,7 +32,7 @@ def shared_depth(vector: VectorSteering) -> int:
 
 
 def call(
-    lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: KeptCache, keep: int
+    lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int
 ) -> Tensor | None:
     """Feed tokens behind a cache.
 

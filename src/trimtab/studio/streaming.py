@@ -10,7 +10,8 @@ import torch
 from trimtab.models import generation
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.passes.fan import Fan, State, step
+from trimtab.passes.fan import Fan
+from trimtab.passes.greedy import greedy
 from trimtab.steering.vector import VectorSteering
 
 # Where a model takes no part in shared passes, answers are made anew, each time twice as long.
@@ -54,42 +55,22 @@ def stream(
         yield from _again(lm, vector, prompt, strengths, max_new_tokens, lock)
         return
     stops = generation.end_ids(lm)
-    rows = [_Rows(state, [strengths[i] for i in state.strengths]) for state in states]
-    answers = [""] * len(strengths)
+    parts = [
+        (state, greedy(lm, state.batch, state.cache, stops, logits=state.logits))
+        for state in states
+    ]
+    found: list[list[int]] = [[] for _ in strengths]
     for _ in range(max_new_tokens):
-        for part in rows:
-            with lock:
-                part.advance(lm, vector, stops)
-            for place, ids in zip(part.state.strengths, part.found, strict=True):
-                answers[place] = generation.decode(lm.tokenizer, ids, stops)
-        yield list(answers)
-        if all(part.ended for part in rows):
+        grown = False
+        for state, steps in parts:
+            with lock, vector.on(lm, [strengths[i] for i in state.strengths]):
+                tokens = next(steps, {})
+            for row, token in tokens.items():
+                found[state.strengths[row]].append(token)
+            grown = grown or bool(tokens)
+        if not grown:
             return
-
-
-class _Rows:
-    """The rows of one state, and the tokens that they have grown by."""
-
-    def __init__(self, state: State, strengths: list[float]) -> None:
-        self.state, self.strengths = state, strengths
-        self.mask, self.logits = state.batch.attention_mask, state.logits
-        self.found: list[list[int]] = [[] for _ in strengths]
-        self.tokens: torch.Tensor | None = None
-        self.ended = False
-
-    def advance(self, lm: LanguageModel, vector: VectorSteering, stops: Sequence[int]) -> None:
-        """Append one token to every row; what follows a row's end is not decoded."""
-        if self.ended:
-            return
-        if self.tokens is not None:
-            with vector.on(lm, self.strengths):
-                self.logits, self.mask = step(
-                    lm, self.state.batch, self.tokens, self.mask, self.state.cache
-                )
-        self.tokens = self.logits.argmax(-1).to(self.mask.device)
-        for ids, token in zip(self.found, self.tokens.tolist(), strict=True):
-            ids.append(token)
-        self.ended = all(any(token in stops for token in ids) for ids in self.found)
+        yield [generation.decode(lm.tokenizer, ids, stops) for ids in found]
 
 
 def _again(

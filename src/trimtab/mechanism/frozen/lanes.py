@@ -8,7 +8,6 @@ the steered lane held at the base lane's (holding.py) this is a frozen run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +18,8 @@ from trimtab.mechanism.frozen.holding import holding
 from trimtab.models import generation
 from trimtab.models.batch import Batch
 from trimtab.models.replay import KeptCache
-from trimtab.passes.fan import step
-from trimtab.passes.sharing import call, spread
+from trimtab.passes.greedy import collect, greedy
+from trimtab.passes.sharing import spread
 
 if TYPE_CHECKING:
     from trimtab.models.chat import Prompt
@@ -102,7 +101,8 @@ def lane_answers(
     for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         both = spread(batch, 2)
         with holding(lm, vector, holds, _by_row(factors, len(batch.rows)), null_seed):
-            found = (_cached if use_cache else _whole)(lm, both, max_new_tokens, stops)
+            steps = greedy(lm, both, KeptCache() if use_cache else None, stops, lanes=2)
+            found = collect(steps, len(batch.rows), max_new_tokens)
         for place, ids in zip(batch.rows.tolist(), found, strict=True):
             answers[place] = generation.decode(lm.tokenizer, ids, stops)
     return answers
@@ -110,50 +110,3 @@ def lane_answers(
 
 def _by_row(factors: tuple[float, float], rows: int) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32).repeat_interleave(rows)
-
-
-def _cached(
-    lm: LanguageModel, batch: Batch, max_new_tokens: int, stops: Sequence[int]
-) -> list[list[int]]:
-    """The second lane's tokens; a pair of rows that has ended leaves the batch."""
-    found: list[list[int]] = [[] for _ in range(len(batch.rows) // 2)]
-    cache, mask = KeptCache(), batch.attention_mask
-    logits = call(lm, batch, batch.input_ids, mask, cache, 1)
-    assert logits is not None  # this cache ends no pass
-    logits = logits[:, -1]
-    ends = torch.tensor(stops, dtype=torch.long, device=mask.device)
-    for count in range(max_new_tokens):
-        tokens = logits.chunk(2)[1].argmax(-1).to(mask.device)
-        for row, token in zip(batch.rows.tolist(), tokens.tolist(), strict=False):
-            found[row].append(token)
-        going = ~torch.isin(tokens, ends)
-        if not bool(going.any()) or count + 1 == max_new_tokens:
-            break
-        if not bool(going.all()):
-            pairs = going.repeat(2).nonzero()[:, 0]
-            batch, mask, tokens = batch.take(pairs), mask[pairs], tokens[going]
-            cache.batch_select_indices(pairs)
-        logits, mask = step(lm, batch, tokens.repeat(2), mask, cache)
-    return found
-
-
-def _whole(
-    lm: LanguageModel, batch: Batch, max_new_tokens: int, stops: Sequence[int]
-) -> list[list[int]]:
-    """The same, every text read from its beginning at every step."""
-    n = len(batch.rows) // 2
-    found: list[list[int]] = [[] for _ in range(n)]
-    for _ in range(max_new_tokens):
-        tokens = lm.forward(batch, logits_to_keep=1)[n:, -1].argmax(-1)
-        for row, token in enumerate(tokens.tolist()):
-            if not found[row] or found[row][-1] not in stops:
-                found[row].append(token)
-        if all(ids[-1] in stops for ids in found):
-            break
-        column = tokens.to(batch.input_ids.device).repeat(2)[:, None]
-        batch = replace(
-            batch,
-            input_ids=torch.cat([batch.input_ids, column], dim=1),
-            attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1),
-        )
-    return found

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.models.chat import Insert, Prompt
+from trimtab.models.chat import Encoded, Insert, Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.opened import opened
+from trimtab.passes.greedy import collect, greedy
 from trimtab.steering.soft_tokens import soft_tokens
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
@@ -108,10 +109,6 @@ def _scale(lm: LanguageModel) -> float:
 
 
 def _greedy(lm: LanguageModel, ids: Tensor) -> list[int]:
-    answer: list[int] = []
-    with torch.no_grad():
-        for _ in range(_ANSWER):
-            token = int(lm.model(ids).logits[0, -1].argmax())
-            answer.append(token)
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    return answer
+    length = ids.shape[1]
+    (batch,) = lm.batches([Encoded("", ids[0].tolist(), length, length)])
+    return collect(greedy(lm, batch, None), 1, _ANSWER)[0]
