@@ -23,6 +23,7 @@ from trimtab.errors import TrimtabError, extra
 from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
 from trimtab.models.model import LanguageModel
+from trimtab.passes.adam import adam
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
@@ -93,7 +94,7 @@ def train_lora(
         sign: +1 toward, -1 away.
         rank: of every factor.
         writers: `("attention" or "mlp", layer)`; by default every output projection there is.
-        steps: of AdamW, the rate falling to 0 linearly.
+        steps: of Adam, the rate falling to 0 linearly.
         batch_size: wanted answers a step; half as many kept ones are added.
         learning_rate: of the factors.
         keep: weight of the KL along the model's own answers to prompts that show the behavior.
@@ -193,25 +194,24 @@ def _train(
     seed: int,
     progress: Progress | None,
 ) -> None:
-    """Run AdamW over shuffled answers."""
-    adam = torch.optim.AdamW(list(trained), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    """Run Adam over shuffled answers."""
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+
+    def gradients(step: int) -> tuple[Tensor, ...]:
         loss = _nll(lm, _drawn(texts.answers, batch_size, generator))
         if keep and texts.kept:
             kept = _drawn(texts.kept, max(1, batch_size // 2), generator)
             loss = loss + keep * _divergence(lm, adapted, kept)
-        if not bool(loss.isfinite()):
-            raise TrimtabError(
-                "a LoRA", f"a loss that is not finite at step {step}", "lower the learning_rate"
-            )
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, steps)
+        return torch.autograd.grad(loss, trained)
+
+    adam(
+        trained,
+        gradients,
+        what="a LoRA",
+        steps=steps,
+        learning_rate=learning_rate,
+        progress=progress,
+    )
 
 
 def _drawn(texts: Sequence[Encoded], count: int, generator: torch.Generator) -> list[Encoded]:

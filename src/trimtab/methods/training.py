@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import TrimtabError
 from trimtab.methods.registry import Task
 from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
+from trimtab.passes.adam import adam
 from trimtab.steering.hooks import Edit, steered
 
 REFERENCE_TOKENS = 64  # kept per position of the unsteered distribution; the rest is one lump
@@ -105,33 +105,31 @@ class Trainer:
     ) -> Tensor:
         """Return w after `steps` of Adam with linear decay, `[d_model]`."""
         w = first.clone().requires_grad_(True)
-        adam = torch.optim.Adam([w], lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
         share = max(1, batch_size // len(self.sides))
         orders = [
             (_endless(len(r.wanted), generator), _endless(len(r.kept), generator))
             for r in self.sides
         ]
         low, high = strengths
-        for step in range(steps):
-            adam.zero_grad()
-            w.grad = torch.zeros_like(w)
+
+        def gradients(step: int) -> list[Tensor]:
+            total = torch.zeros_like(w)
             for rows, (wanted, kept) in zip(self.sides, orders, strict=True):
                 chosen = [next(wanted) for _ in range(min(share, len(rows.wanted)))]
                 left = [next(kept) for _ in range(min(max(1, share // 2), len(rows.kept)))]
                 n = len(chosen) + len(left)
                 factors = low + (high - low) * torch.rand(n, generator=generator)
-                w.grad += self._gradient(w, rows, chosen, left, factors)
-            if not bool(w.grad.isfinite().all()):
-                raise TrimtabError(
-                    f"a vector trained at {self.site}",
-                    f"a loss that is not finite at step {step}",
-                    "load the model in float32 or bfloat16, or lower the learning_rate",
-                )
-            adam.step()
-            schedule.step()
-            if self.task.progress is not None:
-                self.task.progress(step + 1, steps)
+                total += self._gradient(w, rows, chosen, left, factors)
+            return [total]
+
+        adam(
+            [w],
+            gradients,
+            what=f"a vector trained at {self.site}",
+            steps=steps,
+            learning_rate=learning_rate,
+            progress=self.task.progress,
+        )
         return w.detach()
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.models.gradients import frozen
+from trimtab.methods.training import frozen
+from trimtab.passes.adam import adam
 from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
 from trimtab.prompts.soft.embeddings import soft_loss
 
@@ -96,27 +97,34 @@ def anneal(
             "use steps from 1, a final temperature in (0, 1], and positive numbers",
         )
     logits = (sharpness * task.cosines(task.vectors)).requires_grad_(True)
-    adam = torch.optim.Adam([logits], lr=learning_rate)
     draw = drawing(task, batch_size)
     entropies: list[float] = []
     losses: list[float] = []
     corners: dict[tuple[int, ...], None] = {}
     p = logits.detach().softmax(-1)
-    for step in range(steps):
+
+    def gradients(step: int) -> tuple[Tensor, ...]:
+        nonlocal p
         share = step / max(1, steps - 1)
         log_p = (logits / math.pow(temperature, share)).log_softmax(-1)
         p = log_p.exp()
         entropy = -(p * log_p).sum(-1).mean()
-        with frozen(task.lm.model):
-            loss = soft_loss(task.lm, draw(), p @ task.embeddings, task.objective)
-            total = loss + penalty * share * entropy
-            (logits.grad,) = torch.autograd.grad(total, logits)
-        adam.step()
+        loss = soft_loss(task.lm, draw(), p @ task.embeddings, task.objective)
         entropies.append(float(entropy.detach()))
         losses.append(float(loss.detach()))
         corner = task.ids(p.detach().argmax(-1))
         corners.pop(corner, None)
         corners[corner] = None
-        if task.progress is not None:
-            task.progress(step + 1, steps)
+        return torch.autograd.grad(loss + penalty * share * entropy, logits)
+
+    with frozen(task.lm.model):
+        adam(
+            [logits],
+            gradients,
+            what="an annealed mixture",
+            steps=steps,
+            learning_rate=learning_rate,
+            decay=False,
+            progress=task.progress,
+        )
     return Mixture(p.detach(), tuple(entropies), tuple(losses), tuple(corners))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from trimtab.models.gradients import frozen
+from trimtab.methods.training import frozen
+from trimtab.passes.adam import adam
 from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
 from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import embedding_scale
@@ -33,21 +35,27 @@ def straight_through(
         keep: so many of the best slots met are scored on all rows.
     """
     copy = task.vectors.clone().requires_grad_(True)
-    rate = learning_rate * embedding_scale(task.lm)
-    adam = torch.optim.AdamW([copy], lr=rate, weight_decay=weight_decay)
     met: dict[tuple[int, ...], float] = {}
     draw = drawing(task, batch_size)
-    for step in range(steps):
+
+    def gradients(step: int) -> tuple[Tensor, ...]:
         places = task.cosines(copy.detach()).argmax(-1)
         at = task.embeddings[places].clone().requires_grad_(True)
-        with frozen(task.lm.model):
-            loss = soft_loss(task.lm, draw(), at, task.objective)
-            (gradient,) = torch.autograd.grad(loss, at)
+        loss = soft_loss(task.lm, draw(), at, task.objective)
         ids = task.ids(places)
         met[ids] = min(met.get(ids, float("inf")), float(loss.detach()))
-        copy.grad = gradient.to(copy.dtype)
-        adam.step()
-        if task.progress is not None:
-            task.progress(step + 1, steps)
+        return torch.autograd.grad(loss, at)
+
+    with frozen(task.lm.model):
+        adam(
+            [copy],
+            gradients,
+            what="a straight-through projection",
+            steps=steps,
+            learning_rate=learning_rate * embedding_scale(task.lm),
+            decay=False,
+            weight_decay=weight_decay,
+            progress=task.progress,
+        )
     met.setdefault(task.ids(task.cosines(copy.detach()).argmax(-1)), float("inf"))
     return task.best(sorted(met, key=met.__getitem__), keep)

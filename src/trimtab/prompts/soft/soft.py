@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.models.gradients import frozen
+from trimtab.methods.training import frozen
+from trimtab.passes.adam import adam
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.task.rows import Row
@@ -193,8 +194,6 @@ def descend(
     began = time.perf_counter()
     with frozen(lm.model):
         w = start.detach().to(lm.device, torch.float32).clone().requires_grad_(True)
-        adam = torch.optim.Adam([w], lr=learning_rate * embedding_scale(lm))
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / max(1, steps))
         best, best_step, curve = w.detach().clone(), 0, list[float]()
         with torch.no_grad():
             best_loss = start_loss = _finite(exact(w.detach()), 0)
@@ -204,8 +203,7 @@ def descend(
             if value < best_loss:
                 best, best_loss, best_step = w.detach().clone(), value, step
 
-        taken = 0
-        for step in range(steps):
+        def gradients(step: int) -> tuple[Tensor, ...] | None:
             value = loss(w)
             curve.append(_finite(float(value.detach()), step))
             if every is None:
@@ -214,15 +212,18 @@ def descend(
                 with torch.no_grad():
                     consider(exact(w.detach()), step)
             if enough is not None and enough():
-                break
-            w.grad = torch.autograd.grad(value, w)[0]
-            adam.step()
-            schedule.step()
-            if hold is not None:
-                w.data.copy_(hold(w.detach()))
-            taken = step + 1
-            if progress is not None:
-                progress(taken, steps)
+                return None
+            return torch.autograd.grad(value, w)
+
+        taken = adam(
+            [w],
+            gradients,
+            what="a trained soft prompt",
+            steps=steps,
+            learning_rate=learning_rate * embedding_scale(lm),
+            after=None if hold is None else lambda: w.data.copy_(hold(w.detach())),
+            progress=progress,
+        )
         with torch.no_grad():
             if taken:
                 consider(exact(w.detach()), taken)
