@@ -30,7 +30,7 @@ from trimtab.results.journal import Journal, Notes
 
 # Small in everything but the restarts: what is compared are the engines, not the search.
 SETTINGS = {
-    "restarts": 12, "soft_steps": 8, "repair_steps": 3, "flip_steps": 3, "gcg_steps": 2,
+    "compare": True, "restarts": 12, "soft_steps": 8, "repair_steps": 3, "flip_steps": 3, "gcg_steps": 2,
     "gcg_width": 16, "top_k": 8, "train_requests": 2, "completion_tokens": 12, "length": 6,
     "projection_options": {"batch_size": 2, "steps": 8},
 }  # fmt: skip

@@ -34,6 +34,7 @@ from trimtab.results.tables import write_json
 RESULT = Path(__file__).parent / "results" / "prompt_levers.json"
 # About 40 seconds a restart of all arms on one thread; the library's defaults search longer.
 SETTINGS: dict[str, Any] = {
+    "compare": True,
     "projection_options": {"steps": 40, "batch_size": 3},
     "repair_steps": 12,
     "flip_steps": 12,

@@ -168,7 +168,7 @@ def test_a_search_finds_the_same_though_a_worker_is_lost(
     lm: LanguageModel, engine: Engine, tmp_path: Path
 ) -> None:
     small: dict[str, Any] = {
-        "restarts": 4, "soft_steps": 2, "repair_steps": 1, "flip_steps": 1, "top_k": 2,
+        "restarts": 4, "compare": True, "soft_steps": 2, "repair_steps": 1, "flip_steps": 1, "top_k": 2,
         "train_requests": 1, "completion_tokens": 4, "length": 3, "gcg_steps": 1, "gcg_width": 2,
         "sampling_seeds": 1, "answer_tokens": 4, "projection_options": {"batch_size": 1, "steps": 2},
     }  # fmt: skip

@@ -41,7 +41,7 @@ WANTED = Requests(
     ("What is new?", "Why not?", "When?"),
 )
 QUICK: dict[str, Any] = {
-    "restarts": 2, "length": 3, "train_requests": 2, "completion_tokens": 4, "soft_steps": 4,
+    "restarts": 2, "compare": True, "length": 3, "train_requests": 2, "completion_tokens": 4, "soft_steps": 4,
     "projection_options": {"steps": 4}, "repair_steps": 3, "flip_steps": 2, "top_k": 4,
     "gcg_steps": 2, "gcg_width": 4, "seed": 1,
     "answer_tokens": 4, "sampling_seeds": 1,
@@ -218,6 +218,27 @@ def test_restarts_may_be_added_later(
     path = tmp_path / "more.jsonl"
     run(model, path, restarts=1, judge=False)
     assert plain(run(model, path)) == plain(made[0])
+
+
+def test_without_a_comparison_the_pipeline_alone_searches(
+    model: LanguageModel, made: tuple[SearchReport, Path], tmp_path: Path
+) -> None:
+    path, ticks = tmp_path / "alone.jsonl", list[tuple[int, int]]()
+    quick = {name: value for name, value in QUICK.items() if name != "compare"}
+    alone = search(
+        model, REFERENCE, WANTED, journal=path, progress=lambda *tick: ticks.append(tick), **quick
+    )
+    assert [a.arm for a in alone.arms] == ["soft", "projected", "repaired", "random", "reference"]
+    assert not alone.compared and alone.to_dict()["settings"]["compare"] is False
+    assert any("--compare" in note for note in alone.table().notes)
+    report = made[0]
+    assert report.compared and not any("--compare" in note for note in report.table().notes)
+    for attempt in alone.attempts:
+        assert attempt == report.attempt(attempt.name)
+    assert alone.chosen.startswith("repaired")
+    assert set(alone.scores) == {"chosen", "random", "reference", "no prompt"}
+    assert ticks[-1] == (len(alone.attempts), len(alone.attempts)) == (9, 9)
+    assert plain(run(model, path)) == plain(report)
 
 
 def test_other_seeds_start_elsewhere(model: LanguageModel, made: tuple[SearchReport, Path]) -> None:

@@ -51,6 +51,13 @@ def test_sections_draw_what_was_measured(report: SearchReport) -> None:
     assert [table.title for table in answers.tables] == list(WANTED.test)
 
 
+def test_the_page_says_that_nothing_was_compared(model: LanguageModel) -> None:
+    quick = {**QUICK, "compare": False, "restarts": 1, "judge": False}
+    section = search_sections(search(model, REFERENCE, WANTED, **quick))[2]
+    assert section.title == "noon: not compared" and "--compare" in section.paragraphs[0]
+    assert not section.figures and len(section.tables) == 2
+
+
 def test_the_page_escapes_everything(report: SearchReport, tmp_path: Path) -> None:
     evil = tuple((EVIL, EVIL) for _ in range(2))
     scores = {name: replace(s, answers=evil, label=EVIL) for name, s in report.scores.items()}
@@ -103,13 +110,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_the_command_searches(
     run: Any, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ("restarts", "length", "seed", "repair_steps", "flip_steps")
+    given = ("restarts", "compare", "length", "seed", "repair_steps", "flip_steps")
     quick = {k: v for k, v in QUICK.items() if k not in given}
     monkeypatch.setattr("trimtab.prompts.search.search", partial(search, **quick))
     out, data, page = tmp_path / "p.safetensors", tmp_path / "p.json", tmp_path / "page"
     done = run(
         *files, "--restarts", 1, "--length", 2, "--steps", 2, "--reference", "Say Q.", "-o", out,
-        "--json", data, "--report", page, "--journal", tmp_path / "j.jsonl", "--states",
+        "--json", data, "--report", page, "--journal", tmp_path / "j.jsonl", "--states", "--compare",
     )  # fmt: skip
     assert done.code == 0, done.err
     written = json.loads(data.read_text())

@@ -51,6 +51,10 @@ def search_command(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="With --gap: most tokens.")] = 12,
     restarts: Annotated[int, typer.Option(min=1, help="Restarts of each arm.")] = 10,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also run other searches on as many tokens, to compare."),
+    ] = False,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the prompt; the reference's by default.")
     ] = None,
@@ -125,6 +129,7 @@ def search_command(
             split,
             slot=slot or "prefix",
             restarts=restarts,
+            compare=compare,
             length=length,
             repair_steps=steps,
             flip_steps=steps,

@@ -1,8 +1,8 @@
 """Search for a prompt that does what a reference prompt does, in other words (docs/search.md).
 
-Per restart: a soft prefix, its projection to allowed tokens, repair by HotFlip; beside it the
-baselines with at least as many tokens fed to the model. Validation requests choose a restart; the
-test requests are read once, at the end.
+Per restart: a soft prefix, its projection to allowed tokens, repair by HotFlip; with `compare` beside
+it the baselines with at least as many tokens fed to the model. Validation requests choose a restart;
+the test requests are read once, at the end.
 """
 
 from __future__ import annotations
@@ -167,6 +167,10 @@ def _header(lm: LanguageModel, reference: Reference, lesson: Teacher, task: Task
         "separator": lesson.lever.separator,
         "rows": digest,
         "constraints": asdict(task.bound.constraints),
-        # More restarts go on from the same journal.
-        "settings": {k: v for k, v in asdict(task.settings).items() if "restarts" not in k},
+        # More restarts, and a comparison, go on from the same journal.
+        "settings": {
+            name: value
+            for name, value in asdict(task.settings).items()
+            if "restarts" not in name and name != "compare"
+        },
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab.prompts.pipeline.attempt import STAGES, TITLES
-from trimtab.prompts.pipeline.report import SearchReport
+from trimtab.prompts.pipeline.report import NOT_COMPARED, SearchReport
 from trimtab.prompts.scores import Scores
 from trimtab.prompts.soft.states import StateSweep
 from trimtab.report.figures import Bars, Figure, Series, bar_figure, line_figure
@@ -130,6 +130,9 @@ def _test(report: SearchReport, arm: str, restart: int) -> float:
 
 
 def _baselines_section(report: SearchReport) -> Section:
+    tables = (report.table(), _score_table(report))
+    if not report.compared:
+        return Section(f"{report.reference}: not compared", (f"{NOT_COMPARED}.",), (), tables)
     arms = [arm for arm in report.arms if arm.arm not in ("reference", "random")]
     figure = bar_figure(
         [TITLES[arm.arm] for arm in arms],
@@ -151,7 +154,7 @@ def _baselines_section(report: SearchReport) -> Section:
         f"{report.reference}: against the baselines",
         (paragraph,),
         (figure,),
-        (report.table(), _score_table(report)),
+        tables,
     )
 
 

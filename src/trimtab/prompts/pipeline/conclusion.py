@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from trimtab.steering.vector import Switch
 
 SEARCHING = ("repaired", "hotflip_random", "hotflip_reference", "gcg")
-# Arms whose chosen prompt gets every score.
-SCORED = ("soft", "projected", *SEARCHING, "random")
+# Arms whose chosen prompt gets every score, where arms are compared.
+COMPARED = ("soft", "projected", *SEARCHING, "random")
 
 
 def conclude(
@@ -118,7 +118,7 @@ def _levers(
         return replace(reference, text=attempt.text)
 
     levers: dict[str, Switch | None] = {"chosen": text(chosen)}
-    for arm in SCORED:
+    for arm in COMPARED if task.settings.compare else ("random",):
         own = [a for a in attempts if a.arm == arm]
         if not own:
             continue

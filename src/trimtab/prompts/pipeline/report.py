@@ -18,6 +18,8 @@ COLUMNS = (
     "gap closed", "chosen closes", "tokens",
 )  # fmt: skip
 
+NOT_COMPARED = "not compared with other searches: compare=True, or --compare, runs them too"
+
 
 @dataclass(frozen=True)
 class ArmSummary:
@@ -130,6 +132,11 @@ class SearchReport(Printable):
             self.chosen_text, slot=self.slot, separator=self.separator, provenance=provenance
         )
 
+    @property
+    def compared(self) -> bool:
+        """Whether the baselines searched too; in `to_dict` as `settings.compare`."""
+        return bool(self.settings["compare"])
+
     def arm(self, name: str) -> ArmSummary:
         """Return the summary of one arm."""
         return next(summary for summary in self.arms if summary.arm == name)
@@ -165,6 +172,8 @@ class SearchReport(Printable):
                 f"judge on its answers: greedy {found.judged.greedy}, sampled "
                 f"{found.judged.sampled}"
             )
+        if not self.compared:
+            notes.append(NOT_COMPARED)
         notes.append(f"{self.seconds:.0f} s")
         return Table(f"Prompt search: {self.reference}", COLUMNS, rows, tuple(notes))
 

@@ -17,7 +17,8 @@ from trimtab.prompts.soft.soft import Soft
 from trimtab.results import Progress
 from trimtab.results.journal import Notes
 
-PER_RESTART = 7  # attempts, GCG aside
+PER_RESTART = 4  # attempts: the stages, and random tokens
+RIVALS = 3  # more of them where others are compared, GCG aside
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,22 @@ def run_restarts(
     task = job.here
     notes = _Counted(Notes() if journal is None else journal, task.settings, progress)
     here = _Restart(replace(task, journal=notes), 0)
-    first, rate = here.once("reference", lambda: baselines.reference_itself(task)), here.rate()
+    first = here.once("reference", lambda: baselines.reference_itself(task))
+    rate = here.rate() if task.settings.compare else None
     units = [partial(one_restart, number, rate) for number in range(task.settings.restarts)]
     done = engine.map(job, units, notes=notes)
     attempts = [first, *(attempt for found, _ in done for attempt in found)]
     return Found(tuple(attempts), {number: soft for number, (_, soft) in enumerate(done)})
 
 
-def one_restart(number: int, rate: float, task: Task, notes: Notes) -> tuple[list[Attempt], Soft]:
+def one_restart(
+    number: int, rate: float | None, task: Task, notes: Notes
+) -> tuple[list[Attempt], Soft]:
     """Return the attempts of one restart and its soft prefix.
 
     Args:
         number: of the restart.
-        rate: tokens that one candidate of HotFlip costs.
+        rate: tokens that one candidate of HotFlip costs; None where nothing is compared.
         task: what is searched.
         notes: where finished stages are taken from and written to.
     """
@@ -59,9 +63,10 @@ class _Counted(Notes):
 
     def __init__(self, journal: Notes, settings: Settings, progress: Progress | None) -> None:
         self.entries, self._journal, self._progress = journal.entries, journal, progress
-        self._total = (
-            1 + PER_RESTART * settings.restarts + min(settings.gcg_restarts, settings.restarts)
-        )
+        self._total = 1 + PER_RESTART * settings.restarts
+        if settings.compare:
+            self._total += RIVALS * settings.restarts
+            self._total += min(settings.gcg_restarts, settings.restarts)
         self._tell()
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -82,11 +87,15 @@ class _Restart:
     task: Task
     number: int
 
-    def all(self, rate: float) -> tuple[list[Attempt], Soft]:
+    def all(self, rate: float | None) -> tuple[list[Attempt], Soft]:
+        task, restart = self.task, self.number
         pipeline, soft = self._pipeline()
+        null = self.once("random", lambda: baselines.random_tokens(task, restart))
+        if rate is None:
+            return [*pipeline, null], soft
         before = sum(a.tokens for a in pipeline if a.arm in ("soft", "projected"))
         scored = sum(a.details["scored"] for a in pipeline if a.arm == "repaired")
-        return [*pipeline, *self._baselines(scored + math.ceil(before / rate))], soft
+        return [*pipeline, null, *self._rivals(soft, scored + math.ceil(before / rate))], soft
 
     def rate(self) -> float:
         """What one candidate of HotFlip costs, in tokens."""
@@ -100,24 +109,23 @@ class _Restart:
     def _pipeline(self) -> tuple[list[Attempt], Soft]:
         task, restart = self.task, self.number
         first, soft = self._soft()
-        projected, nearest = (
-            self.once(arm, lambda arm=arm: stages.projection_stage(task, restart, soft, arm))
-            for arm in ("projected", "nearest")
+        projected = self.once(
+            "projected", lambda: stages.projection_stage(task, restart, soft, "projected")
         )
         steps = task.settings.repair_steps
         repaired = self.once(
             "repaired",
             lambda: stages.descent_stage(task, "repaired", restart, projected.ids, steps),
         )
-        return [first, projected, repaired, nearest], soft
+        return [first, projected, repaired], soft
 
-    def _baselines(self, budget: int) -> list[Attempt]:
+    def _rivals(self, soft: Soft, budget: int) -> list[Attempt]:
         """The arms that the pipeline is compared with; `budget` is what it is worth, in candidates."""
         task, restart = self.task, self.number
         arms: dict[str, Callable[[], Attempt]] = {
+            "nearest": lambda: stages.projection_stage(task, restart, soft, "nearest"),
             "hotflip_random": lambda: baselines.hotflip_random(task, restart, budget),
             "hotflip_reference": lambda: baselines.hotflip_reference(task, restart),
-            "random": lambda: baselines.random_tokens(task, restart),
         }
         if restart < task.settings.gcg_restarts:
             arms["gcg"] = lambda: baselines.gcg_random(task, restart)

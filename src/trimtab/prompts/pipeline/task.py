@@ -33,6 +33,8 @@ class Settings:
 
     Attributes:
         restarts: of the pipeline and of each searching baseline.
+        compare: whether the baselines search too, on as many tokens: pure HotFlip from random tokens
+            and from the reference, nearest neighbors, and GCG. Takes several times as long.
         gcg_restarts: of GCG, which costs most.
         length: tokens of the prompt; that of the reference when None.
         train_requests: so many of the train split are searched on.
@@ -59,6 +61,7 @@ class Settings:
     """
 
     restarts: int = 10
+    compare: bool = False
     gcg_restarts: int = 1
     length: int | None = None
     train_requests: int = 6
