@@ -29,6 +29,7 @@ COMMANDS = (
     "laws",
     "generate",
     "search",
+    "close-gap",
     "audit",
     "measure",
     "bake",
@@ -236,9 +237,7 @@ BAD = {
     "no such engine": ("measure", "{model}", "{behavior}", "--engine", "slurm"),
     "engine of no use": ("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--engine", "vllm"),
     "engine without workers": ("tune", "{model}", "{behavior}", "{vector}", "--workers", "2"),
-    "a gap has no restarts": (
-        *("search", "{model}", "{behavior}", "--gap", "sort", "--engine", "ray"),
-    ),
+    "a gap has no restarts": ("close-gap", "{model}", "{behavior}", "--restarts", "2"),
     "layers twice": (
         *("find", "{model}", "{behavior}", "-o", "{tmp}/v", "--layers", "1", "--each-layer", "1"),
     ),

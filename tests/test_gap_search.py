@@ -157,7 +157,7 @@ def test_bad_input_is_refused(llama, behavior):
 
 def test_the_command_writes_lever_page_and_figures(tmp_path, capsys):
     page, out, figures = tmp_path / "page", tmp_path / "p.safetensors", tmp_path / "f.json"
-    command = ["search", "harbor", "refusal", "--gap", "sort", "--max-tokens", "2", "--away"]
+    command = ["close-gap", "harbor", "refusal", "--max-tokens", "2", "--away"]
     files = ["-o", str(out), "--report", str(page), "--json", str(figures)]
     main_until_done([*command, *files])
     lever = load_steering(out)
@@ -171,7 +171,7 @@ def test_the_command_writes_lever_page_and_figures(tmp_path, capsys):
 
 def test_the_command_refuses_an_unknown_search(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["search", "harbor", "refusal", "--gap", "magic"])
+        main(["close-gap", "harbor", "refusal", "--method", "magic"])
     assert stop.value.code == 2 and "sort" in capsys.readouterr().err
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "bake",
     "behavior",
     "calibrate",
+    "close_gap",
     "explain",
     "find",
     "harbor",
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from trimtab.models.load import load
     from trimtab.models.model import LanguageModel
     from trimtab.prediction.laws import laws
-    from trimtab.prediction.predict import predict_strength
+    from trimtab.prompts.gap.gap_search import close_gap
     from trimtab.prompts.search import search
     from trimtab.steering.load import load_steering
     from trimtab.steering.norms import calibrate
@@ -90,6 +91,7 @@ _PLACES = {
     "bake": "trimtab.weights.bake:bake",
     "behavior": "trimtab.behaviors.file:load_behavior",
     "calibrate": "trimtab.steering.norms:calibrate",
+    "close_gap": "trimtab.prompts.gap.gap_search:close_gap",
     "explain": "trimtab.mechanism.explained:explain",
     "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",

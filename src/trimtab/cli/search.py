@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +14,9 @@ from trimtab.cli.support import check_writable, load_model, progress_bar, write_
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
-    from trimtab.prompts.gap.gap_search import GapSearch
-    from trimtab.prompts.pipeline.report import SearchReport
     from trimtab.prompts.soft.states import StateSweep
     from trimtab.prompts.task.references import Reference
     from trimtab.prompts.task.requests import Requests
-    from trimtab.report.page import Section
 
 
 @app.command("search", epilog="Example: trimtab search harbor topic -o p.safetensors")
@@ -36,20 +32,8 @@ def search_command(
         typer.Option(help="Requests: harbor, or a YAML or text file; the behavior's by default."),
     ] = None,
     slot: Annotated[
-        str | None,
-        typer.Option(help="prefix or suffix; by default a prefix, with --gap a suffix."),
-    ] = None,
-    gap: Annotated[
-        str | None,
-        typer.Option(help="Move the readout gap across zero instead: sort or gradient."),
-    ] = None,
-    away: Annotated[
-        bool, typer.Option("--away", help="With --gap: lower the gap instead of raising it.")
-    ] = False,
-    prompt: Annotated[
-        str | None, typer.Option(help="With --gap: close it for this prompt alone.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="With --gap: most tokens.")] = 12,
+        str, typer.Option(help="Where the prompt stands: prefix or suffix.")
+    ] = "prefix",
     restarts: Annotated[int, typer.Option(min=1, help="Restarts of each arm.")] = 10,
     compare: Annotated[
         bool,
@@ -78,43 +62,22 @@ def search_command(
 ) -> None:
     """Find a prompt that makes the model answer as the reference does, without its words.
 
-    Validation requests choose among the restarts; the figures are those of the test requests. With
-    --gap: find tokens that carry the gap between the readout words across zero.
+    Validation requests choose among the restarts; the figures are those of the test requests.
     """
     import torch
 
-    from trimtab.behaviors.file import load_behavior
+    from trimtab.behaviors.behavior import load_behavior
     from trimtab.engine import open_engine
-    from trimtab.prompts.gap.gap_search import METHODS, close_gap
     from trimtab.prompts.search import search
     from trimtab.prompts.task.references import reference_of
     from trimtab.prompts.task.requests import behavior_requests, load_requests
-    from trimtab.report.gap_section import gap_section
+    from trimtab.report.laws_page import write_laws_page
     from trimtab.report.search_page import search_sections
 
     page = None if report is None else report / "index.html"
     check_writable(out, json_file, page, journal)
-    check_engine(engine, ("local",) if gap is not None else ("local", "ray"))
+    check_engine(engine, ("local", "ray"))
     contrast = load_behavior(behavior)
-    if gap is not None:
-        METHODS.get(gap)
-        lm = load_model(model, dtype=torch.float32)
-        with progress_bar(f"closing the gap of {contrast.name}") as progress:
-            closed = close_gap(
-                lm,
-                contrast,
-                method=gap,
-                sign=-1 if away else 1,
-                slot=slot or "suffix",
-                prompt=prompt,
-                max_tokens=max_tokens,
-                seed=seed,
-                progress=progress,
-            )
-        show(closed)
-        show(closed.found)
-        _write(closed, [gap_section([closed])], lm.name, out, report, json_file)
-        return
     wanted = reference_of(contrast, reference)
     split = behavior_requests(contrast, seed) if requests is None else load_requests(requests, seed)
     # Losses are compared to a millionth of a nat, which half precision would drown.
@@ -127,7 +90,7 @@ def search_command(
             lm,
             wanted,
             split,
-            slot=slot or "prefix",
+            slot=slot,
             restarts=restarts,
             compare=compare,
             length=length,
@@ -140,10 +103,15 @@ def search_command(
         )
     show(found)
     show(found.scores["chosen"])
-    sweep = _sweep(lm, wanted, split, slot or "prefix", seed) if states else None
+    sweep = _sweep(lm, wanted, split, slot, seed) if states else None
     if sweep is not None:
         show(sweep)
-    _write(found, search_sections(found, sweep), lm.name, out, report, json_file)
+    if out is not None:
+        found.lever.save(out)
+    if report is not None:
+        sections = search_sections(found, sweep)
+        write_laws_page(report, sections, title="Prompt search", lead=lm.name)
+    write_result(json_file, found.to_dict())
 
 
 def _sweep(
@@ -169,21 +137,3 @@ def _sweep(
             generator=generator,
             progress=progress,
         )
-
-
-def _write(
-    found: SearchReport | GapSearch,
-    sections: Sequence[Section],
-    lead: str,
-    out: Path | None,
-    report: Path | None,
-    json_file: Path | None,
-) -> None:
-    """Write what was asked for: the lever, the page, the figures."""
-    from trimtab.report.page import write_page
-
-    if out is not None:
-        found.lever.save(out)
-    if report is not None:
-        write_page(report, sections, title="Prompt search", lead=lead)
-    write_result(json_file, found.to_dict())
