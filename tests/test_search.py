@@ -25,9 +25,9 @@ from trimtab.prompts.pipeline.cost import costing
 from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarize
 from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
-from trimtab.prompts.search import search
+from trimtab.prompts.search import _reference, search
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.references import Reference
+from trimtab.prompts.task.references import Reference, load_reference, reference_of
 from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher_rows
@@ -326,6 +326,14 @@ def test_without_requests_it_asks_for_them(model: LanguageModel) -> None:
         search(model, "Be brief.")
     with pytest.raises(TrimtabError, match="soft prompt"):
         search(model, PromptSteering("", vectors=torch.ones(2, model.d_model)), WANTED)
+
+
+def test_a_built_in_reference_by_its_name() -> None:
+    cats = load_reference("cats")
+    assert _reference("harbor:cats", "prefix", None) == (cats, "prefix", None)
+    assert load_reference("harbor:cats") == cats == reference_of(planted.behavior(), "harbor:cats")
+    with pytest.raises(TrimtabError, match="no built-in reference"):
+        search(tiny.language_model("llama"), "harbor:cat", WANTED)
 
 
 def test_own_constraints_hold() -> None:

@@ -16,14 +16,15 @@ import planted
 from test_cli import Ran
 from test_report import EVIL, Page
 from test_search import QUICK, REFERENCE, WANTED
-from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel, load
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.search import search
 from trimtab.prompts.soft.states import match_every_layer
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher
 from trimtab.report.search_page import search_sections, states_section, write_search_page
-from trimtab.steering.load import load_steering
+from trimtab.steering.file import load_steering
+from trimtab.steering.prompt import PromptSteering
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,27 @@ def test_the_command_searches(
     assert written["chosen_text"].strip() in (page / "index.html").read_text().replace("&#39;", "'")
     assert "pure HotFlip" in done.out and "layer" in done.out
     assert "States, layer by layer" in (page / "index.html").read_text()
+
+
+def test_the_command_trains_along_a_direction(
+    run: Any, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lm = load(str(files[0]), dtype=torch.float32)
+    vector, out, data = tmp_path / "v.safetensors", tmp_path / "s.safetensors", tmp_path / "s.json"
+    planted.push(lm).save(vector)
+    written_to = ("-o", out, "--json", data, "--report", tmp_path / "page")
+    done = run(*files, "--direction", vector, "--length", 2, *written_to)
+    assert done.code == 0, done.err
+    written, lever = json.loads(data.read_text()), load_steering(out)
+    assert isinstance(lever, PromptSteering) and lever.vectors is not None
+    assert lever.vectors.tolist() == written["vectors"] and len(written["vectors"]) == 2
+    assert written["projection"]["3"] > written["projection_start"]["3"]
+    assert "projection, layer 3" in done.out
+    assert "projection, layer 3" in (tmp_path / "page" / "index.html").read_text()
+    done = run(*files, "--direction", vector, "--compare", "--states")
+    assert done.code == 2 and "--compare, --states" in done.err
+    done = run(*files, "--direction", out)
+    assert done.code == 2 and "no direction" in done.err
 
 
 def test_help_has_an_example(run: Any) -> None:

@@ -9,14 +9,17 @@ import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
-from trimtab.cli.screen import show
-from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
+from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.model import LanguageModel
     from trimtab.prompts.soft.states import StateSweep
     from trimtab.prompts.task.references import Reference
     from trimtab.prompts.task.requests import Requests
+
+SOFT_LENGTH = 4  # vectors along a direction
 
 
 @app.command("search", epilog="Example: trimtab search harbor topic -o p.safetensors")
@@ -25,7 +28,9 @@ def search_command(
     behavior: BehaviorName,
     reference: Annotated[
         str | None,
-        typer.Option(help="The prompt to match; the behavior's prompt_toward by default."),
+        typer.Option(
+            help="The prompt to match, or harbor:NAME; the behavior's prompt_toward by default."
+        ),
     ] = None,
     requests: Annotated[
         str | None,
@@ -50,6 +55,10 @@ def search_command(
         bool,
         typer.Option("--states", help="Also match the reference's states at every layer."),
     ] = False,
+    direction: Annotated[
+        Path | None,
+        typer.Option(help="Instead train a soft prompt along the vector in this file."),
+    ] = None,
     seed: Seed = 0,
     engine: EngineName = "local",
     address: Address = None,
@@ -62,7 +71,8 @@ def search_command(
 ) -> None:
     """Find a prompt that makes the model answer as the reference does, without its words.
 
-    Validation requests choose among the restarts; the figures are those of the test requests.
+    Validation requests choose among the restarts; the figures are those of the test requests. With
+    --direction no reference is matched: trained vectors move the state along the given vector.
     """
     import torch
 
@@ -78,8 +88,24 @@ def search_command(
     check_writable(out, json_file, page, journal)
     check_engine(engine, ("local", "ray"))
     contrast = load_behavior(behavior)
-    wanted = reference_of(contrast, reference)
     split = behavior_requests(contrast, seed) if requests is None else load_requests(requests, seed)
+    if direction is not None:
+        matching = {
+            "reference": reference,
+            "compare": compare,
+            "journal": journal,
+            "states": states,
+        }
+        ignored = [f"--{name}" for name, given in matching.items() if given]
+        if ignored:
+            raise TrimtabError(
+                asked=f"--direction with {', '.join(ignored)}",
+                found="no reference to match along a direction",
+                advice="leave one of them out",
+            )
+        _raise(model, contrast, split, direction, slot, length, seed, out, report, json_file)
+        return
+    wanted = reference_of(contrast, reference)
     # Losses are compared to a millionth of a nat, which half precision would drown.
     lm = load_model(model, dtype=torch.float32)
     with (
@@ -111,6 +137,56 @@ def search_command(
     if report is not None:
         sections = search_sections(found, sweep)
         write_laws_page(report, sections, title="Prompt search", lead=lm.name)
+    write_result(json_file, found.to_dict())
+
+
+def _raise(
+    model: str,
+    behavior: Behavior,
+    requests: Requests,
+    path: Path,
+    slot: str,
+    length: int | None,
+    seed: int,
+    out: Path | None,
+    report: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Train a soft prompt that raises the projection on a vector, on a few training requests."""
+    import torch
+
+    from trimtab.prompts.pipeline.task import Settings
+    from trimtab.prompts.soft.direction import raise_projection
+    from trimtab.prompts.task.rows import lay_out
+    from trimtab.report.laws_page import Section, write_laws_page
+    from trimtab.steering.file import load_steering
+    from trimtab.steering.vector import VectorSteering
+
+    vector = load_steering(path)
+    if not isinstance(vector, VectorSteering):
+        raise TrimtabError(
+            asked=f"a soft prompt along {path}",
+            found="a prompt, which has no direction",
+            advice="give a file that find or tune wrote",
+        )
+    lm = load_model(model, dtype=torch.float32)
+    rows = lay_out(lm, requests.train[: Settings.train_requests], slot)
+    with progress_bar(f"along {vector.label}") as progress:
+        found = raise_projection(
+            lm,
+            rows,
+            vector,
+            length or SOFT_LENGTH,
+            generator=torch.Generator().manual_seed(seed),
+            behavior=behavior if behavior.readout is not None else None,
+            progress=progress,
+        )
+    show(found)
+    if out is not None:
+        found.lever(lm, slot).save(out)
+    if report is not None:
+        section = Section(f"Along {vector.label}", tables=(found.table(),))
+        write_laws_page(report, [section], title="Soft prompt along a direction", lead=lm.name)
     write_result(json_file, found.to_dict())
 
 

@@ -26,7 +26,7 @@ from trimtab.prompts.pipeline.restarts import run_restarts
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.references import Reference, reference_of
+from trimtab.prompts.task.references import NAMED, Reference, load_reference, reference_of
 from trimtab.prompts.task.requests import Requests, behavior_requests, load_requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import Teacher, teacher
@@ -59,8 +59,9 @@ def search(
 
     Args:
         lm: the model.
-        reference: the prompt's text, a `Reference`, a prompt lever (its slot and separator are
-            taken), or a behavior, whose `prompt_toward` and judge are taken.
+        reference: the prompt's text, the name of a built-in one such as "harbor:cats", a `Reference`,
+            a prompt lever (its slot and separator are taken), or a behavior, whose `prompt_toward`
+            and judge are taken.
         requests: what users ask, in splits, or the name or path of such a file; a behavior brings
             its own.
         slot: `prefix` or `suffix`, where the prompt stands.
@@ -117,6 +118,8 @@ def _reference(given: Given, slot: str, separator: str | None) -> tuple[Referenc
                 advice="give a prompt in words as the reference",
             )
         return Reference("prompt", given.text), given.slot, given.separator
+    if isinstance(given, str) and given.startswith(NAMED):
+        return load_reference(given), slot, separator
     if isinstance(given, str):
         return Reference("prompt", given), slot, separator
     return given, slot, separator

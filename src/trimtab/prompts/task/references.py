@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
     from trimtab.prompts.task.requests import Requests
 
+NAMED = "harbor:"  # a reference by its name
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "references.yaml"
 SIDES = ("toward", "away")
 # Words that carry no content: banning them would leave no grammar to write a prompt with.
@@ -117,12 +118,12 @@ def built_in_references() -> dict[str, Reference]:
 
 
 def load_reference(name: str) -> Reference:
-    """Return a built-in reference by its name.
+    """Return a built-in reference by its name, "cats" or "harbor:cats".
 
     Raises:
         TrimtabError: no such name.
     """
-    known = built_in_references()
+    known, name = built_in_references(), name.removeprefix(NAMED)
     if name not in known:
         raise TrimtabError(
             asked=f"the reference {name!r}",
@@ -137,11 +138,14 @@ def reference_of(behavior: Behavior, text: str | None = None) -> Reference:
 
     Args:
         behavior: whose judge scores the answers.
-        text: another prompt in place of `prompt_toward`.
+        text: another prompt in place of `prompt_toward`; or the name of a built-in reference, such
+            as "harbor:cats", which brings its own judge.
 
     Raises:
         TrimtabError: a behavior without `prompt_toward`, and no text.
     """
+    if text is not None and text.startswith(NAMED):
+        return load_reference(text)
     wanted = text or behavior.prompt_toward
     if wanted is None:
         raise TrimtabError(
