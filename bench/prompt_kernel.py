@@ -1,4 +1,4 @@
-"""The search kernel: against nanoGCG, against the plain loop of a prefix study, and switch by switch.
+"""The search kernel: against nanoGCG, against the plain loop of a prefix study, and without its savings.
 
 1. `nanogcg` (baseline): nanoGCG 0.3.0 with its defaults but for width 512, top-k 64, 8 slots and 50
    steps, one request, one target, in its own environment (made on first use, kept in the user's
@@ -6,9 +6,9 @@
    kernel. `cpu_seconds_to_its_loss` is when a search first reached what nanoGCG's best was.
 2. `study_loop` (baseline): repair of a prefix as its study does it: candidates one at a time, one
    forward pass per request, no cache, all logits. Ours: the same proposals through the kernel,
-   exact and raced, and `hotflip`, which the pipeline repairs with.
-3. `ablation`: one descent step of a prefix over eight requests and of a suffix over one, with each
-   saving off in turn, all on being the baseline; medians of interleaved rounds.
+   and `hotflip`, which the pipeline repairs with.
+3. `savings`: one descent step of a prefix over eight requests and of a suffix over one, with all
+   savings (the baseline) and with none; medians of interleaved rounds.
 
 Other work on the machine stretches the clock: ratios are of processor time.
 """
@@ -37,7 +37,6 @@ from trimtab.prompts.scoring.draft import bfloat16_copy
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.scoring.passes import Slot
-from trimtab.prompts.scoring.tricks import Tricks
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import Row, lay_out
 
@@ -63,7 +62,6 @@ REQUESTS = (
     "What can I cook tonight?",
 )
 STUDY_TOP, STUDY_TRIED, STUDY_PASSES = 64, 18, 2
-OFF = ("head_cache", "share_slot", "cut", "keep_logits", "dedupe", "race", "draft")
 
 
 def cache_folder() -> Path:
@@ -231,13 +229,13 @@ class Watch:
 
 
 def study_steps(
-    lm: LanguageModel, rows: list[Row], start: Slot, allowed: torch.Tensor, tricks: Tricks | None
+    lm: LanguageModel, rows: list[Row], start: Slot, allowed: torch.Tensor, plain: bool
 ) -> Watch:
     """The study's descent: per pass one gradient, per place its 18 best tokens, the best if better.
 
-    Without tricks: one candidate and one request at a time, no cache, all logits.
+    Plain: one candidate and one request at a time, no cache, all logits.
     """
-    kernel, watch = Kernel(lm, rows, tricks=tricks), Watch()
+    kernel, watch = Kernel(lm, rows), Watch()
     slot, loss = start, plain_loss(lm, rows, start, CrossEntropy())
     for _ in range(STUDY_PASSES):
         scores = kernel.gradient(slot)[1].masked_fill(~allowed, float("inf"))
@@ -245,7 +243,7 @@ def study_steps(
         for place, tokens in enumerate(order):
             tried = [t for t in tokens if t != slot[place]][:STUDY_TRIED]
             slots = [(*slot[:place], t, *slot[place + 1 :]) for t in tried]
-            if tricks is None:
+            if plain:
                 losses = [plain_loss(lm, rows, one, CrossEntropy()) for one in slots]
                 at = min(range(len(slots)), key=losses.__getitem__)
                 found = [(at, losses[at])] if losses[at] < loss else []
@@ -294,13 +292,10 @@ def against_the_study(lm: LanguageModel) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     for first in (100, 300, 500):
         start: Slot = tuple(tokens[first : first + 40 * 5 : 40].tolist())
-        watches = {"study_loop": study_steps(lm, rows, start, allowed, None)}
-        for name, tricks in (
-            ("its steps, exact", Tricks().without("race", "draft")),
-            ("its steps, raced", Tricks().without("draft")),
-            ("its steps, raced and drafted", Tricks()),
-        ):
-            watches[name] = study_steps(lm, rows, start, allowed, tricks)
+        watches = {
+            "study_loop": study_steps(lm, rows, start, allowed, plain=True),
+            "its steps": study_steps(lm, rows, start, allowed, plain=False),
+        }
         watches["hotflip"] = pipeline_repair(lm, rows, start, constraints, STUDY_TOP)
         took, goal = watches["study_loop"].marks[-1]
         reached = watches["study_loop"].reached(goal)
@@ -333,8 +328,8 @@ def singles(slot: Slot, places: list[int], vocabulary: torch.Tensor, count: int)
     return found + found[: count // 4]
 
 
-def ablation(lm: LanguageModel, repeats: int) -> list[dict[str, object]]:
-    """What each saving is worth in a step."""
+def with_and_without(lm: LanguageModel, repeats: int) -> list[dict[str, object]]:
+    """What the savings are worth in a step."""
     one = lay_out(
         lm,
         [REQUEST],
@@ -349,24 +344,19 @@ def ablation(lm: LanguageModel, repeats: int) -> list[dict[str, object]]:
         vocabulary = Constraints(charset="ascii").bind(lm, rows).allowed.nonzero()[:, 0]
         slot = tuple(vocabulary[100 : 100 + 40 * length : 40].tolist())
         slots = singles(slot, list(range(length)), vocabulary, count)
-        settings = {"all on": Tricks()}
-        settings |= {f"without {off}": Tricks().without(off) for off in OFF}
-        settings |= {
-            "exact": Tricks().without("race", "draft"),
-            "all off": Tricks.none(),
-        }
+        settings = {"all on": True, "all off": False}
         spent: dict[str, tuple[int, int]] = {}
         best: dict[str, float] = {}
 
-        def step(name: str, tricks: Tricks) -> None:
-            kernel = Kernel(lm, rows, tricks=tricks, draft=draft)  # noqa: B023
+        def step(name: str, savings: bool) -> None:
+            kernel = Kernel(lm, rows, draft=draft, savings=savings)  # noqa: B023
             kernel.best(slots[:1])  # noqa: B023  the head is made once for many steps
             before = kernel.counts
             best[name] = kernel.best(slots)[0][1]  # noqa: B023
             used = kernel.counts - before
             spent[name] = used.tokens, used.draft_tokens  # noqa: B023
 
-        runs = {name: (lambda n=name, t=tricks: step(n, t)) for name, tricks in settings.items()}
+        runs = {name: (lambda n=name, on=on: step(n, on)) for name, on in settings.items()}
         times: dict[str, Times] = interleaved(runs, repeats)
         for row in compared(times, "all on"):
             tokens, drafted = spent[str(row["name"])]
@@ -388,7 +378,7 @@ def main() -> None:
     options = arguments(__doc__ or "", repeats=3)
     lm = load("harbor", dtype=torch.float32)
     parts: dict[str, Callable[[], list[dict[str, object]]]] = {
-        "ablation": lambda: ablation(lm, options.repeats),
+        "savings": lambda: with_and_without(lm, options.repeats),
         "study": lambda: against_the_study(lm),
         "nanogcg": lambda: against_nanogcg(lm),
     }

@@ -20,14 +20,12 @@ from trimtab.prompts.scoring.objective import CrossEntropy, GapLoss, Objective, 
 from trimtab.prompts.scoring.passes import Slot, common_trunk
 from trimtab.prompts.scoring.race import rounds
 from trimtab.prompts.scoring.room import Room, out_of_memory
-from trimtab.prompts.scoring.tricks import Tricks
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.steering.vector import VectorSteering
 
 REQUESTS = ["How do I borrow the ledger?", "Cats.", "Where is the pier, at noon?", "Sure, here?"]
 TARGETS = [[20, 30, 40, 50, 60], [7, 8, 9], [*range(11, 30), 2], [31, 32, 33, 34]]
-TRICKS = ("head_cache", "share_slot", "cut", "keep_logits", "dedupe", "memo", "race", "draft")
 TOLERANCE = 1e-5
 
 
@@ -71,23 +69,23 @@ def test_losses_are_the_plain_ones(lm: LanguageModel, slot: str) -> None:
         (GapLoss([20, 21], [30, 31, 32]), gap_rows),
     ):
         plain = plainly(lm, its_rows, slots, objective)
-        for tricks in (Tricks(), Tricks.none()):
-            kernel = Kernel(lm, its_rows, objective, tricks, max_tokens=300)
+        for savings in (True, False):
+            kernel = Kernel(lm, its_rows, objective, max_tokens=300, savings=savings)
             found = kernel.losses(slots)
             torch.testing.assert_close(found, plain, atol=TOLERANCE, rtol=0)
-            assert kernel._passes.cached == tricks.caches
+            assert kernel._passes.cached == savings
         # The rest of a race starts from the same keys and ends in the same loss.
         place, loss = Kernel(lm, its_rows, objective, draft=lm).best(slots)[0]
         assert abs(loss - float(plain[place])) < TOLERANCE
 
 
-@pytest.mark.parametrize("off", TRICKS)
+@pytest.mark.parametrize("savings", [True, False])
 @pytest.mark.parametrize("slot", ["prefix", "suffix"])
 @pytest.mark.usefixtures("cheap_calls")
-def test_each_saving_alone_off(llama: LanguageModel, slot: str, off: str) -> None:
+def test_losses_stay_plain_when_asked_again(llama: LanguageModel, slot: str, savings: bool) -> None:
     rows, slots = rows_of(llama, slot), candidates(20)
     plain = plainly(llama, rows, slots, CrossEntropy())
-    kernel = Kernel(llama, rows, tricks=Tricks().without(off), max_tokens=200, draft=llama)
+    kernel = Kernel(llama, rows, max_tokens=200, draft=llama, savings=savings)
     torch.testing.assert_close(kernel.losses(slots), plain, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(kernel.losses(slots), plain, atol=TOLERANCE, rtol=0)
     place, loss = kernel.best(slots)[0]
@@ -96,19 +94,17 @@ def test_each_saving_alone_off(llama: LanguageModel, slot: str, off: str) -> Non
 
 
 @pytest.mark.usefixtures("cheap_calls")
-def test_each_saving_saves(llama: LanguageModel) -> None:
+def test_savings_save(llama: LanguageModel) -> None:
     rows, slots = rows_of(llama), candidates(40)
 
-    def tokens(tricks: Tricks) -> int:
-        kernel = Kernel(llama, rows, tricks=tricks)
+    def tokens(savings: bool) -> int:
+        kernel = Kernel(llama, rows, savings=savings)
         kernel.losses(slots)
         before = kernel.counts
         kernel.losses([(*slot[:-1], 5) for slot in slots])
         return (kernel.counts - before).tokens
 
-    everything = tokens(Tricks())
-    assert all(tokens(Tricks().without(off)) > everything for off in TRICKS[:3] + ("dedupe",))
-    assert tokens(Tricks.none()) > 1.3 * everything
+    assert tokens(False) > 1.3 * tokens(True)
 
 
 def test_on_harbor() -> None:
@@ -120,8 +116,8 @@ def test_on_harbor() -> None:
     for slot in ("prefix", "suffix"):
         rows = lay_out(lm, requests, slot, targets=targets)
         plain = plainly(lm, rows, slots, CrossEntropy())
-        for tricks in (Tricks(), Tricks.none()):
-            kernel = Kernel(lm, rows, tricks=tricks)
+        for savings in (True, False):
+            kernel = Kernel(lm, rows, savings=savings)
             torch.testing.assert_close(kernel.losses(slots), plain, atol=TOLERANCE, rtol=0)
         found = Kernel(lm, rows, draft=bfloat16_copy(lm)).best(slots, keep=3)
         assert [abs(loss - float(plain[i])) < TOLERANCE for i, loss in found] == [True] * 3
@@ -157,7 +153,7 @@ def test_counts_are_those_of_the_model(llama: LanguageModel) -> None:
     rows, slots = rows_of(llama), candidates(30)
     handle = llama.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        kernel = Kernel(llama, rows, tricks=Tricks().without("draft"), max_tokens=150)
+        kernel = Kernel(llama, rows, max_tokens=150)
         kernel.best(slots)
         counts = kernel.counts
         assert (counts.calls, counts.tokens) == (len(calls), sum(tokens))
@@ -201,7 +197,7 @@ def test_a_draft_with_other_tokens_is_refused(llama: LanguageModel) -> None:
 
 def test_best_is_sorted_below_the_bar_and_without_repeats(llama: LanguageModel) -> None:
     rows, slots = rows_of(llama), candidates(30)
-    kernel = Kernel(llama, rows, tricks=Tricks().without("race", "draft"))
+    kernel = Kernel(llama, rows, savings=False)
     losses = kernel.losses(slots)
     first_of_equals = {slots.index(slot) for slot in slots}
     order = sorted(first_of_equals, key=lambda i: float(losses[i]))
@@ -227,23 +223,22 @@ def test_rounds_shrink_take_turns_and_have_to_pay(llama: LanguageModel) -> None:
     long = lay_out(llama, REQUESTS * 2, targets=[list(range(20, 60))] * 8)
 
     def plan(
-        candidates: int, keep: int = 1, draft: bool = False, race: bool = True, turn: int = 0
+        candidates: int, keep: int = 1, draft: bool = False, turn: int = 0
     ) -> list[tuple[int, int, bool, int]]:
-        found = rounds(long, candidates, keep, draft, race, turn)
+        found = rounds(long, candidates, keep, draft, turn)
         return [(len(r.places), r.share, r.draft, r.survivors) for r in found]
 
     assert plan(256) == [(2, 2, False, 64), (8, 2, False, 16)]
     assert plan(256, draft=True) == [(2, 2, True, 64), (8, 1, True, 8)]
-    assert plan(256, draft=True, race=False) == [(8, 1, True, 8)]
     assert plan(256, keep=80) == [(2, 2, False, 80)]
-    assert plan(3) == plan(256, race=False) == []
-    first = [rounds(long, 256, 1, False, True, turn)[0].places for turn in (0, 1)]
+    assert plan(3) == []
+    first = [rounds(long, 256, 1, False, turn)[0].places for turn in (0, 1)]
     assert first[0] != first[1]
-    few = rounds(long, 256, 1, False, True, 0)[0].rows(long)
+    few = rounds(long, 256, 1, False, 0)[0].rows(long)
     assert [len(row.target) for row in few] == [20, 20]
     # What one row's first tokens say is no ranking, and a row that is read whole no saving.
-    assert rounds(long[:3], 256, 1, False, True, 0) == ()
-    assert [r.survivors for r in rounds(long[:3], 256, 1, True, True, 0)] == [8]
+    assert rounds(long[:3], 256, 1, False, 0) == ()
+    assert [r.survivors for r in rounds(long[:3], 256, 1, True, 0)] == [8]
 
 
 class Full:
@@ -281,11 +276,6 @@ def test_running_out_of_memory_halves_the_batch_and_is_remembered(
         assert after_one > 0 and room <= 250
         kernel.losses(more)
         assert full.failed == after_one and kernel.max_tokens == room
-        forgetful = Kernel(llama, rows, tricks=Tricks().without("remember_batch"), max_tokens=1000)
-        forgetful.losses(slots)
-        once = full.failed
-        forgetful.losses(more)
-        assert full.failed > once
     finally:
         full.handle.remove()
     torch.testing.assert_close(found, plain, atol=TOLERANCE, rtol=0)
@@ -295,10 +285,10 @@ def test_a_row_that_does_not_fit_is_refused_and_other_errors_pass(llama: Languag
     full = Full(llama, 10, torch.OutOfMemoryError("out of memory"))
     try:
         with pytest.raises(TrimtabError, match="one row of"):
-            Kernel(llama, rows_of(llama), tricks=Tricks.none()).losses(candidates(6))
+            Kernel(llama, rows_of(llama), savings=False).losses(candidates(6))
         full.error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         with pytest.raises(RuntimeError, match="mat1"):
-            Kernel(llama, rows_of(llama), tricks=Tricks.none()).losses(candidates(6))
+            Kernel(llama, rows_of(llama), savings=False).losses(candidates(6))
     finally:
         full.handle.remove()
     assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))

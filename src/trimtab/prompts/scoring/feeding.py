@@ -33,19 +33,10 @@ _REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Valu
 class Feeder:
     """Makes the calls of one model, and counts them."""
 
-    def __init__(
-        self, lm: LanguageModel, count: Callable[[int], None], only_kept_logits: bool = True
-    ) -> None:
-        """Feed nothing yet.
-
-        Args:
-            lm: The model.
-            count: Called with the token positions of every call.
-            only_kept_logits: Have the model make no other logits than those that are read.
-        """
+    def __init__(self, lm: LanguageModel, count: Callable[[int], None]) -> None:
+        """`count` is called with the token positions of every call."""
         self.lm = lm
         self._count = count
-        self._only_kept = only_kept_logits
 
     def feed(
         self, items: Sequence[Encoded], keys: Keys | None, sequences: Sequence[int], keep: int
@@ -67,16 +58,14 @@ class Feeder:
         self._count(ids.numel())
         with _whole_rows(self.lm):
             if keep and not max(ends):
-                wanted = keep if self._only_kept else 0
-                return self.lm.forward(batch, wanted)[:, -keep:].float(), None
+                return self.lm.forward(batch, keep)[:, -keep:].float(), None
             cache = KeptCache()
             if keys is not None and max(ends):
                 cache = keys.cache(sequences, ends, width)
             if not keep:
                 # Nobody reads what the last block makes of its keys.
                 cache.stop_after = self.lm.n_layers - 1
-            wanted = keep if self._only_kept else fed
-            logits = call(self.lm, batch, ids, batch.attention_mask, cache, max(1, wanted))
+            logits = call(self.lm, batch, ids, batch.attention_mask, cache, max(1, keep))
         if not keep:
             return None, Keys.of(cache, lengths)
         assert logits is not None  # such a pass runs to the end

@@ -1,6 +1,6 @@
 """The search kernel: exact losses of many candidate slots, and the best of them, for little.
 
-Losses are those of `plain_loss`, with every saving on or off; only the work differs.
+Losses are those of `plain_loss`, with savings or without; only the work differs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.scoring import race
+from trimtab.prompts.scoring.counts import Counts, Tally
 from trimtab.prompts.scoring.draft import bfloat16_copy, check_vocabulary, worthwhile
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
 from trimtab.prompts.scoring.room import Room
-from trimtab.prompts.scoring.tricks import Counts, Tally, Tricks
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row
 
@@ -41,7 +41,7 @@ class Kernel:
         lm: The model.
         rows: What a loss is averaged over.
         objective: What is lowered.
-        tricks: Which savings are on.
+        savings: Whether any work is saved.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class Kernel:
         lm: LanguageModel,
         rows: Sequence[Row],
         objective: Objective | None = None,
-        tricks: Tricks | None = None,
         max_tokens: int = MAX_TOKENS,
         draft: LanguageModel | None = None,
+        savings: bool = True,
     ) -> None:
-        """Compute nothing yet.
+        """Look at the rows.
 
         Args:
             lm: The model.
             rows: One or more.
             objective: The cross-entropy of the targets by default.
-            tricks: All by default.
             max_tokens: Most token positions fed in one call; halved when memory runs out.
-            draft: Ranks first where `tricks.draft` is on; by default a bfloat16 copy of the model
-                where that is much faster.
+            draft: Ranks first; by default a bfloat16 copy of the model where that is much faster.
+            savings: Off, every candidate is scored on all rows and tokens without a cache: the
+                losses are the same, and `best` ranks exactly.
 
         Raises:
             TrimtabError: No rows, rows that the objective cannot read, or a draft model with
@@ -73,13 +73,13 @@ class Kernel:
         self.lm = lm
         self.rows = tuple(rows)
         self.objective = objective or CrossEntropy()
-        self.tricks = tricks or Tricks()
+        self.savings = savings
         for row in self.rows:
             self.objective.keep(row)
         if draft is not None:
             check_vocabulary(lm, draft)
         self._tally = Tally()
-        self._room = Room(max_tokens, self.tricks.remember_batch)
+        self._room = Room(max_tokens)
         self._passes = self._passes_of(lm, "")
         self._draft: Passes | None = None
         self._given_draft = draft
@@ -119,7 +119,7 @@ class Kernel:
     def best(
         self, slots: Sequence[Sequence[int]], bar: float | None = None, keep: int = 1
     ) -> list[tuple[int, float]]:
-        """Find the best candidates; with `tricks.race` and `tricks.draft` on, the likely best.
+        """Find the likely best candidates; without savings, the best.
 
         Args:
             slots: Token ids of each candidate; lengths may differ.
@@ -165,20 +165,22 @@ class Kernel:
         fresh = [slot for slot in slots if slot not in self._exact]
         self._tally.add(memo_hits=len(slots) - len(fresh), exact=len(fresh))
         losses = self._passes.losses(fresh, self.rows).tolist()
-        if not self.tricks.memo:
+        if not self.savings:
             return losses
         self._exact.update(zip(fresh, losses, strict=True))
         return [self._exact[slot] for slot in slots]
 
     def _raced(self, slots: list[Slot], keep: int) -> list[Slot]:
         """The candidates that are worth an exact loss."""
-        draft = self._draft_passes() if self.tricks.draft and len(slots) > 1 else None
+        if not self.savings:
+            return slots
+        draft = self._draft_passes() if len(slots) > 1 else None
         turn = sum(common_trunk(slots)) % len(self.rows) if slots else 0
-        plan = race.rounds(self.rows, len(slots), keep, draft is not None, self.tricks.race, turn)
+        plan = race.rounds(self.rows, len(slots), keep, draft is not None, turn)
         return race.run(slots, plan, self._estimated)
 
     def _estimated(self, slots: Sequence[Slot], each: race.Round) -> list[float]:
-        known = self._estimates.setdefault(each, {}) if self.tricks.memo else {}
+        known = self._estimates.setdefault(each, {})
         fresh = [slot for slot in slots if slot not in known]
         passes = self._draft if each.draft else self._passes
         assert passes is not None  # planned for
@@ -202,7 +204,7 @@ class Kernel:
         def count(tokens: int) -> None:
             self._tally.add(**{f"{kind}calls": 1, f"{kind}tokens": tokens})
 
-        return Passes(lm, self.objective, self.tricks, self._room, count)
+        return Passes(lm, self.objective, self.savings, self._room, count)
 
     def _asked(self, slots: Sequence[Sequence[int]], count: bool = True) -> list[Slot]:
         asked = [tuple(int(token) for token in slot) for slot in slots]
@@ -213,7 +215,7 @@ class Kernel:
         return asked
 
     def _different(self, asked: list[Slot]) -> list[Slot]:
-        if not self.tricks.dedupe:
+        if not self.savings:
             return asked
         different = list(dict.fromkeys(asked))
         self._tally.add(duplicates=len(asked) - len(different))
@@ -222,7 +224,6 @@ class Kernel:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
-        self._room.begin()
         try:
             yield
         finally:

@@ -23,7 +23,6 @@ from trimtab.prompts.scoring.feeding import Feeder, beginning
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.scoring.room import Room
-from trimtab.prompts.scoring.tricks import Tricks
 from trimtab.prompts.task.rows import Row
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ class Passes:
 
     Attributes:
         lm: The model; its weights and steering stay as they are for this object's life.
+        objective: What is lowered.
+        room: How much fits in a call.
         cached: Whether passes go on from kept keys and values; None until the first losses.
     """
 
@@ -47,25 +48,16 @@ class Passes:
         self,
         lm: LanguageModel,
         objective: Objective,
-        tricks: Tricks,
+        savings: bool,
         room: Room,
         count: Callable[[int], None],
     ) -> None:
-        """Feed nothing yet.
-
-        Args:
-            lm: The model.
-            objective: What is lowered.
-            tricks: Which savings are on.
-            room: How much fits in a call.
-            count: Called with the token positions of every call.
-        """
+        """`count` is called with the token positions of every call."""
         self.lm = lm
         self.objective = objective
-        self.tricks = tricks
         self.room = room
-        self.cached: bool | None = None
-        self._feeder = Feeder(lm, count, tricks.keep_logits)
+        self.cached: bool | None = None if savings else False
+        self._feeder = Feeder(lm, count)
         self._heads: dict[Slot, Keys] = {}
         self._trunk: tuple[tuple[Slot, ...], Slot, Keys] | None = None
         self._call_tokens = CALL_TOKENS.get(lm.device.type, CALL_TOKENS_ELSEWHERE)
@@ -76,7 +68,7 @@ class Passes:
         """Return the loss of each slot over the rows, float64 `[slots]` on the CPU."""
         result = torch.zeros(len(slots), dtype=torch.float64)
         if slots and self.cached is None:
-            self.cached = self.tricks.caches and self._feeder.keys_hold(rows[0].encoded(slots[0]))
+            self.cached = self._feeder.keys_hold(rows[0].encoded(slots[0]))
         for length in sorted({len(slot) for slot in slots}):
             places = [i for i, slot in enumerate(slots) if len(slot) == length]
             result[places] = self._alike([slots[i] for i in places], rows)
@@ -89,7 +81,7 @@ class Passes:
         if not self.cached:
             return totals + self._score(slots, places, rows, None, lambda c, r: 0)
         befores = tuple(dict.fromkeys(row.before for row in rows))
-        share = self.tricks.share_slot and len(befores) == 1 < len(rows)
+        share = len(befores) == 1 < len(rows)
         trunk = common_trunk(slots)
         parts = self._parts(slots, trunk, 1 if share else len(rows), len(befores))
         depth = max(parts)
@@ -146,7 +138,7 @@ class Passes:
 
         for group in self._rows_of_one_size(fed, len(members)):
             columns = fed[group[0]]
-            wanted = max(keep[r] for r in group) if self.tricks.keep_logits else columns
+            wanted = max(keep[r] for r in group)
             pairs = [(c, r) for r in group for c in members]
             found = self.room.over(pairs, work, columns, wanted * self._logits)
             for (c, r), value in zip(pairs, chain.from_iterable(found), strict=True):
@@ -172,7 +164,7 @@ class Passes:
         A part whose candidates would save less than a call costs goes with the next one.
         """
         everybody = {0: list(range(len(slots)))}
-        if not self.tricks.cut or not trunk:
+        if not trunk:
             return everybody
         by_depth: dict[int, list[int]] = {}
         for i, slot in enumerate(slots):
@@ -189,7 +181,7 @@ class Passes:
 
     def _base(self, befores: tuple[Slot, ...], trunk: Slot) -> Keys | None:
         """Keys of every beginning followed by the trunk; None where there are no tokens."""
-        keys = self._heads_of(befores) if self.tricks.head_cache else None
+        keys = self._heads_of(befores)
         if not trunk:
             return keys
         if self._trunk and self._trunk[0] == befores:
@@ -209,8 +201,7 @@ class Passes:
             assert made is not None  # not asked for logits
             found.append(made)
         result = Keys.stack(found)
-        if self.tricks.head_cache:
-            self._trunk = befores, trunk, result
+        self._trunk = befores, trunk, result
         return result
 
     def _heads_of(self, befores: tuple[Slot, ...]) -> Keys | None:

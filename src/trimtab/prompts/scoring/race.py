@@ -48,7 +48,7 @@ class Round:
 
 
 def rounds(
-    rows: Sequence[Row], candidates: int, keep: int, draft: bool, race: bool, turn: int
+    rows: Sequence[Row], candidates: int, keep: int, draft: bool, turn: int
 ) -> tuple[Round, ...]:
     """Plan a race, which ends with an exact loss of those that are left.
 
@@ -63,11 +63,10 @@ def rounds(
         candidates: How many begin.
         keep: How many winners are wanted.
         draft: Whether a cheaper model ranks.
-        race: Whether to rank on part of the rows and tokens.
         turn: Which rows come first, so that not the same few decide every time.
     """
     everywhere = tuple(range(len(rows)))
-    race = race and len(rows) >= _ROWS
+    race = len(rows) >= _ROWS
     count = max(2, -(-len(rows) // 4))
     few = tuple(sorted((turn + i * len(rows) // count) % len(rows) for i in range(count)))
     # The ranking of the very best is what estimates get wrong, a draft that read everything less.

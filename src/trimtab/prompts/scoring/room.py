@@ -28,7 +28,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 class Room:
     """The most token positions of one call, halved whenever memory runs out."""
 
-    def __init__(self, max_tokens: int, remember: bool = True) -> None:
+    def __init__(self, max_tokens: int) -> None:
         """Start with room for `max_tokens`.
 
         Raises:
@@ -37,12 +37,6 @@ class Room:
         if max_tokens < 1:
             raise TrimtabError(f"max_tokens={max_tokens}", "no room for a token", "give at least 1")
         self.asked = self.tokens = max_tokens
-        self.remember = remember
-
-    def begin(self) -> None:
-        """A new call of the kernel."""
-        if not self.remember:
-            self.tokens = self.asked
 
     def rows(self, columns: int, logits: int = 0) -> int:
         """How many rows of so many columns fit, each with so many logits; at least one."""

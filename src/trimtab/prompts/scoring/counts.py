@@ -1,54 +1,10 @@
-"""What makes the search kernel cheap, each saving with its own switch, and what a search has cost."""
+"""What a search has cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
 from trimtab.results.tables import Printable, Table, number
-
-
-@dataclass(frozen=True)
-class Tricks:
-    """Savings of the search kernel; losses are the same with every one of them off.
-
-    Attributes:
-        head_cache: Keep the keys and values of what stands before the slot for the kernel's life.
-        share_slot: Feed a candidate's tokens once for all rows that begin alike.
-        cut: Take the tokens that a candidate shares with the others' common beginning from one
-            pass over that beginning.
-        keep_logits: Make logits of the positions that are read only.
-        dedupe: Score equal candidates of a call once.
-        memo: Remember exact losses, and what a race has estimated, from call to call.
-        race: `best` ranks all candidates on few rows and few first target tokens, and scores only
-            the best of them in full.
-        draft: `best` ranks with a cheaper model first: the one that was given, else the same model
-            in bfloat16 where the device multiplies that much faster.
-        remember_batch: Go on with the batch size that an out-of-memory error has led to.
-    """
-
-    head_cache: bool = True
-    share_slot: bool = True
-    cut: bool = True
-    keep_logits: bool = True
-    dedupe: bool = True
-    memo: bool = True
-    race: bool = True
-    draft: bool = True
-    remember_batch: bool = True
-
-    @classmethod
-    def none(cls) -> Tricks:
-        """Every saving off: all candidates, all rows, all tokens, all logits."""
-        return cls(**dict.fromkeys((item.name for item in fields(cls)), False))
-
-    def without(self, *names: str) -> Tricks:
-        """The same but for some."""
-        return replace(self, **dict.fromkeys(names, False))
-
-    @property
-    def caches(self) -> bool:
-        """Whether any needs keys and values of an earlier pass."""
-        return self.head_cache or self.share_slot or self.cut
 
 
 @dataclass(frozen=True)
