@@ -10,9 +10,9 @@ import torch
 from plain_scorer import PlainScorer
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.discrete.buffer import Buffer
 from trimtab.prompts.discrete.descent import Descent, legal_of
 from trimtab.prompts.discrete.hotflip import hotflip
+from trimtab.prompts.discrete.walk import Buffer
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound, Constraints
 from trimtab.prompts.task.rows import Row, lay_out

@@ -20,8 +20,7 @@ import planted
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.pipeline.attempt import ARMS, Attempt, pack, unpack
-from trimtab.prompts.pipeline.cost import costing
+from trimtab.prompts.pipeline.attempt import ARMS, Attempt, costing, pack, unpack
 from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarize
 from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss

@@ -1,15 +1,24 @@
-"""One prompt that one arm of a search found in one restart."""
+"""One prompt that one arm of a search found in one restart, and what it cost."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from trimtab.models.hooking import Hooks
+
+if TYPE_CHECKING:
+    from trimtab.models.model import LanguageModel
+
+# A backward pass costs about twice its forward pass (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
+BACKWARD = 2
 # In the order of tables. The first three are the stages of the pipeline.
 STAGES = ("soft", "projected", "repaired")
 BASELINES = ("nearest", "hotflip_random", "hotflip_reference", "gcg", "random", "reference")
@@ -42,7 +51,7 @@ class Attempt:
         legal: whether the prompt keeps every constraint.
         validation: loss on the validation rows.
         test: loss on the test rows; read once, when everything has been chosen.
-        tokens: fed to the model for it, see `trimtab.prompts.pipeline.cost`; of a stage, the stage alone.
+        tokens: fed to the model for it, see `Cost`; of a stage, the stage alone.
         calls: of the model.
         details: steps, flips, the reason to stop.
         seconds: it took.
@@ -82,6 +91,41 @@ class Attempt:
         """Read what `to_entry` wrote."""
         values = {name: entry[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "ids": tuple(entry["ids"])})
+
+
+@dataclass
+class Cost:
+    """A running count.
+
+    Attributes:
+        calls: calls of the model, a whole batch each; gradient passes count once.
+        tokens: token positions fed, padding counted; those of a pass that is differentiated count
+            three times, for its backward pass.
+        seconds: on the clock.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@contextmanager
+def costing(lm: LanguageModel) -> Iterator[Cost]:
+    """Count what is fed to the model inside the block."""
+    cost, began = Cost(), time.perf_counter()
+
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        fed = next(value for value in given if isinstance(value, torch.Tensor))
+        cost.calls += 1
+        cost.tokens += fed.shape[0] * fed.shape[1] * (1 + BACKWARD * torch.is_grad_enabled())
+
+    with Hooks() as hooks:
+        hooks.calls(lm.sites.trunk, before=count)
+        try:
+            yield cost
+        finally:
+            cost.seconds = time.perf_counter() - began
 
 
 def pack(vectors: Tensor) -> dict[str, Any]:

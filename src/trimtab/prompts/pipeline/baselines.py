@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.discrete.hotflip import hotflip
-from trimtab.prompts.pipeline.attempt import Attempt
-from trimtab.prompts.pipeline.cost import costing
+from trimtab.prompts.pipeline.attempt import Attempt, costing
 from trimtab.prompts.pipeline.stages import descended, descent_stage
 from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.projections.project import slot_losses

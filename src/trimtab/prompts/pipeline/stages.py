@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from trimtab.prompts.discrete.descent import Descent
 from trimtab.prompts.discrete.hotflip import hotflip
-from trimtab.prompts.pipeline.attempt import Attempt, pack, unpack
-from trimtab.prompts.pipeline.cost import Cost, costing
+from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing, pack, unpack
 from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.projections.project import Projected, project
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.soft.soft import Soft, train_soft
-
-if TYPE_CHECKING:
-    pass
 
 
 def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
