@@ -77,7 +77,10 @@ def gcg(
         "top_k": top_k,
         "buffer": buffer,
     }
-    return _GCG(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
+    walk = _GCG(kernel, bound, slot, Diary(journal, run, work), work, progress)
+    for _ in walk.rounds():
+        walk.go_to_the_best_drawn()
+    return walk.descent()
 
 
 class _GCG(Walk):
@@ -85,7 +88,7 @@ class _GCG(Walk):
 
     method = "gcg"
 
-    def forward(self) -> None:
+    def go_to_the_best_drawn(self) -> None:
         """Score `width` random replacements of one token, and go to the best."""
         now = self._leader()
         gradient = self.kernel.gradient(now)[1]

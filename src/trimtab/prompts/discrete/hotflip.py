@@ -90,7 +90,15 @@ def hotflip(
         "buffer": buffer,
         "patience": patience,
     }
-    return _HotFlip(kernel, bound, slot, Diary(journal, run, work), work, progress).run()
+    walk = _HotFlip(kernel, bound, slot, Diary(journal, run, work), work, progress)
+    for _ in walk.rounds():
+        if flips := walk.singles():
+            walk.flip(flips)
+        elif swaps and not walk.swapped and len(walk.slot) > 1:
+            walk.swap()
+        else:
+            walk.restart()
+    return walk.descent()
 
 
 class _HotFlip(Walk):
@@ -98,16 +106,7 @@ class _HotFlip(Walk):
 
     method = "hotflip"
 
-    def forward(self) -> None:
-        """One round of exact scoring, or a restart."""
-        if flips := self._singles():
-            self._flip(flips)
-        elif self.work["swaps"] and not self.swapped and len(self.slot) > 1:
-            self._swap()
-        else:
-            self._restart()
-
-    def _singles(self) -> list[Slot]:
+    def singles(self) -> list[Slot]:
         """The next legal replacements of one token, from where the last step left off."""
         if self.ranking is None:
             self.ranking = self._ranking()
@@ -123,7 +122,8 @@ class _HotFlip(Walk):
             for _, i in sorted(row):
                 yield replaced(self.slot, i, columns[i][rank])
 
-    def _flip(self, candidates: list[Slot]) -> None:
+    def flip(self, candidates: list[Slot]) -> None:
+        """Score replacements of one token, and remember the best of each place for `swap`."""
         found = self.meter.best(candidates, keep=KEPT)
         for loss, slot in found:
             place = next(i for i, token in enumerate(slot) if token != self.slot[i])
@@ -132,7 +132,7 @@ class _HotFlip(Walk):
         self.step += 1
         self._take(found, "flip")
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
         """Pairs of the best replacements of two places, and exchanges of two tokens."""
         slot = self.slot
         wanted = []
@@ -166,7 +166,7 @@ class _HotFlip(Walk):
         if better:
             self.note(event)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Go on from the buffer, or from random changes of the best slot."""
         self.left.append(self.slot)
         if self.idle >= self.work["patience"]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from trimtab.prompts.discrete.descent import (
@@ -59,8 +58,8 @@ class Buffer:
         return [[loss, list(ids)] for loss, ids in self.entries]
 
 
-class Walk(ABC):
-    """What every descent does alike; a subclass says how a step is made.
+class Walk:
+    """What every descent does alike; a subclass makes the steps, and its function the loop.
 
     An entry of the diary holds all that the next step depends on. Steps that changed nothing need
     not write one: they are done again, or stand in the curve as the loss before them.
@@ -97,11 +96,7 @@ class Walk(ABC):
         self.stopped, self.work = "", work
         self.leave()
 
-    @abstractmethod
-    def forward(self) -> None:
-        """Make a step, or `stop`."""
-
-    def leave(self) -> None:  # noqa: B027, most have nothing to forget
+    def leave(self) -> None:
         """Forget what is true of one slot alone; called at the start and by every move."""
 
     def move(self, slot: Slot, loss: float) -> None:
@@ -116,8 +111,8 @@ class Walk(ABC):
         self.stopped = reason
         self.note("stop")
 
-    def run(self) -> Descent:
-        """Take up the diary, repair, descend, report."""
+    def rounds(self) -> Iterator[None]:
+        """Take up the diary, or repair; then give way to each step, until it is stopped."""
         self._resume()
         if not self.curve:
             self._repair()
@@ -125,10 +120,9 @@ class Walk(ABC):
             if self.step >= self.steps:
                 self.stop("steps")
             else:
-                self.forward()
+                yield
             if self.progress is not None:
                 self.progress(self.step, self.steps)
-        return self._descent()
 
     def note(self, event: str) -> None:
         """Write where it stands."""
@@ -177,7 +171,8 @@ class Walk(ABC):
             self.loss, self.best_loss = last["loss"], last["best_loss"]
             self.best = tuple(last["best"])
 
-    def _descent(self) -> Descent:
+    def descent(self) -> Descent:
+        """Return where it went."""
         violated = self.bound.explain(self.start)
         return Descent(
             method=self.method,
