@@ -16,14 +16,15 @@ import planted
 from test_cli import Ran
 from test_report import EVIL, Page
 from test_search import QUICK, REFERENCE, WANTED
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.search import search
 from trimtab.prompts.soft.states import match_every_layer
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher
 from trimtab.report.search_page import search_sections, states_section, write_search_page
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 
 

@@ -35,11 +35,11 @@ def close_gap_command(
     """
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.checks import choice
     from trimtab.prompts.gap.gap_search import METHODS, close_gap
     from trimtab.report.gap_section import gap_section
-    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.page import write_page
 
     check_writable(out, json_file, None if report is None else report / "index.html")
     contrast = load_behavior(behavior)
@@ -62,5 +62,5 @@ def close_gap_command(
     if out is not None:
         closed.lever.save(out)
     if report is not None:
-        write_laws_page(report, [gap_section([closed])], title="Gap search", lead=lm.name)
+        write_page(report, [gap_section([closed])], title="Gap search", lead=lm.name)
     write_result(json_file, closed.to_dict())

@@ -76,12 +76,12 @@ def search_command(
     """
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.prompts.search import search
     from trimtab.prompts.task.references import reference_of
     from trimtab.prompts.task.requests import behavior_requests, load_requests
-    from trimtab.report.laws_page import write_laws_page
+    from trimtab.report.page import write_page
     from trimtab.report.search_page import search_sections
 
     page = None if report is None else report / "index.html"
@@ -136,7 +136,7 @@ def search_command(
         found.lever.save(out)
     if report is not None:
         sections = search_sections(found, sweep)
-        write_laws_page(report, sections, title="Prompt search", lead=lm.name)
+        write_page(report, sections, title="Prompt search", lead=lm.name)
     write_result(json_file, found.to_dict())
 
 
@@ -158,8 +158,8 @@ def _raise(
     from trimtab.prompts.pipeline.task import Settings
     from trimtab.prompts.soft.direction import raise_projection
     from trimtab.prompts.task.rows import lay_out
-    from trimtab.report.laws_page import Section, write_laws_page
-    from trimtab.steering.file import load_steering
+    from trimtab.report.page import Section, write_page
+    from trimtab.steering.load import load_steering
     from trimtab.steering.vector import VectorSteering
 
     vector = load_steering(path)
@@ -186,7 +186,7 @@ def _raise(
         found.lever(lm, slot).save(out)
     if report is not None:
         section = Section(f"Along {vector.label}", tables=(found.table(),))
-        write_laws_page(report, [section], title="Soft prompt along a direction", lead=lm.name)
+        write_page(report, [section], title="Soft prompt along a direction", lead=lm.name)
     write_result(json_file, found.to_dict())
 
 

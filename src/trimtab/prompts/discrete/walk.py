@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from trimtab.prompts.discrete.descent import (
-    LEAST_GAIN,
-    Descent,
-    Diary,
-    Meter,
-    Scorer,
-    Slot,
-)
+from trimtab.prompts.discrete.descent import LEAST_GAIN, Descent, Diary, Meter, Scorer, Slot
 from trimtab.prompts.discrete.repair import repair
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
