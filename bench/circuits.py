@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from trimtab.evaluation.evaluate import Evaluator
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
 from trimtab.mechanism.circuits.faithful import Samples, minimal_circuit
 from trimtab.mechanism.circuits.interchange import interchange
-from trimtab.mechanism.circuits.patching import patch_edges
 from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
 from trimtab.methods import find
 from trimtab.models.load import load
@@ -31,6 +31,9 @@ from trimtab.results.intervals import spearman
 from trimtab.steering.load import load_steering
 from trimtab.steering.nulls import random_null
 from trimtab.steering.vector import VectorSteering
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from patching import patch_edges  # noqa: E402
 
 BASELINE = "exact"
 BEHAVIORS = ("refusal", "topic", "mood")

@@ -17,6 +17,7 @@ interpreter with torch, "transformer-lens>=2.15,<3" and safetensors; vectors are
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,13 +32,15 @@ from eap_ig_bridge import Names, Reference, hand_over
 from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
-from trimtab.mechanism.circuits.patching import patch_edges
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, scored_prompts, token_runs
 from trimtab.methods import find
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from patching import patch_edges  # noqa: E402
 
 BASELINE = "EAP-IG"
 # Behavior, method, site, layer, strength (None: the vector's own), options of the method.

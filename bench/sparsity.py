@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import beta
 
 from common import emit
 from trimtab.behaviors.behavior import Behavior
@@ -28,7 +29,7 @@ from trimtab.evaluation.summary import summary
 from trimtab.mechanism.circuits.teacher_forced import four_sets
 from trimtab.mechanism.sparse.curve import sparsity_curve
 from trimtab.mechanism.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
-from trimtab.mechanism.sparse.overlap import dimension_overlap, vector_cosines
+from trimtab.mechanism.sparse.overlap import dimension_overlap
 from trimtab.methods import find
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -226,6 +227,15 @@ def overlaps(
     return rows
 
 
+def cosines(vectors: dict[str, VectorSteering]) -> dict[str, object]:
+    """Cosines of the directions, and the 97.5 % quantile of two random ones' (exact, a beta law)."""
+    units = torch.stack([vector.directions[LAYER].double() for vector in vectors.values()])
+    half = (units.shape[1] - 1) / 2
+    values = (units @ units.T).clamp(-1, 1).tolist()
+    null = 2 * float(beta.ppf(0.975, half, half)) - 1
+    return {"layer": LAYER, "names": list(vectors), "values": values, "null": null}
+
+
 def main() -> None:
     """Run everything and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -246,8 +256,7 @@ def main() -> None:
             except TrimtabError as error:
                 refused = {"kind": "refused", "behavior": name, "method": method}
                 rows.append({**refused, "found": error.found})
-        cosines = vector_cosines(vectors, LAYER)
-        rows.append({"kind": "cosines", "behavior": name, **cosines.to_dict()})
+        rows.append({"kind": "cosines", "behavior": name, **cosines(vectors)})
         strengths: dict[str, dict[int, float]] = {}
         for method, vector in vectors.items():
             effects = kept(folder, f"{name}-{method}-tuned", tuned, lm, behavior, vector)

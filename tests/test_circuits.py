@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from patching import patch_edges
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
 from trimtab.mechanism.circuits.faithful import Samples, minimal_circuit, random_edges
 from trimtab.mechanism.circuits.graph import Graph, Node, build_graph, layout
 from trimtab.mechanism.circuits.interchange import interchange
-from trimtab.mechanism.circuits.patching import patch_edges
 from trimtab.mechanism.circuits.record import record
 from trimtab.mechanism.circuits.run import run_circuit
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, token_runs

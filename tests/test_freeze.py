@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import pytest
@@ -14,8 +15,9 @@ import trimtab as tt
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.frozen.freeze import _row, _Run, freeze_table
 from trimtab.mechanism.frozen.holding import HOLDS, _Held, holding, push_before
-from trimtab.mechanism.frozen.lanes import lane_answers, lane_logits
+from trimtab.mechanism.frozen.lanes import lane_answers
 from trimtab.models.attention import AttentionCall, attending
+from trimtab.models.batch import Batch
 from trimtab.models.heads import heads_of
 from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import read_norm
@@ -57,6 +59,21 @@ def steered_logits(lm: LanguageModel, vector: VectorSteering) -> Tensor:
 
 def real(lm: LanguageModel, logits: Tensor) -> Tensor:
     return logits[batch_of(lm).attention_mask.bool()]
+
+
+@torch.no_grad()
+def lane_logits(
+    lm: LanguageModel,
+    vector: VectorSteering,
+    batch: Batch,
+    holds: Sequence[str] = (),
+    factors: tuple[float, float] = (0.0, 1.0),
+    null_seed: int | None = None,
+) -> Tensor:
+    """Read fixed tokens in both lanes and return the second lane's logits."""
+    each = torch.tensor(factors).repeat_interleave(len(batch.rows))
+    with holding(lm, vector, holds, each, null_seed):
+        return lm.forward(spread(batch, 2)).chunk(2)[1]
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -1,18 +1,15 @@
-"""Shared dimensions and cosines, against exact combinatorics."""
+"""Shared dimensions, against exact combinatorics."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.mechanism.sparse.overlap import dimension_overlap, vector_cosines
-from trimtab.models.model import LanguageModel
-from trimtab.steering.vector import VectorSteering
+from trimtab.mechanism.sparse.overlap import dimension_overlap
 
 
 def marked(width: int, *dims: int) -> torch.Tensor:
@@ -53,24 +50,7 @@ def test_how_many_survive_in_a_layer_is_no_evidence() -> None:
     assert pair.iou == 1.0 and pair.p == 1.0 and pair.expected == 1.0
 
 
-def test_cosines_and_their_null(llama: LanguageModel) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 32, generator=generator)
-    made = {
-        name: VectorSteering.from_directions(llama, {1: v}, alpha=2.0)
-        for name, v in (("a", a), ("b", b), ("minus a", -a))
-    }
-    found = vector_cosines(made, 1)
-    expected = torch.nn.functional.cosine_similarity(a, b, dim=0)
-    assert found.values[0][1] == pytest.approx(float(expected), abs=1e-5)
-    assert found.values[0][2] == pytest.approx(-1.0)
-    many = torch.randn(20_000, 32, generator=generator)
-    cosines = (many / many.norm(dim=1, keepdim=True))[:, 0]
-    assert found.null == pytest.approx(float(cosines.quantile(0.975)), abs=0.01)
-    assert "layer 1" in str(found)
-
-
-def test_refusals(llama: LanguageModel) -> None:
+def test_refusals() -> None:
     a = torch.rand(8)
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"a": {0: a}}, {}),
@@ -82,6 +62,3 @@ def test_refusals(llama: LanguageModel) -> None:
     for scores, options in cases:
         with pytest.raises(TrimtabError):
             dimension_overlap(scores, **options)
-    vector = VectorSteering.from_directions(llama, {1: torch.ones(32)})
-    with pytest.raises(TrimtabError, match="no direction there"):
-        vector_cosines({"a": vector, "b": replace(vector)}, 2)

@@ -8,7 +8,7 @@ the steered lane held at the base lane's (holding.py) this is a frozen run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,47 +17,15 @@ from trimtab.errors import TrimtabError
 from trimtab.mechanism.frozen.holding import holding
 from trimtab.models import generation
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import KeptCache
 from trimtab.passes.greedy import collect, greedy
 from trimtab.passes.sharing import spread
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 LANES = (0.0, 1.0)  # how much of the steering each lane gets
 TOKENS_PER_BATCH = 4096  # of a lane
-
-
-@torch.no_grad()
-def lane_logits(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    batch: Batch,
-    holds: Sequence[str] = (),
-    *,
-    factors: tuple[float, float] = LANES,
-    null_seed: int | None = None,
-    keep: int = 0,
-) -> Tensor:
-    """Read fixed tokens in both lanes and return the second lane's logits `[batch, kept, vocab]`.
-
-    Args:
-        lm: the unsteered model.
-        vector: an additive steering at its strength.
-        batch: from `lm.batches`; one lane.
-        holds: what is held at the base lane's, see holding.py.
-        factors: of the base and of the steered lane; (1, 1) steers both.
-        null_seed: hold by a change of equal size in another direction.
-        keep: only this many last positions; 0 for all.
-
-    Raises:
-        TrimtabError: as `holding`.
-    """
-    both = spread(batch, 2)
-    with holding(lm, vector, holds, _by_row(factors, len(batch.rows)), null_seed):
-        return lm.forward(both, logits_to_keep=keep).chunk(2)[1]
 
 
 @torch.no_grad()

@@ -1,20 +1,16 @@
-"""Whether different methods find the same thing: cosines of vectors, and shared dimensions."""
+"""Whether different methods find the same thing: the dimensions that their vectors share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from scipy.special import betaincinv
-from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.sparse.dimensions import Effects, kept_dimensions
 from trimtab.results.tables import Printable, Table, number
-from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)
@@ -121,53 +117,3 @@ def dimension_overlap(
         )
     dimensions = sum(len(each) for each in next(iter(kept.values())).values())
     return Overlap(share, dimensions, permutations, tuple(pairs))
-
-
-@dataclass(frozen=True)
-class Cosines(Printable):
-    """Cosines between the directions of several vectors at one layer.
-
-    Attributes:
-        layer: where.
-        names: of the vectors.
-        values: `[n][n]`, in the order of names.
-        null: 97.5 % quantile of the cosine of two random directions of this width.
-    """
-
-    layer: int
-    names: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-    null: float
-
-    def table(self) -> Table:
-        """Return the matrix."""
-        rows = tuple(
-            (name, *(number(value) for value in values))
-            for name, values in zip(self.names, self.values, strict=True)
-        )
-        note = f"two random directions: within +-{number(self.null)} in 95 % of cases"
-        return Table(f"cosines at layer {self.layer}", ("", *self.names), rows, (note,))
-
-
-def vector_cosines(vectors: Mapping[str, VectorSteering], layer: int) -> Cosines:
-    """Return the cosines between the directions of vectors at a layer.
-
-    The null is exact: (1 + cos) / 2 of two random directions is Beta((d - 1) / 2, (d - 1) / 2).
-
-    Raises:
-        TrimtabError: a vector without a direction there.
-    """
-    lacking = [name for name, vector in vectors.items() if layer not in vector.directions]
-    if lacking or not vectors:
-        raise TrimtabError(
-            asked=f"the cosines at layer {layer} of {', '.join(vectors) or 'nothing'}",
-            found=f"no direction there in {', '.join(lacking) or 'any of them'}",
-            advice="find every vector at this layer (layers=)",
-        )
-    units = torch.stack([vector.directions[layer].double() for vector in vectors.values()])
-    values: Tensor = units @ units.T
-    half = (units.shape[1] - 1) / 2
-    null = 2 * float(betaincinv(half, half, 0.975)) - 1 if half > 0 else math.nan
-    return Cosines(
-        layer, tuple(vectors), tuple(tuple(row) for row in values.clamp(-1, 1).tolist()), null
-    )
