@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import planted
@@ -16,13 +19,24 @@ import trimtab as tt
 from trimtab.behaviors.behavior import Readout
 from trimtab.cli.app import app
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.judges import Judge, register_judge
 from trimtab.mechanism import Explanation
 from trimtab.mechanism.circuits.attribution import AttributionSummary, NodeScore
 from trimtab.mechanism.conclusions import conclusions
 from trimtab.mechanism.working import LEAST_GAIN, NEARLY, working_strength
+from trimtab.models import generation
+from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.report.explain_page import explain_sections, write_explain_page
 from trimtab.steering.vector import VectorSteering
+
+BUILT: Counter[str] = Counter()
+
+
+@register_judge("test-counted")
+def counted(behavior: tt.Behavior, options: Mapping[str, object]) -> Judge:
+    BUILT[behavior.name] += 1
+    return planted.opens(behavior, options)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +65,8 @@ def found(lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering) -> E
 def test_every_part_is_there_and_plain(found: Explanation) -> None:
     plain = json.loads(json.dumps(found.to_dict()))
     parts = {"explained", "findings", "working", "attribution", "random_edges", "circuit"}
-    assert parts | {"frozen", "values", "sparsity", "geometry"} == set(plain)
+    assert parts | {"frozen", "values", "sparsity", "geometry", "exchanged"} == set(plain)
+    assert plain["exchanged"] is None
     assert found.attribution.completeness == pytest.approx(1, abs=0.05)
     assert found.circuit.chosen.value >= found.circuit.threshold
     assert {one.part for one in found.findings} >= {
@@ -61,6 +76,82 @@ def test_every_part_is_there_and_plain(found: Explanation) -> None:
         "how many directions",
     }
     assert all(one.said and one.choice for one in found.findings)
+
+
+def test_what_the_parts_share_is_prepared_once(
+    lm: LanguageModel, vector: VectorSteering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One split, one judge, and one unsteered answer to each test prompt."""
+    contrast = planted.behavior(
+        10, readout=Readout(toward=("Z",), away=("Q",)), judge="test-counted", name="counted"
+    )
+    test = contrast.split(0).test
+    plain: dict[tuple[int, ...], list[int]] = {}
+    for example in test.away:
+        asked = lm.encode(example.prompt)
+        (plain[tuple(asked.ids)],) = generation.answer_ids(lm, [asked], 4)
+    written, splits = Counter[tuple[int, ...]](), Counter[int]()
+    answer_ids, split = generation.answer_ids, tt.Behavior.split
+
+    def writing(lm: LanguageModel, encoded: list[Encoded], *rest: Any) -> list[list[int]]:
+        found = answer_ids(lm, encoded, *rest)
+        for item, ids in zip(encoded, found, strict=True):
+            written[tuple(item.ids)] += ids == plain.get(tuple(item.ids))
+        return found
+
+    def splitting(behavior: tt.Behavior, seed: int = 0) -> object:
+        splits[seed] += 1
+        return split(behavior, seed)
+
+    monkeypatch.setattr(generation, "answer_ids", writing)
+    monkeypatch.setattr(tt.Behavior, "split", splitting)
+    tt.explain(lm, contrast, vector, look=False, max_prompts=3, max_new_tokens=4)
+    assert splits == {0: 1}
+    assert BUILT["counted"] == 1
+    assert [written[ids] for ids in plain] == [1] * len(plain)
+
+
+def test_circuits_of_two_vectors_are_exchanged(
+    lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering, found: Explanation
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    draw = torch.randn(lm.d_model, generator=generator)
+    other = VectorSteering.from_directions(lm, {1: draw}, alpha=12.0)
+    limits: dict[str, Any] = {"look": False, "max_prompts": 3, "max_new_tokens": 4}
+    both = tt.explain(lm, contrast, vector, against=other, **limits)
+    table = both.exchanged
+    assert table is not None and table.sizes[0] == found.circuit.size
+    alone = tt.explain(lm, contrast, other, **limits)
+    assert table.faithfulness[0][0] == found.circuit.held_out
+    assert table.faithfulness[1][1] == alone.circuit.held_out
+    assert table.cosines[0][1] == pytest.approx(
+        float(torch.cosine_similarity(vector.directions[1], other.directions[1], dim=0)), abs=1e-5
+    )
+    crossed = table.faithfulness[0][1]
+    said = next(one for one in both.findings if one.part == "another vector")
+    assert f"{crossed.value:.2f}" in said.said and said.choice
+    titles = [one.title for one in explain_sections(both)]
+    assert len(titles) == 8 and "Whether another vector takes the same way" in titles
+    assert [t.title for t in both.tables() if "circuits" in t.title] == ["Overlap of circuits"]
+    assert both.to_dict()["exchanged"] == table.to_dict()
+    same = tt.explain(lm, contrast, vector, against=vector, **limits)
+    assert same.exchanged is not None and same.exchanged.overlap[0][1] == 1
+    assert len(set(same.exchanged.names)) == 2
+    assert both.frozen == found.frozen and both.values == found.values
+
+
+def test_vectors_of_different_places_are_refused_before_any_work(
+    lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering
+) -> None:
+    other = VectorSteering.from_directions(lm, {2: vector.directions[1]}, alpha=12.0)
+    stages: list[int] = []
+    with pytest.raises(TrimtabError, match="different places"):
+        tt.explain(
+            lm, contrast, vector, against=other, progress=lambda done, _: stages.append(done)
+        )
+    with pytest.raises(TrimtabError, match="strength 0"):
+        tt.explain(lm, contrast, vector, against=vector.at(0))
+    assert not stages
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +271,16 @@ def test_the_command_writes_json_and_page(
 ) -> None:
     file, out = vector.save(tmp_path / "v.safetensors"), tmp_path / "why.json"
     monkeypatch.setattr("trimtab.cli.explain.load_model", lambda *a, **k: lm)
-    module = sys.modules["trimtab.behaviors.behavior"]  # `trimtab.behaviors.behavior` is the function
+    module = sys.modules[
+        "trimtab.behaviors.behavior"
+    ]  # `trimtab.behaviors.behavior` is the function
     monkeypatch.setattr(module, "load_behavior", lambda name: contrast)
     command = ["explain", "tiny", "opening", str(file), "--json", str(out)]
     command += ["--report", str(tmp_path / "why"), "--max-prompts", "2", "--max-new-tokens", "3"]
+    command += ["--against", str(vector.at(0.9).save(tmp_path / "other.safetensors"))]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert json.loads(out.read_text())["explained"]["behavior"] == "opening"
-    assert (tmp_path / "why" / "index.html").exists()
+    plain = json.loads(out.read_text())
+    assert plain["explained"]["behavior"] == "opening"
+    assert len(plain["exchanged"]["faithfulness"]) == 2
+    assert "another vector" in (tmp_path / "why" / "index.html").read_text()

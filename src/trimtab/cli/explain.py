@@ -32,6 +32,13 @@ def explain_command(
             "that does."
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Another vector, added at the same place: also run the circuit of each under the other.",
+        ),
+    ] = None,
     both: Annotated[
         bool, typer.Option("--both", help="Also steer the other way, at the same strength.")
     ] = False,
@@ -54,6 +61,7 @@ def explain_command(
 
     check_writable(json_file, None if report is None else report / "index.html")
     contrast, vector = load_behavior(behavior), read_vector(file)
+    other = None if against is None else read_vector(against)
     # Half precision would round the scores of small edges away.
     lm = load_model(model, dtype=torch.float32)
     with progress_bar(f"explaining {contrast.name}") as progress:
@@ -61,6 +69,7 @@ def explain_command(
             lm,
             contrast,
             vector if strength is None else vector.at(strength),
+            against=other,
             look=strength is None,
             both=both,
             max_prompts=max_prompts,

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.coherence import coherence_for
+from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.divergence import Divergence, Reference, summarize
-from trimtab.evaluation.judges import Verdict, judge_for
+from trimtab.evaluation.judges import Judge, Verdict, judge_for
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 
@@ -135,6 +135,8 @@ class Evaluator:
         max_prompts: int | None = None,
         unsteered: Unsteered | None = None,
         engine: Engine | None = None,
+        judge: Judge | None = None,
+        coherence: Coherence | None = None,
     ) -> None:
         """Build the judge and the coherence scorer; nothing is run yet.
 
@@ -145,6 +147,8 @@ class Evaluator:
             max_prompts: cap per side, to keep a look quick.
             unsteered: answers shared with other evaluators of this model at this length.
             engine: writes the answers; that of `unsteered`, or this process, by default.
+            judge: one that was built already.
+            coherence: likewise.
         """
         if max_new_tokens < 1 or (max_prompts is not None and max_prompts < 1):
             raise TrimtabError(
@@ -154,7 +158,8 @@ class Evaluator:
             )
         self.lm, self.behavior = lm, behavior
         self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
-        self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
+        self._judge = judge or judge_for(behavior)
+        self._coherence = coherence or coherence_for(behavior)
         self.known = unsteered or Unsteered(lm, max_new_tokens, engine)
         self.engine = engine or self.known.engine
         if (self.known.lm, self.known.max_new_tokens) != (lm, max_new_tokens):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from trimtab.mechanism.circuits.attribution import AttributionSummary
 from trimtab.mechanism.circuits.faithful import Circuit, Faithfulness
+from trimtab.mechanism.circuits.interchange import Interchange
 from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
 from trimtab.mechanism.geometry.geometry import IDENTITY, GeometryReport
 from trimtab.mechanism.reading.value_vector import ValueVectors
@@ -58,6 +59,7 @@ def conclusions(
     values: ValueVectors,
     sparsity: SparsityCurve,
     shape: GeometryReport,
+    exchanged: Interchange | None = None,
 ) -> tuple[Finding, ...]:
     """Say what was found, part by part.
 
@@ -71,12 +73,14 @@ def conclusions(
         values: value vectors in tokens.
         sparsity: dimensions taken away.
         shape: geometry.
+        exchanged: the circuit and another vector's, each under each.
     """
     found = [*_strength(working), _where(edges), _circuit(circuit, carried)]
     for sign in signs:
         found += _parts(frozen, sign)
     found += [_tokens(values), *(_sparse(sparsity, sign) for sign in signs)]
-    return tuple([*found, *_travels(shape), *_directions(shape)])
+    other = [] if exchanged is None else [_another(exchanged)]
+    return tuple([*found, *_travels(shape), *_directions(shape), *other])
 
 
 def _strength(working: Working) -> list[Finding]:
@@ -294,3 +298,29 @@ def _directions(shape: GeometryReport) -> list[Finding]:
             else "One direction does not do it alone: compare with edits of higher rank (trimtab levers).",
         )
     ]
+
+
+def _another(table: Interchange) -> Finding:
+    """Whether another vector passes through the same edges: each one's circuit under the other."""
+    runs, (this, other) = table.faithfulness, table.names
+    crossed = [(runs[0][1], runs[1][1], table.random[1]), (runs[1][0], runs[0][0], table.random[0])]
+    shared = all(
+        swapped.value >= HALF * own.value and swapped.value > random.value
+        for swapped, own, random in crossed
+    )
+    said = "; ".join(
+        f"the circuit of {of} carries {number(swapped.value)} of the effect of {under} on other "
+        f"prompts (its own {number(own.value)}, a random one {number(random.value)})"
+        for (swapped, own, random), of, under in zip(
+            crossed, (this, other), (other, this), strict=True
+        )
+    )
+    return Finding(
+        "another vector",
+        f"{said[0].upper()}{said[1:]}. They share {number(table.overlap[0][1])} of the smaller's "
+        f"edges (chance {number(table.chance[0][1])}); cosine of the vectors "
+        f"{number(table.cosines[0][1])}.",
+        "Both act through the same edges: what was learned of one circuit holds for the other."
+        if shared
+        else "They act through different edges: explain each by itself.",
+    )

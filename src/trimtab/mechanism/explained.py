@@ -8,10 +8,15 @@ are chosen on validation and train prompts, scores are those of test prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
+from torch import Tensor
+
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.attribution import Attribution, AttributionSummary, attribute
 from trimtab.mechanism.circuits.faithful import (
     Circuit,
@@ -19,23 +24,20 @@ from trimtab.mechanism.circuits.faithful import (
     Samples,
     minimal_circuit,
 )
-from trimtab.mechanism.circuits.teacher_forced import TokenRuns, four_sets
+from trimtab.mechanism.circuits.interchange import Interchange, check_places, interchange
 from trimtab.mechanism.conclusions import Finding, conclusions
-from trimtab.mechanism.frozen.freeze import FreezeTable, freeze_table
-from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
-from trimtab.mechanism.reading.value_vector import ValueVectors, value_vectors
-from trimtab.mechanism.sparse.curve import SparsityCurve, sparsity_curve
+from trimtab.mechanism.frozen.freeze import FreezeTable, freeze_parts
+from trimtab.mechanism.geometry.geometry import GeometryReport, measure_geometry
+from trimtab.mechanism.reading.value_vector import ValueVectors, read_values
+from trimtab.mechanism.sparse.curve import SparsityCurve, thin_out
 from trimtab.mechanism.working import Working, working_strength
-from trimtab.results import Progress
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.vector import VectorSteering
 
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
-
-STAGES = 7
+T = TypeVar("T")
+STAGES = 7  # one more against another vector
 SHARES = (0.3, 0.1, 0.03)
 ORDERS = ("attribution", "magnitude", "random")
 TENTH = 0.1  # of the edges: those whose overlap with a random vector's is told
@@ -104,6 +106,7 @@ class Explanation(Printable):
         values: what its value vectors say.
         sparsity: what is left when dimensions go.
         geometry: how linear and low-rank it is.
+        exchanged: its circuit and another vector's, each run under each; None without another.
     """
 
     explained: Explained
@@ -116,6 +119,7 @@ class Explanation(Printable):
     values: ValueVectors
     sparsity: SparsityCurve
     geometry: GeometryReport
+    exchanged: Interchange | None = None
 
     def table(self) -> Table:
         """Return the findings and what to do about them."""
@@ -138,7 +142,9 @@ class Explanation(Printable):
             self.values,
             self.sparsity,
         )
-        return (*(part.table() for part in parts), *self.geometry.tables(), self.table())
+        other = self.exchanged
+        swapped = () if other is None else (other.table(), other.overlap_table())
+        return (*(part.table() for part in parts), *self.geometry.tables(), *swapped, self.table())
 
 
 def explain(
@@ -146,6 +152,7 @@ def explain(
     behavior: Behavior,
     vector: VectorSteering,
     *,
+    against: VectorSteering | None = None,
     look: bool = True,
     both: bool = False,
     max_prompts: int = 16,
@@ -160,8 +167,10 @@ def explain(
         lm: the unsteered model; float32 gives the scores of edges their full precision.
         behavior: what the vector is for.
         vector: an additive steering at the strength it is used at.
+        against: another vector, added at the same place: the circuits of both are exchanged. It
+            steers the way that `vector` does.
         look: where that strength moves nothing, explain the weakest of 1/4 to 32 times it that
-            moves the behavior on validation prompts (working.py).
+            moves the behavior on validation prompts (working.py); of `against` likewise.
         both: also steer the other way, at the same strength.
         max_prompts: at most so many a direction, for every part.
         max_new_tokens: length of responses and answers.
@@ -170,86 +179,29 @@ def explain(
         progress: called with (stages done, stages in all).
 
     Raises:
-        TrimtabError: a steering that does not add, is off, or changes no greedy token; a model
-            whose heads or norms have no known form; a behavior too small to split.
+        TrimtabError: a steering that does not add, is off, or changes no greedy token; two that
+            are added at different places; a model whose heads or norms have no known form; a
+            behavior too small to split.
     """
     started = perf_counter()
-    if vector.strength == 0 or vector.operation != "add":
-        raise TrimtabError(
-            asked=f"why {vector.label} works",
-            found=f"operation {vector.operation} at strength {vector.strength:g}",
-            advice="give a vector that adds, at the strength it is used at (trimtab tune)",
-        )
-    vector.check(lm)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, STAGES)
-
     own = 1 if vector.strength > 0 else -1
-    signs: tuple[int, ...] = (own, -own) if both else (own,)
-    splits = behavior.split(seed)
-    working = working_strength(
-        lm,
-        splits.validation,
-        vector,
-        max_prompts=max_prompts,
-        max_new_tokens=max_new_tokens,
-        look=look,
-    )
-    vector = vector.at(working.used)
-    step()
-    chosen_on, scored_on = (
-        four_sets(
-            lm, part, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, signs=signs
-        )
-        for part in (splits.validation, splits.test)
-    )
-    found = attribute(lm, chosen_on)
-    other = _random_attribution(lm, splits.validation, vector, max_prompts, max_new_tokens, seed)
-    step()
-    scored = Samples(lm, found.graph, scored_on)
-    circuit = minimal_circuit(found, Samples(lm, found.graph, chosen_on), scored, seed=seed)
-    random = _random_edges(found, other, circuit.size, scored, seed)
-    step()
-    frozen = freeze_table(
-        lm,
-        behavior,
-        vector,
-        signs=signs,
-        nulls=nulls,
-        max_prompts=max_prompts,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
-    step()
-    heads = {
-        (node.layer, node.head): score
-        for node, score in found.nodes.items()
-        if node.kind == "head" and node.head is not None
-    }
-    values = value_vectors(lm, behavior, vector, heads, seed=seed)
-    step()
-    strengths: dict[int, float] = dict.fromkeys(signs, vector.strength)
-    sparsity = sparsity_curve(
-        lm,
-        behavior,
-        vector,
-        SHARES,
-        ORDERS,
-        strengths=strengths,
-        effect_prompts=8,
-        max_prompts=max_prompts,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
-    step()
-    shape = geometry(lm, behavior, vector, seed=seed)
-    step()
-    summary = found.summary(20)
+    given = [vector] if against is None else [vector, against.at(own * abs(against.strength))]
+    for one in given:
+        _check(lm, one)
+    check_places(given)
+    done = _counter(progress, STAGES + len(given) - 1)
+    signs = (own, -own) if both else (own,)
+    case = Case(lm, behavior, vector, signs, max_prompts, max_new_tokens, seed)
+    working = done(_working(case, look))
+    case = case.under(vector.at(working.used))
+    carrier = done(_carrier(case))
+    random = done(_random_edges(case, carrier))
+    frozen = done(freeze_parts(case, nulls=nulls))
+    values = done(read_values(case, carrier.edges.heads))
+    sparsity = done(thin_out(case, SHARES, ORDERS, effect_prompts=8))
+    shape = done(measure_geometry(case))
+    exchanged = None if len(given) == 1 else done(_exchange(case, carrier, given[1], look))
+    summary, circuit, vector = carrier.edges.summary(20), carrier.circuit, case.vector
     about = Explained(
         model=lm.name,
         behavior=behavior.name,
@@ -259,52 +211,102 @@ def explain(
         layers=vector.layers,
         scope=str(vector.scope),
         signs=signs,
-        samples=found.samples,
+        samples=carrier.edges.samples,
         seed=seed,
         seconds=perf_counter() - started,
     )
     said = conclusions(
-        signs, working, summary, random.carried, circuit, frozen, values, sparsity, shape
+        signs, working, summary, random.carried, circuit, frozen, values, sparsity, shape, exchanged
     )
     return Explanation(
-        about, said, working, summary, random, circuit, frozen, values, sparsity, shape
+        about, said, working, summary, random, circuit, frozen, values, sparsity, shape, exchanged
     )
 
 
-def _random_attribution(
-    lm: LanguageModel,
-    split: Behavior,
-    vector: VectorSteering,
-    max_prompts: int,
-    max_new_tokens: int,
-    seed: int,
-) -> Attribution | None:
-    """Attribute one random vector of the same length, on responses of its own."""
-    null = random_null(vector, null_seeds(seed, 1)[0])
-    sign = 1 if vector.strength > 0 else -1
-    try:
-        sets: dict[str, TokenRuns] = four_sets(
-            lm,
-            split,
-            null,
-            max_prompts=max_prompts,
-            max_new_tokens=max_new_tokens,
-            signs=(sign,),
+def _check(lm: LanguageModel, vector: VectorSteering) -> None:
+    if vector.strength == 0 or vector.operation != "add":
+        raise TrimtabError(
+            asked=f"why {vector.label} works",
+            found=f"operation {vector.operation} at strength {vector.strength:g}",
+            advice="give a vector that adds, at the strength it is used at (trimtab tune)",
         )
+    vector.check(lm)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[T], T]:
+    """Return a function that takes a stage's result, counts the stage and returns the result."""
+    stages = count(1)
+
+    def done(result: T) -> T:
+        if progress is not None:
+            progress(next(stages), total)
+        return result
+
+    return done
+
+
+def _working(case: Case, look: bool) -> Working:
+    return working_strength(
+        case.lm,
+        case.splits.validation,
+        case.vector,
+        max_prompts=case.max_prompts,
+        max_new_tokens=case.max_new_tokens,
+        look=look,
+        judge=case.judge,
+        coherence=case.coherence,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Carrier:
+    """The edges of a vector, the samples of test prompts, and the circuit that carries it there."""
+
+    edges: Attribution
+    scored: Samples
+    circuit: Circuit
+
+    @property
+    def chosen(self) -> Tensor:
+        """The circuit's edges, bool `[targets, sources]`."""
+        return self.edges.top(self.circuit.size)
+
+
+def _carrier(case: Case) -> _Carrier:
+    lm = case.lm
+    chosen_on, scored_on = case.runs(case.splits.validation), case.runs(case.splits.test)
+    edges = attribute(lm, chosen_on)
+    samples, scored = (Samples(lm, edges.graph, sets) for sets in (chosen_on, scored_on))
+    return _Carrier(edges, scored, minimal_circuit(edges, samples, scored, seed=case.seed))
+
+
+def _random_edges(case: Case, carrier: _Carrier) -> RandomEdges:
+    """Attribute a random vector as long on responses of its own; run its edges under this one."""
+    graph = carrier.edges.graph
+    top = carrier.edges.top(round(TENTH * graph.n_edges))
+    highest = int(top.sum())
+    chance = highest / graph.n_edges
+    null = random_null(case.vector, null_seeds(case.seed, 1)[0])
+    try:
+        sets = case.under(null, signs=case.signs[:1]).runs(case.splits.validation)
     except TrimtabError:  # it changes no greedy token: there is nothing to attribute
-        return None
-    return attribute(lm, sets)
-
-
-def _random_edges(
-    found: Attribution, other: Attribution | None, size: int, scored: Samples, seed: int
-) -> RandomEdges:
-    """Compare the highest edges of both, and run the random vector's under the explained one."""
-    top = found.top(round(TENTH * found.graph.n_edges))
-    count = int(top.sum())
-    chance = count / found.graph.n_edges
-    if other is None:
         return RandomEdges(0.0, 0.0, chance, None)
-    shared = float((other.top(count) & top).sum()) / count
-    carried = scored.faithfulness(other.top(size), seed)
+    other = attribute(case.lm, sets)
+    shared = float((other.top(highest) & top).sum()) / highest
+    carried = carrier.scored.faithfulness(other.top(carrier.circuit.size), case.seed)
     return RandomEdges(other.effect, shared, chance, carried)
+
+
+def _exchange(case: Case, carrier: _Carrier, other: VectorSteering, look: bool) -> Interchange:
+    """Run the circuits of the case's vector and of another one under both."""
+    other = other.at(_working(case.under(other), look).used)
+    names = case.vector.label, other.label
+    if names[0] == names[1]:
+        names = names[0], f"{names[1]} (other)"
+    carriers = dict(zip(names, (carrier, _carrier(case.under(other))), strict=True))
+    return interchange(
+        dict(zip(names, (case.vector, other), strict=True)),
+        {name: one.chosen for name, one in carriers.items()},
+        {name: one.scored for name, one in carriers.items()},
+        case.seed,
+    )

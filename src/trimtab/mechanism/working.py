@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.evaluate import Evaluator
-from trimtab.evaluation.summary import mean
+from trimtab.evaluation.coherence import Coherence, coherence_for
+from trimtab.evaluation.judges import Judge, judge_for
+from trimtab.mechanism.circuits.teacher_forced import scored_prompts
+from trimtab.passes.rollout import rollout
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
@@ -84,9 +86,11 @@ def working_strength(
     split: Behavior,
     vector: VectorSteering,
     *,
-    max_prompts: int = 16,
+    max_prompts: int | None = 16,
     max_new_tokens: int = 24,
     look: bool = True,
+    judge: Judge | None = None,
+    coherence: Coherence | None = None,
 ) -> Working:
     """Judge a vector at its own strength and, where that moves nothing, at 1/4 to 32 times it.
 
@@ -97,12 +101,21 @@ def working_strength(
         max_prompts: at most so many.
         max_new_tokens: length of answers.
         look: whether other strengths than its own are tried.
+        judge: what scores answers; the behavior's when absent.
+        coherence: what scores their soundness; the behavior's when absent.
 
     Raises:
         TrimtabError: a split without prompts, or a behavior without a judge.
     """
     sign = 1 if vector.strength > 0 else -1
-    evaluator = Evaluator(lm, split, max_new_tokens=max_new_tokens, max_prompts=max_prompts)
+    evaluator = Evaluator(
+        lm,
+        split,
+        max_new_tokens=max_new_tokens,
+        max_prompts=max_prompts,
+        judge=judge,
+        coherence=coherence,
+    )
     prompts = evaluator.prompts(evaluator.scored(sign))
 
     def scores(strengths: Sequence[float]) -> dict[float, float]:

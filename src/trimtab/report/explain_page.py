@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trimtab.mechanism.circuits.attribution import AttributionSummary
 from trimtab.mechanism.circuits.faithful import Circuit
+from trimtab.mechanism.circuits.interchange import Interchange
 from trimtab.mechanism.conclusions import PARTS, SIDES
 from trimtab.mechanism.explained import Explanation
 from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
@@ -51,6 +52,7 @@ def explain_sections(found: Explanation) -> list[Section]:
         _values(found.values),
         _sparse(found.sparsity),
         _geometry(found.geometry),
+        *([] if found.exchanged is None else [_exchanged(found.exchanged)]),
     ]
 
 
@@ -254,4 +256,17 @@ def _geometry(shape: GeometryReport) -> Section:
             *shape.findings,
         ),
         tables=shape.tables()[1:],
+    )
+
+
+def _exchanged(table: Interchange) -> Section:
+    return Section(
+        title="Whether another vector takes the same way",
+        paragraphs=(
+            "Each vector's circuit is run under each vector: 1 off the diagonal means that the edges "
+            "found for one are all that the other needs. Vectors that point different ways may still "
+            "pass through the same edges, so the share of edges in common (and by chance) stands beside "
+            "the cosine.",
+        ),
+        tables=(table.table(), table.overlap_table()),
     )

@@ -8,17 +8,14 @@ is shared evenly, so that contributions add up exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.models.heads import HeadLayer, Projection, heads_of
+from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import NormForm, read_norm
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 ROLES = ("query", "key", "value")
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[LayerAnatomy, ...]] = WeakKeyDictionary()

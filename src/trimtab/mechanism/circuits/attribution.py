@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,9 @@ from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
-from trimtab.results import Progress
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 Key: TypeAlias = tuple[str, int]  # kind of target, layer
 STEPS = 10
@@ -64,6 +61,11 @@ class Attribution:
         """Source to its score: the sum over its edges."""
         sums = self.edges.sum(0)
         return {node: float(sums[i]) for node, i in self.graph.source_at.items()}
+
+    @property
+    def heads(self) -> dict[tuple[int, int], float]:
+        """(layer, head) to its score."""
+        return {(n.layer, n.head): score for n, score in self.nodes.items() if n.head is not None}
 
     @property
     def completeness(self) -> float:

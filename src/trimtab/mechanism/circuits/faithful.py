@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,12 +22,9 @@ from trimtab.mechanism.circuits.record import Record, record
 from trimtab.mechanism.circuits.run import run_circuit
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
-from trimtab.results import Progress
+from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import ratio_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 THRESHOLD = 0.85
 MEMORY = 2**29

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.models.heads import heads_of
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
 # Where in a block a site's change enters the stream; a block lasts from 0 to 4.
 ENTERS = {

@@ -8,9 +8,8 @@ Source: arXiv 2604.08524, interchangeability of circuits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.faithful import Faithfulness, Samples, random_edges
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,7 @@ def interchange(
         TrimtabError: vectors that are steered at different places: their graphs differ.
     """
     names = tuple(vectors)
-    places = {(vector.site, vector.layers) for vector in vectors.values()}
-    if len(places) > 1:
-        raise TrimtabError(
-            asked="to exchange circuits of " + ", ".join(names),
-            found=f"vectors at different places: {sorted(places)}",
-            advice="find them at one site and the same layers (layers=)",
-        )
+    check_places(list(vectors.values()))
     graph = samples[names[0]].graph
     total = graph.n_edges
     sizes = [int(circuits[name].sum()) for name in names]
@@ -121,6 +112,17 @@ def interchange(
         chance=tuple(tuple(max(a, b) / total for b in sizes) for a in sizes),
         cosines=tuple(tuple(_cosine(vectors[a], vectors[b]) for b in names) for a in names),
     )
+
+
+def check_places(vectors: Sequence[VectorSteering]) -> None:
+    """Refuse vectors that are steered at different places: their graphs differ."""
+    places = {(vector.site, vector.layers) for vector in vectors}
+    if len(places) > 1:
+        raise TrimtabError(
+            asked="to exchange circuits of " + ", ".join(vector.label for vector in vectors),
+            found=f"vectors at different places: {sorted(places)}",
+            advice="find them at one site and the same layers (layers=)",
+        )
 
 
 def _cosine(first: VectorSteering, second: VectorSteering) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ from trimtab.mechanism.circuits.graph import Graph, Node
 from trimtab.mechanism.circuits.teacher_forced import Targets
 from trimtab.models.batch import Batch
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(eq=False)

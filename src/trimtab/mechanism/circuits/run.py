@@ -9,7 +9,6 @@ unsteered one.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from trimtab.mechanism.circuits.graph import Graph, Node
 from trimtab.mechanism.circuits.record import Record
 from trimtab.models.batch import Batch
 from trimtab.models.hooking import Hooks
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 
 @torch.no_grad()

@@ -11,23 +11,23 @@ and its mean over samples. Source: the multi-token patching of arXiv 2604.08524.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
 
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
-
+Unsteered: TypeAlias = "Callable[[Sequence[Encoded], int], list[list[int]]]"
 RESPONSES = ("steered", "base")
 TOKENS_PER_BATCH = 2048  # a backward pass keeps every layer's activations
 
@@ -133,6 +133,7 @@ def token_runs(
     responses: str = "steered",
     max_new_tokens: int = 24,
     name: str = "",
+    unsteered: Unsteered | None = None,
 ) -> TokenRuns:
     """Fix each prompt's greedy response and read what both runs say along it.
 
@@ -143,6 +144,7 @@ def token_runs(
         responses: whose tokens are read, "steered" or "base".
         max_new_tokens: most tokens of a response; its end token is one of them.
         name: of the set.
+        unsteered: gives the unsteered responses of prompts; they are generated when absent.
 
     Raises:
         TrimtabError: no prompts, or a steering that changes no greedy token of any response.
@@ -158,7 +160,7 @@ def token_runs(
         with vector.on(lm):
             answers = generation.answer_ids(lm, asked, max_new_tokens)
     else:
-        answers = generation.answer_ids(lm, asked, max_new_tokens)
+        answers = (unsteered or partial(generation.answer_ids, lm))(asked, max_new_tokens)
     encoded = [
         replace(item, ids=[*item.ids, *ids]) for item, ids in zip(asked, answers, strict=True)
     ]
@@ -201,9 +203,10 @@ def four_sets(
     split: Behavior,
     vector: VectorSteering,
     *,
-    max_prompts: int = 16,
+    max_prompts: int | None = 16,
     max_new_tokens: int = 24,
     signs: Sequence[int] = (1, -1),
+    unsteered: Unsteered | None = None,
 ) -> dict[str, TokenRuns]:
     """Make the sets that a steering is explained on, by direction and by whose response it is.
 
@@ -217,6 +220,7 @@ def four_sets(
         max_prompts: at most so many a direction.
         max_new_tokens: of a response.
         signs: the directions wanted.
+        unsteered: see `token_runs`.
 
     Returns:
         "toward/steered", "toward/base", "away/steered", "away/base".
@@ -232,7 +236,9 @@ def four_sets(
         for responses in RESPONSES:
             name = f"{'toward' if sign > 0 else 'away'}/{responses}"
             try:
-                found[name] = token_runs(lm, at, prompts, responses, max_new_tokens, name)
+                found[name] = token_runs(
+                    lm, at, prompts, responses, max_new_tokens, name, unsteered
+                )
             except TrimtabError as error:
                 refusal = error
     if not found and refusal is not None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.coherence import coherence_for
-from trimtab.evaluation.judges import judge_for, judge_kind
-from trimtab.mechanism.circuits.teacher_forced import scored_prompts
+from trimtab.evaluation.judges import judge_kind
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.frozen.holding import HOLDS, WITHOUT_NULL, check_additive, parse_holds
 from trimtab.mechanism.frozen.lanes import lane_answers
-from trimtab.results import Progress
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import (
     bounded_interval,
     paired_bootstrap,
@@ -30,12 +30,7 @@ from trimtab.results.intervals import (
 )
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 FREEZES = (*HOLDS, "ov+mlp")
 
@@ -206,6 +201,20 @@ def freeze_table(
         TrimtabError: a steering that does not add, or of strength 0; an unknown part; a behavior
             without a judge; a model whose heads cannot be found.
     """
+    case = Case(lm, behavior, vector, tuple(signs), max_prompts, max_new_tokens, seed)
+    return freeze_parts(case, freezes=freezes, nulls=nulls, split=split, progress=progress)
+
+
+def freeze_parts(
+    case: Case,
+    *,
+    freezes: Sequence[str] = FREEZES,
+    nulls: int = 2,
+    split: str | None = "test",
+    progress: Progress | None = None,
+) -> FreezeTable:
+    """Score a case's steering with parts of the network frozen, see `freeze_table`."""
+    lm, vector, signs, seed = case.lm, case.vector, case.signs, case.seed
     check_additive(vector)
     parts = {name: parse_holds(name) for name in freezes}
     if vector.strength == 0 or not set(signs) <= {1, -1}:
@@ -214,15 +223,14 @@ def freeze_table(
             found="a strength of 0, or a direction that is neither 1 nor -1",
             advice="use vector.at(m) with the strength you steer at, and signs of 1 and -1",
         )
-    data = behavior if split is None else behavior.split(seed=seed).named(split)
-    judge, coherence = judge_for(data), coherence_for(data)
+    data, judge = case.part(split), case.judge
     without = [name for name, held in parts.items() if set(held) & set(WITHOUT_NULL)]
     total = len(signs) * (2 + len(parts) + nulls * (len(parts) - len(without)))
     done, rows = 0, list[FreezeRow]()
     counts: dict[int, int] = {}
     strengths = {sign: sign * abs(vector.strength) for sign in signs}
     for sign in signs:
-        prompts = scored_prompts(data, sign)[:max_prompts]
+        prompts = case.prompts(data, sign)
         counts[sign], at = len(prompts), vector.at(strengths[sign])
 
         def run(
@@ -234,16 +242,16 @@ def freeze_table(
         ) -> _Run:
             nonlocal done
             if holds is None:
-                answers = lm.generate(list(prompts), max_new_tokens=max_new_tokens)
+                answers = case.answers(prompts)
             else:
                 answers = lane_answers(
-                    lm, at, prompts, holds, max_new_tokens=max_new_tokens, null_seed=null
+                    lm, at, prompts, holds, max_new_tokens=case.max_new_tokens, null_seed=null
                 )
             done += 1
             if progress is not None:
                 progress(done, total)
             scores = torch.tensor([verdict.share(sign) for verdict in judge(prompts, answers)])
-            return _Run(list(answers), scores.double(), coherence(answers))
+            return _Run(answers, scores.double(), case.coherence(answers))
 
         base, whole = run(None), run(())
         rows += [_plain(sign, "unsteered", base, seed), _plain(sign, "steered", whole, seed)]
@@ -252,15 +260,15 @@ def freeze_table(
             frozen, random = run(held), [run(held, null) for null in seeds]
             rows.append(_row(sign, name, base, whole, frozen, random, seed))
     return FreezeTable(
-        behavior=behavior.name,
+        behavior=case.behavior.name,
         vector=vector.label,
         model=lm.name,
         split=split,
-        judge=judge_kind(behavior),
+        judge=judge_kind(case.behavior),
         prompts=counts,
         strengths=strengths,
         nulls=nulls,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=case.max_new_tokens,
         seed=seed,
         rows=tuple(rows),
     )

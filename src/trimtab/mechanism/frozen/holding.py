@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +38,10 @@ from trimtab.mechanism.circuits.anatomy import anatomy_of
 from trimtab.models.attention import AttentionCall, attending
 from trimtab.models.heads import HeadLayer, heads_of
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.steering.coverage import Coverage
 from trimtab.steering.hooks import steered
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 HOLDS = ("qk", "ov", "svv", "mlp_direct", "mlp")
 # A changed pattern of attention has no counterpart of equal size that is a pattern too.

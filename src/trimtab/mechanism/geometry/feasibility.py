@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.census import Share
@@ -29,12 +29,9 @@ from trimtab.margins.close import SIGNS, Pusher, pusher
 from trimtab.margins.radius import gap_gradients
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.program import largest_share, smallest_norm
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 MARGIN = 0.01  # nats beyond zero: the gap is to cross it, not to touch it
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)  # over |h|

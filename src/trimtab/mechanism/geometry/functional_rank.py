@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior, Example
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.close import Pusher, pusher
@@ -28,15 +28,13 @@ from trimtab.margins.radius import gap_gradients
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.results.estimate import Estimate
 from trimtab.results.intervals import RESAMPLES
 from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior, Example
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 REACHED = 0.9
 MODES = ("added", "ablated")

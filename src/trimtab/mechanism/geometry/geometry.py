@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, readout_tokens
 from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.feasibility import Feasibility, FeasibilityRow, feasibility
 from trimtab.mechanism.geometry.functional_rank import FunctionalRank, functional_rank
 from trimtab.mechanism.geometry.jacobian import depth_name
@@ -24,14 +25,10 @@ from trimtab.mechanism.geometry.linearity import Linearity, linearity
 from trimtab.mechanism.geometry.positions import PositionShares, position_shares
 from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import Ranks, pair_differences, rank_row
-from trimtab.results import Progress
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number, percent
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 STAGES = 6
 PLAIN = "Please."  # put into the prompts of a behavior without a prompt of its own
@@ -149,7 +146,32 @@ def geometry(
     Raises:
         TrimtabError: no readout, a behavior too small to split, a vector of another model.
     """
+    return measure_geometry(
+        Case(lm, behavior, vector, seed=seed),
+        tokens=tokens,
+        layer=layer,
+        prompts=prompts,
+        pairs=pairs,
+        probes=probes,
+        aggregator=aggregator,
+        progress=progress,
+    )
+
+
+def measure_geometry(
+    case: Case,
+    *,
+    tokens: ReadoutTokens | None = None,
+    layer: int | None = None,
+    prompts: int = 4,
+    pairs: tuple[int, int] = (48, 16),
+    probes: int = 4,
+    aggregator: str = "logsumexp",
+    progress: Progress | None = None,
+) -> GeometryReport:
+    """Measure the geometry of a case's behavior, see `geometry`."""
     started = perf_counter()
+    lm, behavior, vector, seed = case.lm, case.behavior, case.vector, case.seed
     choice("aggregator", aggregator, AGGREGATORS)
     vector.check(lm)
     if prompts < 1 or min(pairs) < 3 or probes < 1:
@@ -167,8 +189,7 @@ def geometry(
             progress(done, STAGES)
 
     sets = tokens or readout_tokens(lm, behavior)
-    splits = behavior.split(seed)
-    train, test = splits.named("train"), splits.named("test")
+    train, test = case.splits.train, case.splits.test
     sides: list[Prompt] = [
         example.prompt for side in (test.toward, test.away) for example in side[:prompts]
     ]

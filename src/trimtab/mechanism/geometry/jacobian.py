@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,16 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH
 from trimtab.models.batch import Batch
-from trimtab.models.gradients import frozen
+from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Recording, Stopped, recorded, replayed
 from trimtab.models.sites import Site
 from trimtab.passes.slope import DIFFERENCE
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 logger = logging.getLogger(__name__)
 

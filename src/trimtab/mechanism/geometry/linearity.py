@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,14 +32,13 @@ from trimtab.mechanism.geometry.jacobian import (
     pulled_back,
 )
 from trimtab.mechanism.geometry.positions import request_span
-from trimtab.results.intervals import spearman
-from trimtab.results.quantiles import Estimate, Quantiles, quantiles
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.results.correlation import spearman
+from trimtab.results.estimate import Estimate
+from trimtab.results.quantiles import Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number, percent
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 TOLERANCE = 0.1
 # Lengths tried, over the stream's norm; between two of them the crossing is interpolated.

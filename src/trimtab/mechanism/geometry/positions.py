@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,14 +20,11 @@ from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH
 from trimtab.mechanism.geometry.jacobian import depth_name, pulled_back
 from trimtab.mechanism.geometry.propagator import SKIP_PATH
-from trimtab.models.chat import Insert, surroundings
-from trimtab.results.quantiles import Estimate
+from trimtab.models.chat import Encoded, Insert, Prompt, surroundings
+from trimtab.models.model import LanguageModel
+from trimtab.results.estimate import Estimate
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import prompt as prompt_lever
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import LanguageModel
 
 GROUPS = ("start", "prefix", "request", "suffix", "template", "last")
 SLOTS = ("none", "prefix", "suffix")

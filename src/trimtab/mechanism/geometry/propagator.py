@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,13 +33,11 @@ from trimtab.mechanism.geometry.jacobian import (
     pulled_back,
     secant,
 )
-from trimtab.results.quantiles import Estimate
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.results.estimate import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 SKIP_PATH = (
     "The skip path never crosses positions: identity cannot explain what prefix or suffix tokens do "

@@ -18,19 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.margins.radius import TINY
 from trimtab.models.capture import capture
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 DRAWS = 40  # of each null
 SHOWN = 16  # singular values that are kept

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,16 +22,14 @@ from torch import Tensor
 from trimtab.mechanism.circuits.anatomy import anatomy_of
 from trimtab.mechanism.frozen.holding import push_before
 from trimtab.models import generation
+from trimtab.models.chat import Prompt
 from trimtab.models.heads import heads_of
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import NormForm
 from trimtab.steering.coverage import Coverage
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @torch.no_grad()

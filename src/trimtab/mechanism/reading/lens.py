@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.readout import ReadoutTokens, readout_tokens, token_text
+from trimtab.models.model import LanguageModel
 from trimtab.passes.head import ROWS, Head, read_head
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
 from trimtab.mechanism.frozen.holding import check_additive, push_before
 from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
 from trimtab.mechanism.reading.lens import Lens, Reading
+from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 SHOWN = 10  # heads in the table
 
@@ -108,7 +106,6 @@ class ValueVectors(Printable):
         return Table(f"{self.vector}: what its value vectors say", columns, cells, notes)
 
 
-@torch.no_grad()
 def value_vectors(
     lm: LanguageModel,
     behavior: Behavior,
@@ -138,6 +135,24 @@ def value_vectors(
         TrimtabError: a steering that does not add, of strength 0, or that no attention reads; a
             model whose heads, norms or head of the vocabulary have no known form.
     """
+    case = Case(lm, behavior, vector, seed=seed)
+    return read_values(
+        case, ranking, top=top, randoms=randoms, split=split, max_prompts=max_prompts
+    )
+
+
+@torch.no_grad()
+def read_values(
+    case: Case,
+    ranking: Mapping[tuple[int, int], float] | None = None,
+    *,
+    top: int = 20,
+    randoms: int = 200,
+    split: str | None = "train",
+    max_prompts: int = 8,
+) -> ValueVectors:
+    """Read the value vectors of a case's steering in tokens, see `value_vectors`."""
+    lm, behavior, vector = case.lm, case.behavior, case.vector
     check_additive(vector)
     vector.check(lm)
     layers = reading_layers(lm, vector)
@@ -148,11 +163,10 @@ def value_vectors(
             advice="steer below the last layer at a strength other than 0; use 20 random vectors "
             "or more and at least 1 token",
         )
-    data = behavior if split is None else behavior.split(seed=seed).named(split)
-    prompts = scored_prompts(data, 1 if vector.strength > 0 else -1)[:max_prompts]
+    prompts = scored_prompts(case.part(split), 1 if vector.strength > 0 else -1)[:max_prompts]
     scales = head_scales(lm, vector, prompts)
     lens = Lens.of(lm, behavior, top)
-    nulls = [random_null(vector, null) for null in null_seeds(seed, randoms)]
+    nulls = [random_null(vector, null) for null in null_seeds(case.seed, randoms)]
 
     pushes = [vector, *nulls]  # row 0 is the vector's own, everywhere below
     heads: list[Reading] = []

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.coherence import coherence_for
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.evaluate import Progress
 from trimtab.evaluation.summary import mean
-from trimtab.mechanism.circuits.teacher_forced import four_sets, scored_prompts
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.sparse.dimensions import (
     ORDERS,
     STEPS,
@@ -24,21 +23,19 @@ from trimtab.mechanism.sparse.dimensions import (
     whole_effect,
 )
 from trimtab.mechanism.sparse.sparsify import masked
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.rollout import rollout
 from trimtab.results import Progress
 from trimtab.results.intervals import share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
 DRAWS = 3  # of the random order
 NULLS = 2
+EFFECT_TOKENS = 24  # of the responses that effects are read on
 KEPT_EFFECT = 0.9  # share of the dense score below which dimensions were missed
 
 
@@ -176,7 +173,33 @@ def sparsity_curve(
         TrimtabError: a vector that does not add or changes nothing, a share outside (0, 1], an
             unknown order.
     """
-    given = strengths or dict.fromkeys((1, -1), vector.strength)
+    case = Case(
+        lm, behavior, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
+    )
+    return thin_out(
+        case,
+        shares,
+        orders,
+        strengths=strengths,
+        steps=steps,
+        effect_prompts=effect_prompts,
+        progress=progress,
+    )
+
+
+def thin_out(
+    case: Case,
+    shares: Sequence[float] = SHARES,
+    orders: Sequence[str] = ORDERS,
+    *,
+    strengths: Mapping[int, float] | None = None,
+    steps: int = STEPS,
+    effect_prompts: int = 16,
+    progress: Progress | None = None,
+) -> SparsityCurve:
+    """Measure a case's vector with fewer and fewer dimensions, see `sparsity_curve`."""
+    lm, vector, seed = case.lm, case.vector, case.seed
+    given = strengths or dict.fromkeys(case.signs, vector.strength)
     at = {sign: sign * abs(m) for sign, m in given.items()}
     if not shares or not orders or not set(at) <= {1, -1}:
         raise TrimtabError(
@@ -185,16 +208,17 @@ def sparsity_curve(
             found="nothing to measure",
             advice="give at least one share and order, and strengths by sign: {1: m, -1: m}",
         )
-    splits = behavior.split(seed)
     sets = [
         run
         for sign, m in at.items()
-        for run in four_sets(
-            lm, splits.train, vector.at(m), max_prompts=effect_prompts, signs=(sign,)
-        ).values()
+        for run in case.under(
+            vector.at(m), signs=(sign,), max_prompts=effect_prompts, max_new_tokens=EFFECT_TOKENS
+        )
+        .runs(case.splits.train)
+        .values()
     ]
     effects = dimension_effects(lm, sets, steps)
-    measure = _Measure(lm, splits.test, vector, at, max_prompts, max_new_tokens, seed)
+    measure = _Measure(case, at)
     cells = [(order, share) for order in orders for share in shares]
     points: list[SparsityPoint] = []
     for done, (order, share) in enumerate(cells):
@@ -221,49 +245,44 @@ def sparsity_curve(
 
 @dataclass(frozen=True, eq=False)
 class _Measure:
-    """Scores sparse vectors on one set of prompts."""
+    """Scores sparse vectors on the test prompts."""
 
-    lm: LanguageModel
-    split: Behavior
-    dense: VectorSteering
+    case: Case
     at: Mapping[int, float]
-    max_prompts: int | None
-    max_new_tokens: int
-    seed: int
 
     def prompts(self, sign: int) -> list[Prompt]:
-        return scored_prompts(self.split, sign)[: self.max_prompts]
+        return self.case.prompts(self.case.splits.test, sign)
 
     def answers(
         self, vector: VectorSteering, strengths: Sequence[float], sign: int
     ) -> list[tuple[list[float], float]]:
         """Return the scores and the mean coherence of the answers at each strength."""
         prompts = self.prompts(sign)
-        said = rollout(self.lm, vector, prompts, strengths, max_new_tokens=self.max_new_tokens)
+        said = rollout(
+            self.case.lm, vector, prompts, strengths, max_new_tokens=self.case.max_new_tokens
+        )
         return [self._judged(prompts, answers, sign) for answers in said]
 
     def unsteered(self, sign: int) -> float:
         prompts = self.prompts(sign)
-        answers = self.lm.generate(prompts, max_new_tokens=self.max_new_tokens)
-        return mean(self._judged(prompts, answers, sign)[0])
+        return mean(self._judged(prompts, self.case.answers(prompts), sign)[0])
 
     def null(self, sign: int) -> float:
-        nulls = [random_null(self.dense, each) for each in null_seeds(self.seed, NULLS)]
+        nulls = [random_null(self.case.vector, each) for each in null_seeds(self.case.seed, NULLS)]
         runs = [self.answers(each, [self.at[sign]], sign)[0] for each in nulls]
         return mean([mean(scores) for scores, _ in runs])
 
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[str], sign: int
     ) -> tuple[list[float], float]:
-        verdicts = judge_for(self.split)(prompts, answers)
-        coherent = coherence_for(self.split)(answers)
-        return [verdict.share(sign) for verdict in verdicts], mean(list(coherent))
+        verdicts = self.case.judge(prompts, answers)
+        return [verdict.share(sign) for verdict in verdicts], mean(self.case.coherence(answers))
 
     def points(
         self, sparse: Sequence[VectorSteering], order: str, share: float, sign: int
     ) -> list[SparsityPoint]:
         """Return the raw and the restored point; `sparse` are raw vectors, one per draw."""
-        cosines = [_cosine(self.dense, each) for each in sparse]
+        cosines = [_cosine(self.case.vector, each) for each in sparse]
         # Restoring the norm is a larger strength of the same vector: both are answered together.
         runs = [
             self.answers(each, [self.at[sign], self.at[sign] / cosine], sign)
@@ -273,9 +292,9 @@ class _Measure:
         for restored, some in zip((False, True), zip(*runs, strict=True), strict=True):
             grid = torch.tensor([scores for scores, _ in some], dtype=torch.float64)
             low, high = (
-                share_interval(grid[0], self.seed)
+                share_interval(grid[0], self.case.seed)
                 if len(some) == 1
-                else two_way_bootstrap(grid, self.seed)
+                else two_way_bootstrap(grid, self.case.seed)
             )
             found.append(
                 SparsityPoint(

@@ -12,8 +12,7 @@ Sundararajan et al., 2017.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +20,12 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns
-from trimtab.models.gradients import frozen
+from trimtab.methods.training import frozen
+from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results import Progress
 from trimtab.steering.hooks import Edit, steered
 from trimtab.steering.vector import VectorSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 Effects = Mapping[int, Tensor]  # layer -> `[d_model]`
 STEPS = 10

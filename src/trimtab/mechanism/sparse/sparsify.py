@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Progress
 from trimtab.mechanism.circuits.teacher_forced import four_sets
 from trimtab.mechanism.sparse.dimensions import (
     STEPS,
@@ -23,12 +24,8 @@ from trimtab.mechanism.sparse.dimensions import (
     dimension_scores,
     kept_dimensions,
 )
-from trimtab.results import Progress
+from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 
 def effects_of(

@@ -1,0 +1,108 @@
+"""What every part of an explanation needs, prepared once and handed down.
+
+Nothing is prepared before a part asks for it: a behavior without a judge still has a geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from trimtab.behaviors.behavior import Behavior
+from trimtab.behaviors.split import Splits
+from trimtab.evaluation.coherence import Coherence, coherence_for
+from trimtab.evaluation.judges import Judge, judge_for
+from trimtab.mechanism.circuits.teacher_forced import TokenRuns, four_sets, scored_prompts
+from trimtab.models import generation
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
+from trimtab.steering.vector import VectorSteering
+
+
+@dataclass(eq=False)
+class Case:
+    """A vector to explain.
+
+    Attributes:
+        lm: the unsteered model.
+        behavior: what the vector is for.
+        vector: at the strength that is explained.
+        signs: directions read: 1 toward, -1 away.
+        max_prompts: at most so many a direction.
+        max_new_tokens: length of responses and answers.
+        seed: of the split and of everything random.
+    """
+
+    lm: LanguageModel
+    behavior: Behavior
+    vector: VectorSteering
+    signs: tuple[int, ...] = (1, -1)
+    max_prompts: int | None = None
+    max_new_tokens: int = 24
+    seed: int = 0
+    # The unsteered answers: length and prompt to answer, all in tokens.
+    _known: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
+
+    def under(self, vector: VectorSteering, **limits: Any) -> Case:
+        """Return the case of another vector or strength (or limits), with all that is prepared."""
+        other = copy(self)
+        vars(other).update(limits, vector=vector)
+        return other
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The behavior's splits."""
+        return self.behavior.split(self.seed)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What scores answers."""
+        return judge_for(self.behavior)
+
+    @cached_property
+    def coherence(self) -> Coherence:
+        """What scores their soundness."""
+        return coherence_for(self.behavior)
+
+    def part(self, name: str | None) -> Behavior:
+        """Return a split by its name, or for None the whole behavior."""
+        return self.behavior if name is None else self.splits.named(name)
+
+    def prompts(self, part: Behavior, sign: int) -> list[Prompt]:
+        """Return the prompts whose answers a steering of this sign is to change."""
+        return scored_prompts(part, sign)[: self.max_prompts]
+
+    def runs(self, part: Behavior) -> dict[str, TokenRuns]:
+        """Return the sets that the vector is read on, as `four_sets`."""
+        return four_sets(
+            self.lm,
+            part,
+            self.vector,
+            max_prompts=self.max_prompts,
+            max_new_tokens=self.max_new_tokens,
+            signs=self.signs,
+            unsteered=self.unsteered,
+        )
+
+    def unsteered(self, encoded: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
+        """Return the unsteered greedy answers in tokens; each is written once."""
+        keys = [(max_new_tokens, *item.ids) for item in encoded]
+        new = {k: item for k, item in zip(keys, encoded, strict=True) if k not in self._known}
+        for item in new.values():
+            self.lm.check_length(len(item.ids) + max_new_tokens)
+        if new:
+            found = generation.answer_ids(self.lm, list(new.values()), max_new_tokens)
+            self._known.update(zip(new, found, strict=True))
+        return [self._known[key] for key in keys]
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the unsteered greedy answers as text."""
+        encoded = [self.lm.encode(prompt) for prompt in prompts]
+        stops = generation.end_ids(self.lm)
+        return [
+            generation.decode(self.lm.tokenizer, ids, stops)
+            for ids in self.unsteered(encoded, self.max_new_tokens)
+        ]
