@@ -14,7 +14,7 @@ the same length.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.census import Share
 from trimtab.margins.close import SIGNS, Pusher, pusher
-from trimtab.margins.radius import gap_gradients
+from trimtab.margins.radius import Gradients, gap_gradients
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.program import largest_share, smallest_norm
 from trimtab.models.model import LanguageModel
@@ -192,6 +192,7 @@ def feasibility(
     margin: float = MARGIN,
     aggregator: str = "logsumexp",
     seed: int = 0,
+    gradients: Mapping[str, Gradients] | None = None,
 ) -> Feasibility:
     """Find the shortest push that moves every train prompt at once, and push it for real.
 
@@ -206,6 +207,7 @@ def feasibility(
         margin: nats beyond zero.
         aggregator: of the gap.
         seed: of the nulls.
+        gradients: of the gap of the train prompts used, by side; read when absent.
 
     Raises:
         TrimtabError: a side without prompts.
@@ -224,7 +226,8 @@ def feasibility(
                 advice="give the behavior more examples",
             )
         held_out[side] = len(held)
-        found = gap_gradients(lm, tokens, learned, aggregator)
+        known = {} if gradients is None else gradients
+        found = known.get(side) or gap_gradients(lm, tokens, learned, aggregator)
         b, g = up * found.gap.numpy(), up * found.grad[:, layer].double().numpy()
         size = float(found.norm[:, layer].median())
         pushers = [pusher(lm, tokens, some, layer, aggregator) for some in (learned, held)]

@@ -24,7 +24,7 @@ from trimtab.behaviors.behavior import Behavior, Example
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.close import Pusher, pusher
-from trimtab.margins.radius import gap_gradients
+from trimtab.margins.radius import Gradients, gap_gradients
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
@@ -130,6 +130,7 @@ def functional_rank(
     ks: Sequence[int] | None = None,
     aggregator: str = "logsumexp",
     seed: int = 0,
+    gradients: Mapping[str, Gradients] | None = None,
 ) -> FunctionalRank:
     """Find the smallest subspaces that carry the behavior at one layer.
 
@@ -144,6 +145,7 @@ def functional_rank(
         ks: dimensions tried; powers of two up to the width when absent.
         aggregator: of the gap.
         seed: of random subspaces and intervals.
+        gradients: of the gap of the train prompts used, by side; read when absent.
 
     Raises:
         TrimtabError: fewer than two held-out pairs, or dimensions out of range.
@@ -157,7 +159,7 @@ def functional_rank(
             advice="give more prompts, or other dimensions",
         )
     learned = {side: getattr(train, side)[: max_pairs[0]] for side in ("toward", "away")}
-    bases, mean_away = _bases(lm, tokens, learned, layer, aggregator, seed)
+    bases, mean_away = _bases(lm, tokens, learned, layer, aggregator, seed, gradients)
     held = {
         side: [lm.encode(example.prompt) for example in getattr(test, side)[:n]]
         for side in ("toward", "away")
@@ -232,19 +234,19 @@ def _bases(
     layer: int,
     aggregator: str,
     seed: int,
+    gradients: Mapping[str, Gradients] | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Orthonormal rows, strongest first, of each kind of subspace; and the mean away state."""
     encoded = {side: [lm.encode(e.prompt) for e in some] for side, some in learned.items()}
     states = {side: _states(lm, some, layer) for side, some in encoded.items()}
     n = min(len(some) for some in states.values())
-    gradients = torch.cat(
-        [gap_gradients(lm, tokens, some, aggregator).grad[:, layer] for some in encoded.values()]
-    )
+    if gradients is None:
+        gradients = {s: gap_gradients(lm, tokens, some, aggregator) for s, some in encoded.items()}
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(lm.d_model, lm.d_model, generator=generator, dtype=torch.float64)
     found = {
         "differences": leading(states["toward"][:n] - states["away"][:n]),
-        "gradients": leading(gradients),
+        "gradients": leading(torch.cat([gradients[side].grad[:, layer] for side in encoded])),
         "random": torch.linalg.qr(drawn).Q.T,
     }
     return found, states["away"].mean(0)

@@ -8,7 +8,7 @@ Every part of it is measured, beside its null, and said in one sentence each.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -16,7 +16,7 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, readout_tokens
-from trimtab.margins.radius import gap_gradients
+from trimtab.margins.radius import Gradients, gap_gradients
 from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.feasibility import Feasibility, FeasibilityRow, feasibility
 from trimtab.mechanism.geometry.functional_rank import FunctionalRank, functional_rank
@@ -193,7 +193,11 @@ def measure_geometry(
     sides: list[Prompt] = [
         example.prompt for side in (test.toward, test.away) for example in side[:prompts]
     ]
-    at, layer_from = _layer(lm, vector, sets, train, layer, pairs[0], aggregator)
+    gradients = {
+        side: gap_gradients(lm, sets, [lm.encode(e.prompt) for e in some[: pairs[0]]], aggregator)
+        for side, some in (("toward", train.toward), ("away", train.away))
+    }
+    at, layer_from = _layer(lm, vector, train, layer, pairs[0], gradients["away"])
     layers = sorted({0, at, max(lm.n_layers - 2, 0)})
     encoded = [lm.encode(prompt) for prompt in sides]
     carried = propagator(lm, vector, sets, encoded, probes, aggregator, seed)
@@ -204,15 +208,24 @@ def measure_geometry(
     step()
     linear = linearity(lm, vector, sets, sides, layers, aggregator, seed)
     step()
-    ranks = _ranks(lm, train, sets, layers, pairs[0], aggregator, seed)
+    ranks = _ranks(lm, train, layers, pairs[0], gradients, seed)
     step()
     ks = [k for k in FUNCTIONAL_KS if k < lm.d_model]
     functional = functional_rank(
-        lm, vector, sets, train, test, at, pairs, [*ks, lm.d_model], aggregator, seed
+        lm, vector, sets, train, test, at, pairs, [*ks, lm.d_model], aggregator, seed, gradients
     )
     step()
     feasible = feasibility(
-        lm, vector, sets, train, test, at, pairs, aggregator=aggregator, seed=seed
+        lm,
+        vector,
+        sets,
+        train,
+        test,
+        at,
+        pairs,
+        aggregator=aggregator,
+        seed=seed,
+        gradients=gradients,
     )
     step()
     about = Measured(
@@ -233,20 +246,17 @@ def measure_geometry(
 def _layer(
     lm: LanguageModel,
     vector: VectorSteering,
-    tokens: ReadoutTokens,
     train: Behavior,
     asked: int | None,
     pairs: int,
-    aggregator: str,
+    away: Gradients,
 ) -> tuple[int, str]:
     if asked is not None:
         return layer_within(asked, lm.n_layers), "as asked for"
     if len(vector.layers) == 1:
         return vector.layers[0], "the vector's"
     moves = pair_differences(lm, train, vector.layers, pairs)
-    n = len(moves[vector.layers[0]])
-    away = [lm.encode(example.prompt) for example in train.away[:n]]
-    grad = gap_gradients(lm, tokens, away, aggregator).grad.double()
+    grad = away.grad[: len(moves[vector.layers[0]])].double()
     effect = {k: float((grad[:, k] * moves[k]).sum(-1).mean()) for k in vector.layers}
     most = max(effect.values())
     found = next(k for k in vector.layers if effect[k] >= most / 2)
@@ -256,21 +266,19 @@ def _layer(
 def _ranks(
     lm: LanguageModel,
     train: Behavior,
-    tokens: ReadoutTokens,
     layers: Sequence[int],
     pairs: int,
-    aggregator: str,
+    gradients: Mapping[str, Gradients],
     seed: int,
 ) -> Ranks:
     moves = pair_differences(lm, train, layers, pairs)
     what = "differences" if train.paired else "differences, unpaired"
     rows = [rank_row(moves[k], what, depth_name(k + 1), seed) for k in layers]
-    for side in ("toward", "away"):
-        some = [lm.encode(example.prompt) for example in getattr(train, side)[:pairs]]
-        grad = gap_gradients(lm, tokens, some, aggregator).grad
-        rows += [
-            rank_row(grad[:, k], f"gradients, {side}", depth_name(k + 1), seed) for k in layers
-        ]
+    rows += [
+        rank_row(one.grad[:, k], f"gradients, {side}", depth_name(k + 1), seed)
+        for side, one in gradients.items()
+        for k in layers
+    ]
     return Ranks(tuple(rows))
 
 
