@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -228,7 +228,8 @@ def test_without_a_comparison_the_pipeline_alone_searches(
         model, REFERENCE, WANTED, journal=path, progress=lambda *tick: ticks.append(tick), **quick
     )
     assert [a.arm for a in alone.arms] == ["soft", "projected", "repaired", "random", "reference"]
-    assert not alone.compared and alone.to_dict()["settings"]["compare"] is False
+    settings = cast("dict[str, object]", alone.to_dict()["settings"])
+    assert not alone.compared and settings["compare"] is False
     assert any("--compare" in note for note in alone.table().notes)
     report = made[0]
     assert report.compared and not any("--compare" in note for note in report.table().notes)

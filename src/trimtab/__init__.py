@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from trimtab.models.load import load
     from trimtab.models.model import LanguageModel
     from trimtab.prediction.laws import laws
+    from trimtab.prediction.predict import predict_strength
     from trimtab.prompts.gap.gap_search import close_gap
     from trimtab.prompts.search import search
     from trimtab.steering.load import load_steering

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
-from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.cli.screen import Full, show
+from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
 
 
 @app.command("close-gap", epilog="Example: trimtab close-gap harbor refusal -o p.safetensors")
@@ -27,6 +28,7 @@ def close_gap_command(
         Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a page into this folder.")] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Find tokens that carry the gap between the readout words across zero.
@@ -57,8 +59,7 @@ def close_gap_command(
             seed=seed,
             progress=progress,
         )
-    show(closed)
-    show(closed.found)
+    show(closed, closed.found, full=full)
     if out is not None:
         closed.lever.save(out)
     if report is not None:

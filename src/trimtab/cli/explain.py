@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
-from trimtab.cli.screen import show
+from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -50,6 +50,7 @@ def explain_command(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
     ] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Measure which edges, heads and MLPs carry a vector, what it says, how sparse and linear it is."""
@@ -80,7 +81,6 @@ def explain_command(
     # Files first: a reader that closes the pipe early should not cost them.
     write_result(json_file, found.to_dict())
     page = None if report is None else write_explain_page(report, found)
-    for table in found.tables():
-        show(table)
+    show(*found.tables(), full=full)
     if page is not None:
         stdout_console().print(Text(str(page)))

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
-from trimtab.cli.screen import show
+from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     load_model,
@@ -32,6 +32,7 @@ def laws_command(
     max_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts a side.")] = 16,
     max_new_tokens: Tokens = 40,
     seed: Seed = 0,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Compare what the laws of steering strength predict for a vector with what the model does."""
@@ -61,5 +62,5 @@ def laws_command(
     write_result(json_file, found.to_dict())
     lead = f"{lm.name}, {contrast.name}"
     write_page(out, laws_sections(found), title="How hard to pull", lead=lead)
-    show(found)
+    show(found, full=full)
     stdout_console().print(Text(str(out / "index.html")))

@@ -9,7 +9,8 @@ import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
-from trimtab.cli.support import check_writable, load_model, progress_bar, show, write_result
+from trimtab.cli.screen import Full, show
+from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def search_command(
         Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a page into this folder.")] = None,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Find a prompt that makes the model answer as the reference does, without its words.
@@ -103,7 +105,7 @@ def search_command(
                 found="no reference to match along a direction",
                 advice="leave one of them out",
             )
-        _raise(model, contrast, split, direction, slot, length, seed, out, report, json_file)
+        _raise(model, contrast, split, direction, slot, length, seed, out, report, full, json_file)
         return
     wanted = reference_of(contrast, reference)
     # Losses are compared to a millionth of a nat, which half precision would drown.
@@ -127,11 +129,8 @@ def search_command(
             progress=progress,
             engine=where,
         )
-    show(found)
-    show(found.scores["chosen"])
     sweep = _sweep(lm, wanted, split, slot, seed) if states else None
-    if sweep is not None:
-        show(sweep)
+    show(found, found.scores["chosen"], *([] if sweep is None else [sweep]), full=full)
     if out is not None:
         found.lever.save(out)
     if report is not None:
@@ -150,6 +149,7 @@ def _raise(
     seed: int,
     out: Path | None,
     report: Path | None,
+    full: bool,
     json_file: Path | None,
 ) -> None:
     """Train a soft prompt that raises the projection on a vector, on a few training requests."""
@@ -181,7 +181,7 @@ def _raise(
             behavior=behavior if behavior.readout is not None else None,
             progress=progress,
         )
-    show(found)
+    show(found, full=full)
     if out is not None:
         found.lever(lm, slot).save(out)
     if report is not None:

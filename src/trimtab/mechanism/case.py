@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from trimtab.behaviors.behavior import Behavior
-from trimtab.behaviors.split import Splits
+from trimtab.behaviors.behavior import Behavior, Splits
 from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.judges import Judge, judge_for
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, four_sets, scored_prompts

@@ -7,6 +7,7 @@ are chosen on validation and train prompts, scores are those of test prompts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
@@ -32,6 +33,7 @@ from trimtab.mechanism.reading.value_vector import ValueVectors, read_values
 from trimtab.mechanism.sparse.curve import SparsityCurve, thin_out
 from trimtab.mechanism.working import Working, working_strength
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.coherence import Coherence, coherence_for
-from trimtab.evaluation.judges import Judge, judge_for
-from trimtab.mechanism.circuits.teacher_forced import scored_prompts
-from trimtab.passes.rollout import rollout
+from trimtab.evaluation.coherence import Coherence
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.judges import Judge
+from trimtab.evaluation.summary import mean
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import VectorSteering
 

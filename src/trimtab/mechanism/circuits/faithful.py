@@ -23,6 +23,7 @@ from trimtab.mechanism.circuits.run import run_circuit
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.intervals import ratio_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 

@@ -21,6 +21,7 @@ from trimtab.mechanism.frozen.holding import HOLDS, WITHOUT_NULL, check_additive
 from trimtab.mechanism.frozen.lanes import lane_answers
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.intervals import (
     bounded_interval,
     paired_bootstrap,

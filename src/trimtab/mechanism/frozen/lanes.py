@@ -8,7 +8,6 @@ the steered lane held at the base lane's (holding.py) this is a frozen run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.frozen.holding import holding
 from trimtab.models import generation
-from trimtab.models.batch import Batch
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.replay import KeptCache

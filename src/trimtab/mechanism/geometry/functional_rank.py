@@ -30,7 +30,6 @@ from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
-from trimtab.results.estimate import Estimate
 from trimtab.results.intervals import RESAMPLES
 from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number

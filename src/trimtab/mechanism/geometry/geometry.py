@@ -8,7 +8,7 @@ Every part of it is measured, beside its null, and said in one sentence each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -27,6 +27,7 @@ from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import Ranks, pair_differences, rank_row
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.vector import VectorSteering
 

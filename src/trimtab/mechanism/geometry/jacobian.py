@@ -26,6 +26,7 @@ from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH
 from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded
+from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Recording, Stopped, recorded, replayed

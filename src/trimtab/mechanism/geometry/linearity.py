@@ -34,9 +34,8 @@ from trimtab.mechanism.geometry.jacobian import (
 from trimtab.mechanism.geometry.positions import request_span
 from trimtab.models.chat import Encoded, Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.results.correlation import spearman
-from trimtab.results.estimate import Estimate
-from trimtab.results.quantiles import Quantiles, quantiles
+from trimtab.results.intervals import spearman
+from trimtab.results.quantiles import Estimate, Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.vector import VectorSteering
 

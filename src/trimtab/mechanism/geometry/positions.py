@@ -22,7 +22,7 @@ from trimtab.mechanism.geometry.jacobian import depth_name, pulled_back
 from trimtab.mechanism.geometry.propagator import SKIP_PATH
 from trimtab.models.chat import Encoded, Insert, Prompt, surroundings
 from trimtab.models.model import LanguageModel
-from trimtab.results.estimate import Estimate
+from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import prompt as prompt_lever
 

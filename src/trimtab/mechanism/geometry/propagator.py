@@ -35,7 +35,7 @@ from trimtab.mechanism.geometry.jacobian import (
 )
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
-from trimtab.results.estimate import Estimate
+from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
 from trimtab.steering.vector import VectorSteering
 

@@ -10,7 +10,6 @@ import torch
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Progress
 from trimtab.evaluation.summary import mean
 from trimtab.mechanism.case import Case
 from trimtab.mechanism.sparse.dimensions import (

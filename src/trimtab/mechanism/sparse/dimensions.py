@@ -12,7 +12,7 @@ Sundararajan et al., 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns
-from trimtab.methods.training import frozen
+from trimtab.models.gradients import frozen
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results import Progress

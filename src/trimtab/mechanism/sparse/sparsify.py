@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Progress
 from trimtab.mechanism.circuits.teacher_forced import four_sets
 from trimtab.mechanism.sparse.dimensions import (
     STEPS,
@@ -25,6 +24,7 @@ from trimtab.mechanism.sparse.dimensions import (
     kept_dimensions,
 )
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.steering.vector import VectorSteering
 
 
