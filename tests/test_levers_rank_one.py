@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from planted import behavior
+from planted import behavior, merged
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.rank_one import (
     answered,
@@ -18,7 +18,7 @@ from trimtab.levers.conversions.rank_one import (
 )
 from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import merged, writer_of
+from trimtab.steering.weights import writer_of
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 SMALL: dict[str, Any] = {"max_new_tokens": 4, "max_prompts": 3}

@@ -11,13 +11,13 @@ from trimtab.levers.conversions.vector_to_weights import vector_to_weights
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.lora import train_lora
 from trimtab.levers.table import LeversTable, levers_table
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 
 __all__ = [
     "Effort",
     "FoundLevers",
     "LeversTable",
-    "LowRankUpdate",
+    "WeightSteering",
     "Recovered",
     "ablation_to_weights",
     "find_levers",

@@ -9,9 +9,9 @@ from trimtab.results.tables import Printable, to_plain
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 
-_LEVERS = (VectorSteering, PromptSteering, LowRankUpdate, Together)
+_LEVERS = (VectorSteering, PromptSteering, WeightSteering, Together)
 
 
 class Conversion(Printable):

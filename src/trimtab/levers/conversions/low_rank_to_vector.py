@@ -26,7 +26,7 @@ from trimtab.steering.norms import calibrate
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate, Writer, writer_of
+from trimtab.steering.weights import WeightSteering, Writer, writer_of
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -96,7 +96,7 @@ class LowRankAsVector(Conversion):
 def low_rank_to_vector(
     lm: LanguageModel,
     behavior: Behavior,
-    update: LowRankUpdate,
+    update: WeightSteering,
     *,
     sign: int = 1,
     train_requests: int = 48,
@@ -148,7 +148,7 @@ def low_rank_to_vector(
 
 @torch.no_grad()
 def outputs_of(
-    lm: LanguageModel, update: LowRankUpdate, encoded: Sequence[Encoded]
+    lm: LanguageModel, update: WeightSteering, encoded: Sequence[Encoded]
 ) -> dict[Writer, Tensor]:
     """Return writer -> m r B A x at every token under the update, float64 `[tokens, d_model]`.
 

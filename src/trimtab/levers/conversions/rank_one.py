@@ -13,7 +13,7 @@ u . x = t for every token. What is reported is on held-out tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from trimtab.models.hooking import Hooks
 from trimtab.results.tables import Table, number
 from trimtab.steering.coverage import Coverage
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.weights import LowRankUpdate, Writer, weight_of, writer_of
+from trimtab.steering.weights import WeightSteering, Writer, weight_of, writer_of
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -73,7 +73,7 @@ class VectorAsRankOne(Conversion):
         recovered: gap and behavior on test prompts beside a random direction's update.
     """
 
-    lever: LowRankUpdate
+    lever: WeightSteering
     ridge: float
     fits: tuple[WriterFit, ...]
     recovered: Recovered
@@ -151,7 +151,7 @@ def fit_rank_one(
     max_new_tokens: int = 40,
     seed: int = 0,
     known: Unsteered | None = None,
-) -> tuple[LowRankUpdate, tuple[WriterFit, ...]]:
+) -> tuple[WeightSteering, tuple[WriterFit, ...]]:
     """Fit the update alone; see `vector_to_rank_one`. `known` are unsteered answers to share."""
     writers = writers_of(lm, vector)
     splits = behavior.split(seed)
@@ -176,27 +176,26 @@ def fit_rank_one(
                 spread=other.spread(u),
             )
         )
-    blank = LowRankUpdate(
+    blank = WeightSteering(
         {writer: torch.zeros(lm.d_model, 1) for writer in right},
         right,
         vector.strength,
         "rank-1",
         {"method": "vector to rank-1 update", "vector": vector.label, "ridge": ridge},
         lm.fingerprint,
+        lm.name or "",
     )
     return pointing(blank, vector, lm), tuple(fits)
 
 
-def pointing(update: LowRankUpdate, vector: VectorSteering, lm: LanguageModel) -> LowRankUpdate:
+def pointing(update: WeightSteering, vector: VectorSteering, lm: LanguageModel) -> WeightSteering:
     """Return an update with the same u that adds another vector of the same layers, at its strength."""
     r = lm.sites.residual_multiplier
     left = {
         writer: (vector.directions[layer] * (vector.scales[layer] / r))[:, None]
         for layer, writer in writers_of(lm, vector).items()
     }
-    return LowRankUpdate(
-        left, update.right, vector.strength, update.name, update.provenance, update.fingerprint
-    )
+    return replace(update, left=left, strength=vector.strength)
 
 
 def writers_of(lm: LanguageModel, vector: VectorSteering) -> dict[int, Writer]:
