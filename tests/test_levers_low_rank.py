@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ import tiny
 from planted import behavior, merged
 from planted import low_rank as update
 from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.low_rank_to_vector import low_rank_to_vector, outputs_of
+from trimtab.levers.conversions.convert import convert
+from trimtab.levers.conversions.low_rank_to_vector import outputs_of
 from trimtab.levers.lora import all_writers
 from trimtab.models.model import LanguageModel
 from trimtab.steering.together import Together
@@ -86,7 +89,7 @@ def test_outputs_are_what_the_first_updated_writer_adds() -> None:
 def test_constant_share_by_hand() -> None:
     lm = tiny.language_model("llama")
     lever = update(lm, layers=(1,))
-    done = low_rank_to_vector(lm, behavior(), lever, max_new_tokens=4)
+    done: Any = convert(lm, behavior(), lever, "vector", max_new_tokens=4)
     assert len(done.outputs) == 2 and 0 <= done.residual <= 1.5
     for row in done.outputs:
         assert 0 < row.fitted <= 1
@@ -114,7 +117,7 @@ def test_a_constant_update_is_recovered_whole() -> None:
     unit[0, -1] = 1.0
     direction = torch.randn(tiny.WIDTH, 1, generator=torch.Generator().manual_seed(1))
     lever = WeightSteering({("mlp", 1): direction}, {("mlp", 1): unit})
-    done = low_rank_to_vector(lm, behavior(), lever, max_new_tokens=4)
+    done: Any = convert(lm, behavior(), lever, "vector", max_new_tokens=4)
     assert done.residual == pytest.approx(0, abs=1e-6)
     with lever.on(lm):
         updated = lm.next_logits(PROMPTS)
@@ -128,7 +131,7 @@ def test_a_constant_update_is_recovered_whole() -> None:
 def test_no_vector_behind_a_norm(name: str) -> None:
     lm = tiny.language_model(name)
     with pytest.raises(TrimtabError, match="norm between") as caught:
-        low_rank_to_vector(lm, behavior(), update(lm))
+        convert(lm, behavior(), update(lm), "vector")
     assert type(lm.model).__name__ in str(caught.value)
 
 

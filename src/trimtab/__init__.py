@@ -26,10 +26,12 @@ __all__ = [
     "TrimtabError",
     "VectorSteering",
     "Verdict",
+    "WeightSteering",
     "audit",
     "bake",
     "behavior",
     "calibrate",
+    "convert",
     "explain",
     "find",
     "harbor",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from trimtab.evaluation.compare import measure
     from trimtab.evaluation.judges import Verdict, register_judge
     from trimtab.evaluation.measurement import Measurement
+    from trimtab.levers.conversions.convert import convert
     from trimtab.margins.audit import audit
     from trimtab.mechanism.explained import explain
     from trimtab.methods import find
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from trimtab.steering.prompt import PromptSteering, prompt
     from trimtab.steering.scope import Scope
     from trimtab.steering.vector import Steering, VectorSteering
+    from trimtab.steering.weights import WeightSteering
     from trimtab.strength.sweep import sweep
     from trimtab.strength.tune import tune
     from trimtab.weights.bake import bake
@@ -84,10 +88,12 @@ _PLACES = {
     "TrimtabError": "trimtab.errors:TrimtabError",
     "VectorSteering": "trimtab.steering.vector:VectorSteering",
     "Verdict": "trimtab.evaluation.judges:Verdict",
+    "WeightSteering": "trimtab.steering.weights:WeightSteering",
     "audit": "trimtab.margins.audit:audit",
     "bake": "trimtab.weights.bake:bake",
     "behavior": "trimtab.behaviors.file:load_behavior",
     "calibrate": "trimtab.steering.norms:calibrate",
+    "convert": "trimtab.levers.conversions.convert:convert",
     "explain": "trimtab.mechanism.explained:explain",
     "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",

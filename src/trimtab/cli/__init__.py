@@ -7,6 +7,7 @@ transformers and whatever uses them) inside the functions that run a command.
 from trimtab.cli import (
     audit,
     bake,
+    convert,
     demo,
     doctor,
     explain,
@@ -27,6 +28,7 @@ from trimtab.cli.app import main
 __all__ = [
     "audit",
     "bake",
+    "convert",
     "demo",
     "doctor",
     "explain",

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError
 from trimtab.extras import extra
-from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.conversion import Levered
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Lora(Conversion):
+class Lora(Levered):
     """A trained adapter as a lever.
 
     Attributes:

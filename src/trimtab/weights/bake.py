@@ -23,6 +23,7 @@ from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.weights.card import model_card
@@ -51,7 +52,7 @@ from trimtab.weights.verify import (
 __all__ = ["BakeReport", "bake", "plan"]
 
 Baked = VectorSteering | WeightSteering
-Levers = Baked | Sequence[Baked]
+Levers = Baked | Together | Sequence[Baked]
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -207,6 +208,7 @@ def _load_plan(place: tuple[Path, str], vectors: list[Baked], route: str | None)
 
 
 def _listed(lever: Levers) -> list[Baked]:
+    lever = lever.vectors if isinstance(lever, Together) else lever
     levers = [lever] if isinstance(lever, Baked) else list(lever)
     if not levers or not all(isinstance(each, Baked) for each in levers):
         raise TrimtabError(
