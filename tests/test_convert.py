@@ -134,3 +134,41 @@ def test_typed(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert (baked / "config.json").is_file() and "exact" not in done.err
     done = Ran(capsys, "convert", *given, folder / "push.safetensors", "--to", "vector", "-o", out)
     assert done.code == 2 and "no such conversion from a vector" in done.err
+
+
+def test_a_low_rank_update_goes_where_a_vector_goes(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """From the file: generate, measure with a null, inspect, bake, PEFT; GGUF is refused by name."""
+    model, opening = folder / "model", folder / "opening.yaml"
+    file, facts = tmp_path / "rank1.safetensors", tmp_path / "facts.json"
+    done = Ran(
+        capsys, "convert", model, opening, folder / "push.safetensors", "--to", "rank-1",
+        "-o", file, *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    lever, lm = tt.load_steering(file), tt.load(str(model))
+    with lever.at(2.0).on(lm):
+        steered = lm.generate("Cats?", max_new_tokens=5)
+    assert steered != lm.generate("Cats?", max_new_tokens=5)
+    words = ("--max-new-tokens", "5", "--json", facts)
+    done = Ran(capsys, "generate", model, "Cats?", "--with", file, "--strength", "2", *words)
+    assert done.code == 0 and json.loads(facts.read_text())["answer"] == steered
+    done = Ran(capsys, "measure", model, opening, file, "--nulls", "1", *QUICK, "--json", facts)
+    assert done.code == 0, done.err
+    names = [row["name"] for row in json.loads(facts.read_text())["rows"]]
+    assert names == ["baseline", "rank-1 m=+1", "null of rank-1 m=+1"]
+    assert "rank-1" in Ran(capsys, "inspect", file).out
+    done = Ran(capsys, "bake", model, file, "-o", tmp_path / "baked", "--json", facts)
+    assert done.code == 0, done.err
+    assert json.loads(facts.read_text())["equal_text"] is True
+    done = Ran(capsys, "inspect", tmp_path / "baked")
+    assert done.code == 0 and "rank-1 m=+1" in done.out
+    done = Ran(capsys, "export", model, file, "--to", "peft", "-o", tmp_path / "adapter")
+    assert done.code == 0, done.err
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    done = Ran(capsys, "export", model, file, "--to", "gguf", "-o", tmp_path / "x.gguf")
+    assert done.code == 2 and "no vector but rank-1" in done.err
+    for words in (["prompt:Say Z."], [file, "--every-writer", "1"]):
+        done = Ran(capsys, "bake", model, *words, "-o", tmp_path / "refused")
+        assert done.code == 2 and not (tmp_path / "refused").exists()

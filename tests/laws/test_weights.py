@@ -16,7 +16,10 @@ from planted import low_rank
 from trimtab.errors import TrimtabError
 from trimtab.export import write_peft
 from trimtab.models.model import LanguageModel
+from trimtab.steering.load import load_steering
+from trimtab.steering.nulls import random_null
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 from trimtab.weights import bake
 
 PROMPTS = ["no", "How do I borrow the ledger? The cats sleep.", "the ferry leaves the pier"]
@@ -56,9 +59,14 @@ def test_rows_batches_and_caches_agree(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_hook_adapter_and_checkpoint_are_one(tmp_path: Path, name: str) -> None:
     lm = tiny.language_model(name)
-    lever, plain = low_rank(lm, m=0.7), logits(lm)
+    file = low_rank(lm, m=0.7).save(tmp_path / "lever.safetensors")
+    lever, plain = load_steering(file), logits(lm)
+    assert isinstance(lever, WeightSteering)
     assert ("mlp" in lever.writers) == (name not in PARTLY)
+    with low_rank(lm, m=0.7).on(lm):
+        made = logits(lm)
     with lever.on(lm):
+        assert torch.equal(logits(lm), made)  # the file keeps every bit
         hooked, text = logits(lm), lm.generate(PROMPTS, max_new_tokens=8)
     assert (hooked - plain).abs().max() > 0.05
     allowed = 1e-5 * max(1.0, float(hooked.abs().max()))
@@ -109,6 +117,18 @@ def test_beside_a_vector_and_a_projection_of_the_same_writer(tmp_path: Path, nam
     assert (found - hooked).abs().max() < 1e-5 * max(1.0, float(hooked.abs().max()))
     sliced = bake(lm, levers, tmp_path / "sliced", verify="slice")
     assert sliced.max_logit_difference is not None and "slice" in sliced.verified
+
+
+def test_a_null_pushes_as_hard_another_way(llama: LanguageModel) -> None:
+    lever = low_rank(llama)
+    null, again, other = (random_null(lever, seed) for seed in (3, 3, 4))
+    for writer, b in lever.left.items():
+        assert torch.allclose(null.left[writer].norm(dim=0), b.norm(dim=0))
+        cosine = torch.nn.functional.cosine_similarity(null.left[writer], b, dim=0)
+        assert cosine.abs().max() < 0.7
+        assert torch.equal(null.right[writer], lever.right[writer])
+        assert torch.equal(null.left[writer], again.left[writer])
+        assert not torch.equal(null.left[writer], other.left[writer])
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
-from trimtab.cli.support import check_writable, load_model, read_lever, show, write_result
+from trimtab.cli.screen import Full, show
+from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
 if TYPE_CHECKING:
     from trimtab.levers.conversions.conversion import Conversion
@@ -56,6 +57,7 @@ def convert_command(
     ] = 32,
     max_new_tokens: Tokens = 40,
     seed: Seed = 0,
+    full: Full = False,
     json_file: Json = None,
 ) -> None:
     """Turn a lever into another; what is lost is said first.
@@ -65,7 +67,7 @@ def convert_command(
     """
     import torch
 
-    from trimtab.behaviors.behavior import load_behavior
+    from trimtab.behaviors.file import load_behavior
     from trimtab.levers import convert
 
     folder = to in ("bias", "ablation")
@@ -83,7 +85,7 @@ def convert_command(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    show(done)
+    show(done, full=full)
     for path in [] if out is None else _write(lm, done, out, folder):
         typer.echo(f"wrote {path}")
     write_result(json_file, done.to_dict())

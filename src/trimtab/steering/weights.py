@@ -21,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.checks import finite
 from trimtab.errors import TrimtabError
 from trimtab.models.hooking import Hooks
+from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
+from trimtab.steering.format import WeightsHeader, expect, layer_number, write
 
 Writer: TypeAlias = "tuple[str, int]"  # ("attention" or "mlp", layer)
 KINDS = ("attention", "mlp")
@@ -130,17 +132,46 @@ class WeightSteering:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one steering file (docs/format.md), byte-identical for equal content."""
-        return resolve_name("trimtab.steering.file:save_steering")(self, path)
+        return write(path, *self.parts())
+
+    def parts(self) -> tuple[WeightsHeader, dict[str, Tensor]]:
+        """Return what a steering file holds: a header, and two tensors for each writer."""
+        header = WeightsHeader(
+            kind="weights",
+            name=self.name,
+            strength=self.strength,
+            fingerprint=self.fingerprint,
+            model_name=self.model_name,
+            provenance=self.provenance,
+        )
+        sides = {"left": self.left, "right": self.right}
+        return header, {
+            f"{side}.{kind}.{layer}": factor.clone()  # no two tensors of a file share memory
+            for side, factors in sides.items()
+            for (kind, layer), factor in factors.items()
+        }
+
+    @classmethod
+    def from_parts(cls, header: WeightsHeader, tensors: Mapping[str, Tensor]) -> WeightSteering:
+        """Make the steering that a file holds; see `parts`."""
+        sides: dict[str, dict[Writer, Tensor]] = {"left": {}, "right": {}}
+        for name, factor in tensors.items():
+            side, _, rest = name.partition(".")
+            kind, _, layer = rest.partition(".")
+            expect(side in sides, "tensors left.KIND.LAYER and right.KIND.LAYER", repr(name))
+            sides[side][kind, layer_number(layer)] = factor
+        return cls(**sides, **header.model_dump(exclude={"kind"}))
 
     def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
         """Write a checkpoint with W + m B A, verified after a real reload; returns a `BakeReport`.
 
         Args:
             out: folder to create.
-            lm: the model to bake into; `model_name` when absent.
+            lm: the model to bake into; loaded from `model_name` when absent.
         """
-        # By name: baking stands above steering, and is offered here as it is on a vector.
-        return resolve_name("trimtab.weights.bake:bake")(lm or self.model_name, self, out)
+        # By name, as `VectorSteering.bake` does.
+        bake = resolve_name("trimtab.weights.bake:bake")
+        return bake(load(self.model_name) if lm is None else lm, self, out)
 
     def __repr__(self) -> str:
         """Name the parts a reader compares, not the tensors."""
