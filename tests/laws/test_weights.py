@@ -62,7 +62,7 @@ def test_hook_adapter_and_checkpoint_are_one(tmp_path: Path, name: str) -> None:
     file = low_rank(lm, m=0.7).save(tmp_path / "lever.safetensors")
     lever, plain = load_steering(file), logits(lm)
     assert isinstance(lever, WeightSteering)
-    assert ("mlp" in lever.writers) == (name not in PARTLY)
+    assert ("mlp" in lever.site) == (name not in PARTLY)
     with low_rank(lm, m=0.7).on(lm):
         made = logits(lm)
     with lever.on(lm):
@@ -79,7 +79,7 @@ def test_hook_adapter_and_checkpoint_are_one(tmp_path: Path, name: str) -> None:
     baked = LanguageModel(model, AutoTokenizer.from_pretrained(tmp_path / "baked"))
     assert (logits(baked) - hooked).abs().max() < allowed
     assert baked.generate(PROMPTS, max_new_tokens=8) == text
-    assert "rank-2 update of attention 0" in (tmp_path / "baked" / "README.md").read_text()
+    assert "low rank, attention 0" in (tmp_path / "baked" / "README.md").read_text()
 
     write_peft(lm, lever, tmp_path / "adapter")
     base = copy.deepcopy(lm.model)

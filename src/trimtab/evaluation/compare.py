@@ -19,7 +19,7 @@ from trimtab.results.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Steering, VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -75,7 +75,7 @@ def measure(
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)
     drawn = [
         [random_null(lever, each) for each in null_seeds(seed, nulls)]
-        if isinstance(lever, VectorSteering | WeightSteering) and nulls > 0
+        if isinstance(lever, Scaled) and nulls > 0
         else []
         for _, _, lever, _ in plan
     ]
@@ -138,7 +138,7 @@ def _plan(
         if text is not None:
             plan.append(("prompt", "prompt", PromptSteering(text), side))
         for lever, name in zip(levers, names, strict=True):
-            scaled = isinstance(lever, VectorSteering | WeightSteering)
+            scaled = isinstance(lever, Scaled)
             if not scaled or forced is not None or _sign(lever) == side:
                 kind = "vector" if isinstance(lever, VectorSteering) else "lever"
                 plan.append((name, kind, lever, side))
@@ -148,8 +148,7 @@ def _plan(
 
 
 def _signs(levers: Sequence[Steering]) -> list[int]:
-    scaled = (VectorSteering, WeightSteering)
-    found = {_sign(lever) for lever in levers if isinstance(lever, scaled)}
+    found = {_sign(lever) for lever in levers if isinstance(lever, Scaled)}
     return sorted(found or {1}, reverse=True)
 
 

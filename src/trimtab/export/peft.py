@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -31,10 +30,9 @@ from trimtab.models.sites import Site
 from trimtab.results.files import staged
 from trimtab.steering.hooks import Edit
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering, writer_of
+from trimtab.steering.weights import Scaled, WeightSteering, writer_of
 from trimtab.weights.disk.layout import layout_of
 
-Lever: TypeAlias = VectorSteering | WeightSteering
 _FORM = "a PEFT adapter"
 _WEIGHTS = "adapter_model.safetensors"
 _BY_ATTENTION = ("attn_out", "resid_mid")
@@ -58,7 +56,7 @@ class _Update:
 
 def write_peft(
     lm: LanguageModel,
-    vector: Lever | Sequence[Lever],
+    vector: Scaled | Sequence[Scaled],
     out: str | os.PathLike[str],
 ) -> Path:
     """Write an adapter that steers the model when PEFT loads it.
@@ -83,7 +81,7 @@ def write_peft(
             module that LoRA cannot reach; a bias that an embedding would need; another model's
             vector; the package peft is missing.
     """
-    vectors = [vector] if isinstance(vector, Lever) else list(vector)
+    vectors = [vector] if isinstance(vector, Scaled) else list(vector)
     updates = _updates(lm, vectors)
     peft = extra("peft", "peft")
     has_bias = any(bool(update.bias.any()) for update in updates)
@@ -109,7 +107,7 @@ def write_peft(
     return Path(out)
 
 
-def _updates(lm: LanguageModel, vectors: Sequence[Lever]) -> list[_Update]:
+def _updates(lm: LanguageModel, vectors: Sequence[Scaled]) -> list[_Update]:
     found: dict[str, _Update] = {}
     for vector in vectors:
         vector.check(lm)
@@ -234,7 +232,7 @@ def _update(name: str, module: nn.Module, left: Tensor, right: Tensor, bias: Ten
     return _Update(name, module, *(part.float().contiguous() for part in parts))
 
 
-def _joined(vector: Lever, old: _Update | None, new: _Update) -> _Update:
+def _joined(vector: Scaled, old: _Update | None, new: _Update) -> _Update:
     """Constants of one module add up; projections do not."""
     if old is None:
         return new
@@ -269,5 +267,5 @@ def _sorted_targets(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refusal(vector: Lever, found: str, advice: str) -> TrimtabError:
+def _refusal(vector: Scaled, found: str, advice: str) -> TrimtabError:
     return TrimtabError(asked=f"to export {vector.label} to {_FORM}", found=found, advice=advice)

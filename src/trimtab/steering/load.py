@@ -53,7 +53,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "kind": "weights",
             "behavior": steering.provenance.get("behavior"),
             "method": steering.provenance.get("method"),
-            "writers": steering.writers,
+            "writers": steering.site,
             "rank": steering.rank,
             "strength": steering.strength,
             "model": steering.model_name,

@@ -8,16 +8,14 @@ from typing import overload
 import torch
 
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 
 
 @overload
 def random_null(vector: VectorSteering, seed: int) -> VectorSteering: ...
 @overload
 def random_null(vector: WeightSteering, seed: int) -> WeightSteering: ...
-def random_null(
-    vector: VectorSteering | WeightSteering, seed: int
-) -> VectorSteering | WeightSteering:
+def random_null(vector: Scaled, seed: int) -> Scaled:
     """Return the same steering along random unit directions, uniform on the sphere.
 
     Layers, raw alphas, scope, site and operation stay, so the two differ in direction alone. Every

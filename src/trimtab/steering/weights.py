@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from trimtab.models.hooking import Hooks
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.steering.format import WeightsHeader, expect, layer_number, write
+from trimtab.steering.vector import VectorSteering
 
 Writer: TypeAlias = "tuple[str, int]"  # ("attention" or "mlp", layer)
 KINDS = ("attention", "mlp")
@@ -53,6 +54,10 @@ class WeightSteering:
     provenance: dict[str, object] = field(default_factory=dict)
     fingerprint: str = ""
     model_name: str = ""
+    # What a vector says of itself, for records and cards.
+    operation: ClassVar[str] = "low rank"
+    scope: ClassVar[str] = "all"
+    alphas: ClassVar[dict[int, float]] = {}
 
     def __post_init__(self) -> None:
         """Check the shapes once."""
@@ -90,7 +95,7 @@ class WeightSteering:
         return tuple(sorted({layer for _, layer in self.left}))
 
     @property
-    def writers(self) -> str:
+    def site(self) -> str:
         """The matrices in words, such as `mlp 3, attention 4`."""
         return ", ".join(f"{kind} {layer}" for kind, layer in self.left)
 
@@ -175,7 +180,10 @@ class WeightSteering:
 
     def __repr__(self) -> str:
         """Name the parts a reader compares, not the tensors."""
-        return f"WeightSteering({self.label}, rank {self.rank}, writers {self.writers})"
+        return f"WeightSteering({self.label}, rank {self.rank}, {self.site})"
+
+
+Scaled: TypeAlias = VectorSteering | WeightSteering  # the levers with a strength of any size
 
 
 def writer_of(lm: LanguageModel, writer: Writer) -> nn.Module:

@@ -25,7 +25,7 @@ from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled
 from trimtab.weights.card import model_card
 from trimtab.weights.disk.base import Model, folder_of, save_model
 from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
@@ -51,8 +51,7 @@ from trimtab.weights.verify import (
 
 __all__ = ["BakeReport", "bake", "plan"]
 
-Baked = VectorSteering | WeightSteering
-Levers = Baked | Together | Sequence[Baked]
+Levers = Scaled | Together | Sequence[Scaled]
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -191,7 +190,7 @@ def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
 
 
 def _drafted(
-    place: tuple[Path, str], vectors: list[Baked], route: str | None
+    place: tuple[Path, str], vectors: list[Scaled], route: str | None
 ) -> tuple[Plan, Draft]:
     """Open a checkpoint and draft the result, or refuse."""
     folder, name = place
@@ -202,15 +201,15 @@ def _drafted(
     return found, draft
 
 
-def _load_plan(place: tuple[Path, str], vectors: list[Baked], route: str | None) -> Plan:
+def _load_plan(place: tuple[Path, str], vectors: list[Scaled], route: str | None) -> Plan:
     folder, name = place
     return replace(prepare(open_checkpoint(folder), vectors, route)[0], model=_public(name))
 
 
-def _listed(lever: Levers) -> list[Baked]:
+def _listed(lever: Levers) -> list[Scaled]:
     lever = lever.vectors if isinstance(lever, Together) else lever
-    levers = [lever] if isinstance(lever, Baked) else list(lever)
-    if not levers or not all(isinstance(each, Baked) for each in levers):
+    levers = [lever] if isinstance(lever, Scaled) else list(lever)
+    if not levers or not all(isinstance(each, Scaled) for each in levers):
         raise TrimtabError(
             asked="to bake a steering",
             found=f"{[type(each).__name__ for each in levers] or 'nothing'}",
@@ -228,7 +227,7 @@ def _words(label: str) -> TrimtabError:
     )
 
 
-def _check_early(lm: LanguageModel, vectors: list[Baked]) -> None:
+def _check_early(lm: LanguageModel, vectors: list[Scaled]) -> None:
     """Refuse what is plain before a large model is saved."""
     for vector in vectors:
         vector.check(lm)
@@ -259,7 +258,7 @@ def _attention(lm: LanguageModel | None) -> str | None:
 
 def _report(
     base: Base,
-    vectors: list[Baked],
+    vectors: list[Scaled],
     found: Plan,
     draft: Draft,
     building: Path,
@@ -300,7 +299,7 @@ def _report(
 
 def _verified(
     base: Base,
-    vectors: list[Baked],
+    vectors: list[Scaled],
     draft: Draft,
     building: Path,
     target: Path,

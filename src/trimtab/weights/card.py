@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
-from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.margin import Margin
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
@@ -16,9 +15,7 @@ from trimtab.weights.report import BakeReport
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(
-    plan: Plan, vectors: Sequence[VectorSteering | WeightSteering], report: BakeReport
-) -> str:
+def model_card(plan: Plan, vectors: Sequence[Scaled], report: BakeReport) -> str:
     """Return the README.md of a baked checkpoint, Markdown with the hub's front matter."""
     base = plan.model
     checks = report.table()
@@ -58,27 +55,21 @@ def _origin(plan: Plan, report: BakeReport) -> Table:
     return Table("", ("what", "value"), tuple(facts.items()))
 
 
-def steering_section(vector: VectorSteering | WeightSteering) -> str:
+def steering_section(vector: Scaled) -> str:
     """Return what a card says of one lever: its origin, and a vector's strength in every unit."""
     made = vector.provenance
-    weights = isinstance(vector, WeightSteering)
-    acts = (
-        f"rank-{vector.rank} update of {vector.writers}"
-        if weights
-        else f"{vector.operation}, {vector.site}, {vector.scope}"
-    )
     facts = {
         "behavior": made.get("behavior", "not recorded"),
         "data hash": made.get("data_hash", "not recorded"),
         "method": made.get("method", "not recorded"),
         "layers (0-based)": ", ".join(map(str, vector.layers)),
-        "what it does" if weights else "operation, site, scope": acts,
+        "operation, site, scope": f"{vector.operation}, {vector.site}, {vector.scope}",
         "strength m": f"{vector.strength:g}",
     }
     table = Table("", ("what", "value"), tuple((k, str(v)) for k, v in facts.items()))
     head = f"## Steering: {one_line(vector.label)}\n\n{markdown(table)}\n"
-    if weights:
-        return head + "W becomes W + m B A at each of these output projections.\n"
+    if isinstance(vector, WeightSteering):
+        return f"{head}Each of these matrices W becomes W + m B A, of rank {vector.rank}.\n"
     return (
         f"{head}alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
         f" there on neutral prompts.\n\n{markdown(convert(vector).table())}"

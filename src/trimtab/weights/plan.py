@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trimtab.errors import TrimtabError
 from trimtab.results.tables import Printable, Table
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import Checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.layout import Layout, short
@@ -141,9 +141,7 @@ class Plan(Printable):
 
 
 def prepare(
-    base: Checkpoint,
-    levers: Sequence[VectorSteering | WeightSteering],
-    route: str | None = None,
+    base: Checkpoint, levers: Sequence[Scaled], route: str | None = None
 ) -> tuple[Plan, Draft | None]:
     """Plan, and draft the result where every steering has a route.
 
@@ -236,7 +234,7 @@ def _rows(
 
 def _update_row(lever: WeightSteering) -> PlanRow:
     said = f"rank-{lever.rank} update of the writers" if lever.strength else "nothing (strength 0)"
-    return PlanRow(lever.label, "low rank", lever.writers, lever.layers, "all", said)
+    return PlanRow(lever.label, lever.operation, lever.site, lever.layers, lever.scope, said)
 
 
 def _route_of(

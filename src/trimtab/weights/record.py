@@ -8,17 +8,13 @@ from typing import Any
 
 from trimtab import __version__
 from trimtab.models.baked import read_record
-from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled
 from trimtab.weights.plan import Plan
 from trimtab.weights.report import BakeReport
 
 
 def record_of(
-    plan: Plan,
-    vectors: Sequence[VectorSteering | WeightSteering],
-    report: BakeReport,
-    base: Path,
+    plan: Plan, vectors: Sequence[Scaled], report: BakeReport, base: Path
 ) -> dict[str, Any]:
     """Return the record; that of a base which was baked itself is kept inside it."""
     facts = {k: v for k, v in report.to_dict().items() if k not in ("path", "plan")}
@@ -31,8 +27,11 @@ def record_of(
         "steerings": [
             {
                 "label": vector.label,
-                **_acts(vector),
+                "operation": vector.operation,
+                "site": vector.site,
+                "scope": str(vector.scope),
                 "strength": vector.strength,
+                "alphas": {str(k): v for k, v in vector.alphas.items()},
                 "behavior": vector.provenance.get("behavior"),
                 "method": vector.provenance.get("method"),
                 "data_hash": vector.provenance.get("data_hash"),
@@ -44,16 +43,4 @@ def record_of(
         "steps": list(plan.steps),
         "checked": facts,
         "earlier": read_record(base),
-    }
-
-
-def _acts(lever: VectorSteering | WeightSteering) -> dict[str, Any]:
-    if isinstance(lever, WeightSteering):
-        facts = {"operation": "low rank", "site": lever.writers, "rank": lever.rank}
-        return {**facts, "scope": "all", "alphas": {}}
-    return {
-        "operation": lever.operation,
-        "site": lever.site,
-        "scope": str(lever.scope),
-        "alphas": {str(k): v for k, v in lever.alphas.items()},
     }

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.stream import write
 
 
 def write_slices(
-    draft: Draft, result: Path, vectors: Sequence[VectorSteering | WeightSteering]
-) -> tuple[tuple[Path, Path], list[VectorSteering | WeightSteering]]:
+    draft: Draft, result: Path, vectors: Sequence[Scaled]
+) -> tuple[tuple[Path, Path], list[Scaled]]:
     """Cut the first steered block and a neighbor out of the base and out of the result.
 
     Args:
@@ -49,9 +48,7 @@ def _write(part: Draft, folder: Path) -> None:
     write(part, folder, link=False)
 
 
-def _moved(
-    vector: VectorSteering | WeightSteering, kept: list[int]
-) -> VectorSteering | WeightSteering | None:
+def _moved(vector: Scaled, kept: list[int]) -> Scaled | None:
     """The steering of the blocks kept, under their new numbers."""
     layers = tuple(kept.index(layer) for layer in vector.layers if layer in kept)
     if isinstance(vector, WeightSteering):
