@@ -25,9 +25,10 @@ from trimtab.mechanism.circuits.interchange import interchange
 from trimtab.mechanism.circuits.patching import patch_edges
 from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import spearman
-from trimtab.steering.file import load_steering
+from trimtab.steering.load import load_steering
 from trimtab.steering.nulls import random_null
 from trimtab.steering.vector import VectorSteering
 

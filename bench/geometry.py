@@ -28,7 +28,8 @@ from trimtab.mechanism.geometry.linearity import linearity
 from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import MEASURES
 from trimtab.methods import find
-from trimtab.models.model import LanguageModel, load
+from trimtab.models.load import load
+from trimtab.models.model import LanguageModel
 from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import to_plain
 from trimtab.steering.vector import VectorSteering

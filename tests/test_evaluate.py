@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import planted
-from trimtab.evaluation.evaluate import Evaluation, Evaluator
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import Evaluation, Evaluator, JudgedAnswer
 from trimtab.models.model import LanguageModel
 
 STRENGTHS = [0.3, -1.0, 0.0, 1.0, 0.3]
@@ -64,3 +65,16 @@ def test_requests_are_scored_where_there_are_some(lm: LanguageModel) -> None:
     (one,) = evaluator.run_many(planted.push(lm), [1.0], 1)
     assert [sample.prompt for sample in one.samples] == ["Tell me about the boat.", "And the sea?"]
     assert len(one.damage_tokens) == 3
+
+
+def test_answers_are_judged_as_in_a_run(lm: LanguageModel) -> None:
+    evaluator = Evaluator(lm, planted.behavior(), max_new_tokens=planted.TOKENS)
+    run = evaluator.run(planted.push(lm).at(1.0), 1)
+    prompts, answers = [s.prompt for s in run.samples], [s.after for s in run.samples]
+    judged = evaluator.judged(prompts, answers)
+    assert tuple(answer.share(1) for answer in judged) == run.scores
+    assert tuple(answer.coherence for answer in judged) == run.coherences
+    half = JudgedAnswer(toward=0.5, away=0.25, coherence=0.5)
+    assert (half.sound(1), half.sound(-1)) == (0.25, 0.125)
+    with pytest.raises(TrimtabError, match="one prompt per answer"):
+        evaluator.judged(prompts, answers[1:])

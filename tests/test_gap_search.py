@@ -23,8 +23,8 @@ from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import lay_out
 from trimtab.report.gap_section import gap_section
 from trimtab.report.laws_page import render_laws
-from trimtab.steering.load import load_steering
 from trimtab.results.intervals import Interval
+from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering, prompt
 
 READOUT = {"toward": ["Z", "cats"], "away": ["Q", "ferry"]}

@@ -17,13 +17,7 @@ from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import gap
 from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import answer_variance, decisions
-from trimtab.prediction.laws import (
-    Laws,
-    curvature,
-    gap_slope,
-    laws,
-    quartiles,
-)
+from trimtab.prediction.laws import Laws, curvature, gap_slope, laws, quartiles
 from trimtab.steering.vector import VectorSteering
 
 WORDS = {"toward": ["Z"], "away": ["Q"]}

@@ -9,7 +9,8 @@ import pytest
 import planted
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.strength.place import WIDTH, longest, place, place_lever, place_vector
+from trimtab.strength.core import WIDTH
+from trimtab.strength.place import longest, place, place_lever, place_vector
 
 
 def square(strengths):

@@ -8,7 +8,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,13 @@ from trimtab.models.model import LanguageModel
 from trimtab.passes import fan
 from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import Bounds, SweepRow, inside
 from trimtab.studio import app as studio_app
 from trimtab.studio import views
 from trimtab.studio.app import Actions, application
 from trimtab.studio.coloring import Scale, projections
 from trimtab.studio.desk import Desk, clear, new_desk
-from trimtab.studio.lever import (
-    GRID,
-    Bounds,
-    Lever,
-    Reading,
-    inside,
-    measure_lever,
-    nice,
-    window_of,
-)
+from trimtab.studio.lever import GRID, Lever, measure_lever, nice
 from trimtab.studio.streaming import stream
 from trimtab.studio.workshop import Bench, Limits, Workshop, written_behavior
 
@@ -56,8 +48,10 @@ LIMITS = Limits(
 )
 
 
-def reading(m: float, score: float = 1.0, coherence: float = 1.0, p95: float = 0.1) -> Reading:
-    return Reading(m, 1 if m >= 0 else -1, score, coherence, p95 / 2, p95, ())
+def reading(m: float, score: float = 1.0, coherence: float = 1.0, p95: float = 0.1) -> SweepRow:
+    bare = dict.fromkeys((field.name for field in fields(SweepRow)), 0.0)
+    given = {"strength": m, "sign": 1 if m >= 0 else -1, "score": score, "samples": ()}
+    return SweepRow(**{**bare, **given, "coherence": coherence, "damage_p95": p95})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +67,6 @@ def workshop(model: LanguageModel) -> Workshop:
 @pytest.fixture(scope="module")
 def bench(workshop: Workshop) -> Bench:
     return workshop.take(planted.behavior(), planted.push(workshop.lm), BOUNDS)
-
-
-def test_window_is_the_run_around_the_vectors_own_strength() -> None:
-    scores = {0.0: 1.0, 1.0: 1.0, 2.0: 1.0, 3.0: 1.0, 4.0: 0.5, 5.0: 1.0, 6.0: 1.0, 7.0: 0.2}
-    curve = [reading(m, score) for m, score in scores.items()]
-    assert window_of(curve, Bounds()) == (1.0, 3.0)  # the longest; 0 is no steering
-    assert window_of(curve, Bounds(), near=5.5) == (5.0, 6.0)
-    assert window_of(curve, Bounds(target=0.1)) == (1.0, 7.0)
-    assert window_of([reading(1.0, 0.5)], Bounds()) is None
-    assert window_of([reading(1.0, p95=0.6), reading(2.0, coherence=0.8)], Bounds()) is None
 
 
 def test_nice_rounds_upwards_to_two_digits() -> None:
@@ -119,7 +103,7 @@ def test_readings_are_those_of_the_evaluator(model: LanguageModel, bench: Bench)
     for side in (-1, 1):
         strengths = [r.strength for r in lever.curve(side)]
         assert len(strengths) >= GRID + 1 and 0.0 in strengths
-        assert lever.read(side * lever.reach).side == side
+        assert lever.read(side * lever.reach).sign == side
 
 
 def test_the_range_grows_while_the_text_holds(model: LanguageModel) -> None:

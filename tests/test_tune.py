@@ -20,6 +20,7 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.strength import search as search_module
 from trimtab.strength.adaptive import adaptive_strengths, common_goal
 from trimtab.strength.choose import NoStrengthPasses
+from trimtab.strength.core import Bounds
 from trimtab.strength.screen import Candidate, Odds, best_within, candidates, crossing
 from trimtab.strength.search import Search
 from trimtab.strength.tune import Tuned, TuneReport, tune
@@ -286,8 +287,8 @@ def test_a_budget_of_spill_excludes_what_breaks_it(
 def test_between_too_weak_and_too_strong_it_looks_once_more(
     lm: LanguageModel, behavior: Behavior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push, options = vector(lm).select(layers=(3,)), (0.8, planted.TOKENS, None, 0)
-    search = Search(lm, behavior.split(0).validation, push, 0.05, 1, None, *options)
+    push, options = vector(lm).select(layers=(3,)), (planted.TOKENS, None, 0)
+    search = Search(lm, behavior.split(0).validation, push, Bounds(0.05, 0.8), 1, *options)
     place = Candidate((3,), "prompt", 5.0, 5.0, 1.0)
     monkeypatch.setattr(Search, "refine", lambda self, vector, limit, *more: limit)
     monkeypatch.setattr(search_module, "SHARES", (0.002, 1.0))
@@ -303,12 +304,12 @@ def test_between_too_weak_and_too_strong_it_looks_once_more(
 
 
 def test_a_cell_says_what_it_fails_by(lm: LanguageModel, behavior: Behavior) -> None:
-    push, options = vector(lm).select(layers=(3,)), (0.8, planted.TOKENS, None, 0, None)
-    search = Search(lm, behavior.split(0).validation, push, 0.05, 1, None, *options)
+    push, options = vector(lm).select(layers=(3,)), (planted.TOKENS, None, 0)
+    search = Search(lm, behavior.split(0).validation, push, Bounds(0.05, 0.8), 1, *options)
     verdicts = {
-        (str(at.scope), at.strength): search._judged(
-            at, search.full.run(at, 1), "confirmed"
-        ).verdict
+        (str(at.scope), at.strength): search.measured(search.full, at, [at.strength], "confirmed")[
+            0
+        ].verdict
         for at in (push.at(0.3), push.at(5.0), push.at(0.01), push.select(scope="all").at(5.0))
     }
     assert verdicts == {
@@ -317,6 +318,20 @@ def test_a_cell_says_what_it_fails_by(lm: LanguageModel, behavior: Behavior) -> 
         ("prompt", 0.01): "no gain",
         ("all", 5.0): "coherence",
     }
+
+
+def test_the_window_holds_a_strength_between_those_of_the_curve(
+    lm: LanguageModel, behavior: Behavior
+) -> None:
+    """Confirming a weaker strength of the curve may back off from it."""
+    push, options = vector(lm).select(layers=(3,), strength=0.3), (planted.TOKENS, None, 0)
+    search = Search(lm, behavior.split(0).validation, push, Bounds(5.0, 0.8), 1, *options)
+    rows = search.curve(push)
+    search.passed = search.measured(search.full, push, [0.27], "confirmed")[0].row
+    found = search.window(rows)
+    assert found is not None and found[0] <= 0.27 <= found[1]
+    search.passed = dataclasses.replace(search.passed, score=0.0)
+    assert search.window(rows) is None
 
 
 def test_an_impossible_floor_names_coherence(lm: LanguageModel, behavior: Behavior) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.results.files import remove_leftovers, staged
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, plan

@@ -25,6 +25,7 @@ import torch
 
 from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior
 from trimtab.behaviors.file import load_behavior
+from trimtab.doctor import versions
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import measure
 from trimtab.evaluation.evaluate import Unsteered
@@ -42,7 +43,6 @@ from trimtab.steering.units import convert
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import Choice, choose
 from trimtab.strength.sweep import SweepRow, sweep
-from trimtab.versions import versions
 from trimtab.weights.bake import BakeReport, bake
 
 MODEL = "harbor"

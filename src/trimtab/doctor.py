@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 
 from trimtab.results.tables import Printable, Table
-from trimtab.versions import versions
 
 # Extra -> (module, what it adds).
 EXTRAS = {
@@ -81,6 +80,16 @@ class Diagnosis(Printable):
             for extra in self.extras
         ]
         return Table("This installation", ("what", "found"), tuple(rows))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that figures depend on."""
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "trimtab": metadata.version("trimtab"),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
 
 
 def diagnose() -> Diagnosis:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 
 class TrimtabError(Exception):
     """Raised for every request that cannot be met as it was made.
@@ -23,3 +26,23 @@ class TrimtabError(Exception):
     def __str__(self) -> str:
         """Three short lines."""
         return f"{self.asked}\n  found: {self.found}\n  advice: {self.advice}"
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """Import the package of an extra, when it is used: nothing needs it before.
+
+    Args:
+        module: what is imported.
+        name: the extra of Trimtab that brings it.
+
+    Raises:
+        TrimtabError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TrimtabError(
+            asked=f"to use the package {module.partition('.')[0]}",
+            found=f"it cannot be imported: {error}",
+            advice=f"pip install 'trimtab[{name}]'",
+        ) from error

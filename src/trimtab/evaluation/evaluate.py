@@ -17,7 +17,8 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.divergence import Divergence, Reference, summarize
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.judges import Verdict, judge_for
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 
@@ -65,6 +66,11 @@ class Evaluation:
     spill_tokens: tuple[torch.Tensor, ...] | None
     samples: tuple[Sample, ...]
 
+    def sound_score(self, floor: float) -> float:
+        """Return the mean score; 0 where the mean coherence is below a floor."""
+        sound = sum(self.coherences) / len(self.coherences) >= floor
+        return sum(self.scores) / len(self.scores) * sound
+
     def damage(self, seed: int) -> Divergence:
         """Summarize the damage."""
         return summarize(self.damage_tokens, seed)
@@ -72,6 +78,20 @@ class Evaluation:
     def spill(self, seed: int) -> Divergence | None:
         """Summarize the spill; None without neutral prompts."""
         return None if self.spill_tokens is None else summarize(self.spill_tokens, seed)
+
+
+@dataclass(frozen=True)
+class JudgedAnswer(Verdict):
+    """How far an answer shows the behavior and how far its opposite, and whether it is sound text.
+
+    `share(sign)` is the score that every table reports.
+    """
+
+    coherence: float
+
+    def sound(self, sign: int) -> float:
+        """Return the score times coherence, for a search that must not follow gibberish."""
+        return self.share(sign) * self.coherence
 
 
 class Unsteered:
@@ -135,15 +155,29 @@ class Evaluator:
         self.lm, self.behavior = lm, behavior
         self.max_new_tokens, self.max_prompts = max_new_tokens, max_prompts
         self._judge, self._coherence = judge_for(behavior), coherence_for(behavior)
-        self._unsteered = unsteered or Unsteered(lm, max_new_tokens, engine)
-        self.engine = engine or self._unsteered.engine
-        if (self._unsteered.lm, self._unsteered.max_new_tokens) != (lm, max_new_tokens):
+        self.known = unsteered or Unsteered(lm, max_new_tokens, engine)
+        self.engine = engine or self.known.engine
+        if (self.known.lm, self.known.max_new_tokens) != (lm, max_new_tokens):
             raise TrimtabError(
                 asked="to share unsteered answers",
                 found="answers of another model or another length",
                 advice="make Unsteered(lm, max_new_tokens) with the same two",
             )
         self._references: dict[str, Reference] = {}
+        self._first: dict[int, Evaluator] = {}
+
+    def first(self, prompts: int) -> Evaluator:
+        """Return the same with at most so many prompts a side; nothing is judged or answered anew.
+
+        What it reads is kept, so that a second look at as many prompts costs less.
+        """
+        if self.max_prompts is not None and prompts >= self.max_prompts:
+            return self
+        if prompts not in self._first:
+            few = copy(self)
+            few.max_prompts, few._references, few._first = prompts, {}, {}
+            self._first[prompts] = few
+        return self._first[prompts]
 
     def prompts(self, side: str) -> list[Prompt]:
         """Return the prompts of the side `toward`, `away`, `neutral` or `requests`.
@@ -172,13 +206,42 @@ class Evaluator:
             return "requests"
         return "away" if sign > 0 else "toward"
 
+    def damaged(self, sign: int) -> str:
+        """Return the side that already shows the behavior, along whose answers damage is read."""
+        return "toward" if sign > 0 else "away"
+
     def unsteered(self, side: str) -> list[str]:
         """Return the unsteered greedy answers of a side, generated once."""
-        return self._unsteered.answers(self.prompts(side))
+        return self.known.answers(self.prompts(side))
+
+    def answers(
+        self, vector: VectorSteering, strengths: Sequence[float], sign: int
+    ) -> dict[float, list[str]]:
+        """Return the greedy answers to the scored prompts at each strength, generated together."""
+        scored = self.scored(sign)
+        found, moving = {0.0: self.unsteered(scored)}, sorted({float(m) for m in strengths} - {0.0})
+        if moving:
+            said = self.engine.rollout(vector, self.prompts(scored), moving, self.max_new_tokens)
+            found |= dict(zip(moving, said, strict=True))
+        return found
+
+    def reference(self, side: str) -> Reference:
+        """Return a side's prompts with their unsteered answers, read once, to measure KL along."""
+        if side not in self._references:
+            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
+        return self._references[side]
+
+    def judged(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[JudgedAnswer]:
+        """Judge answers, however they were made: one result per answer, in order."""
+        verdicts, coherences = self._judge(prompts, answers), self._coherence(answers)
+        return [
+            JudgedAnswer(verdict.toward, verdict.away, coherence)
+            for verdict, coherence in zip(verdicts, coherences, strict=True)
+        ]
 
     def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
-        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
+        scored = self.scored(sign)
         prompts, before = self.prompts(scored), self.unsteered(scored)
         if lever is None:
             answers = before
@@ -187,7 +250,8 @@ class Evaluator:
         else:
             answers = self.engine.answer(lever, prompts, self.max_new_tokens)
         spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
-        return self._evaluation(sign, prompts, before, answers, self._kl(lever, damaged), spilled)
+        damage = self._kl(lever, self.damaged(sign))
+        return self._evaluation(sign, prompts, before, answers, damage, spilled)
 
     def run_many(
         self, vector: VectorSteering, strengths: Sequence[float], sign: int
@@ -202,22 +266,20 @@ class Evaluator:
             strengths: multipliers m; 0 gives the unsteered model.
             sign: which side is scored.
         """
-        scored, damaged = self.scored(sign), "toward" if sign > 0 else "away"
-        prompts, before = self.prompts(scored), self.unsteered(scored)
-        moving = sorted({float(m) for m in strengths} - {0.0})
-        answers, damage, spill = {0.0: before}, {}, {}
-        if moving:
-            found = self.engine.rollout(vector, prompts, moving, self.max_new_tokens)
-            answers |= dict(zip(moving, found, strict=True))
-        each = [*moving, 0.0]
-        damage = dict(zip(each, self._reference(damaged).kl_many(vector, each), strict=True))
-        if self.prompts("neutral"):
-            spill = dict(zip(each, self._reference("neutral").kl_many(vector, each), strict=True))
+        answers = self.answers(vector, strengths, sign)
+        each = sorted(answers)
+
+        def kl(side: str) -> dict[float, list[torch.Tensor]]:
+            return dict(zip(each, self.reference(side).kl_many(vector, each), strict=True))
+
+        damage = kl(self.damaged(sign))
+        spill = kl("neutral") if self.prompts("neutral") else {}
+        prompts = self.prompts(self.scored(sign))
         return [
             self._evaluation(
                 sign,
                 prompts,
-                before,
+                answers[0.0],
                 answers[m],
                 tuple(damage[m]),
                 tuple(spill[m]) if spill else None,
@@ -234,10 +296,11 @@ class Evaluator:
         damage: tuple[torch.Tensor, ...],
         spill: tuple[torch.Tensor, ...] | None,
     ) -> Evaluation:
+        judged = self.judged(prompts, answers)
         return Evaluation(
             sign=sign,
-            scores=tuple(verdict.share(sign) for verdict in self._judge(prompts, answers)),
-            coherences=tuple(self._coherence(answers)),
+            scores=tuple(answer.share(sign) for answer in judged),
+            coherences=tuple(answer.coherence for answer in judged),
             damage_tokens=damage,
             spill_tokens=spill,
             samples=tuple(
@@ -246,13 +309,8 @@ class Evaluator:
             ),
         )
 
-    def _reference(self, side: str) -> Reference:
-        if side not in self._references:
-            self._references[side] = Reference(self.lm, self.prompts(side), self.unsteered(side))
-        return self._references[side]
-
     def _kl(self, lever: Switch | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
-        reference = self._reference(side)
+        reference = self.reference(side)
         if lever is None:  # the unsteered model does not differ from itself
             return tuple(reference.zeros())
         if isinstance(lever, LanguageModel):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from trimtab.checks import layer_within
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, extra
 from trimtab.export.files import constants, public_name
-from trimtab.extras import extra
 from trimtab.models.model import LanguageModel
 from trimtab.results.files import written
 from trimtab.steering.vector import VectorSteering

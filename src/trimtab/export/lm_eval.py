@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, extra
 from trimtab.export.files import not_zero
-from trimtab.extras import extra
 from trimtab.models.model import LanguageModel
 from trimtab.results.files import written
 from trimtab.steering.hooks import Edit

@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, extra
 from trimtab.export.card import adapter_card
 from trimtab.export.files import not_zero, public_name
-from trimtab.extras import extra
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results.files import staged

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.errors import TrimtabError
-from trimtab.extras import extra
+from trimtab.errors import TrimtabError, extra
 from trimtab.levers.conversions.conversion import Levered
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
 from trimtab.models.model import LanguageModel

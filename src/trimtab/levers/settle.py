@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
-from trimtab.evaluation.summary import mean
 from trimtab.levers.conversions.ablation import ablating
 from trimtab.prompts.task.teacher import switched
 from trimtab.steering.together import Together
 from trimtab.steering.weights import WeightSteering
+from trimtab.strength.core import Bounds
 from trimtab.strength.place import PUSHES, Placed, longest, place_lever, place_vector
 from trimtab.strength.screen import Odds, Screen, candidates
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 SCREENED, GLANCED, ROUGH = 4, 8, 16  # prompts of the first look, of the glance, of the rough damage
 PLACES = 4  # whose answers are read
-FLOOR = 0.9  # coherence
 AMPLIFIED = 16.0  # most shares of a direction that are put on top of what is there
 
 
@@ -37,7 +37,6 @@ class Bench:
         budget: nats per token, 95th percentile.
         sign: +1 toward, -1 away.
         seed: of the intervals.
-        known: unsteered answers to share; of this model at the evaluator's length.
     """
 
     lm: LanguageModel
@@ -45,29 +44,26 @@ class Bench:
     budget: float
     sign: int
     seed: int = 0
-    known: Unsteered | None = None
-    _references: dict[int, Reference] = field(default_factory=dict)
-    _odds: Odds | None = None
+
+    @property
+    def known(self) -> Unsteered:
+        """Unsteered answers to share."""
+        return self.validation.known
 
     @property
     def shown(self) -> str:
         """The side that already shows the behavior, along whose answers damage is read."""
-        return "toward" if self.sign > 0 else "away"
+        return self.validation.damaged(self.sign)
 
-    @property
+    @cached_property
     def odds(self) -> Odds:
         """Reads the behavior off logits."""
-        if self._odds is None:
-            self._odds = Odds(self.lm, self.validation.behavior, self.sign)
-        return self._odds
+        return Odds(self.lm, self.validation.behavior, self.sign)
 
     def reference(self, prompts: int | None = None) -> Reference:
         """Return the damage prompts with their unsteered answers, the first few or all."""
-        listed = self.validation.prompts(self.shown)[:prompts]
-        if len(listed) not in self._references:
-            answers = self.validation.unsteered(self.shown)[: len(listed)]
-            self._references[len(listed)] = Reference(self.lm, listed, answers)
-        return self._references[len(listed)]
+        every = len(self.validation.prompts(self.shown))
+        return self.validation.first(min(prompts or every, every)).reference(self.shown)
 
     def moved(self, lever: Switch) -> float:
         """Return the mean log-odds of the wanted words under a lever, nats."""
@@ -88,21 +84,11 @@ def settle_vector(
     Raises:
         TrimtabError: no place can be steered.
     """
-    lm, validation = bench.lm, bench.validation
-    screen = Screen(
-        lm,
-        bench.odds,
-        validation.prompts(validation.scored(bench.sign))[:SCREENED],
-        validation.prompts(bench.shown)[:SCREENED],
-        validation.unsteered(bench.shown)[:SCREENED],
-        bench.budget,
-        bench.sign,
-    )
+    screen = Screen(bench.validation.first(SCREENED), bench.odds, bench.budget, bench.sign)
     seen: list[tuple[float, VectorSteering]] = []
     refused = "no vector"
     for vector in vectors:
-        placed = candidates(lm, vector, None, [scope])
-        for c in sorted(map(screen.look, placed), key=lambda c: -c.gain):
+        for c in map(screen.look, candidates(bench.lm, vector, None, [scope])):
             refused = c.refused or refused
             if not c.refused:
                 at = vector.select(layers=c.layers, scope=scope, strength=max(c.limit, 1e-3))
@@ -110,18 +96,12 @@ def settle_vector(
     if not seen:
         raise TrimtabError(f"a vector with scope {scope}", refused, "use another scope")
     seen.sort(key=lambda pair: -pair[0])
-    glance = Evaluator(
-        lm,
-        validation.behavior,
-        max_new_tokens=validation.max_new_tokens,
-        max_prompts=min(GLANCED, validation.max_prompts or GLANCED),
-        unsteered=bench.known,
-    )
+    glance = bench.validation.first(GLANCED)
     best: tuple[float, float, VectorSteering] | None = None
     for gain, vector in seen[:PLACES]:
         rough = place_vector(bench.reference(ROUGH), vector, bench.budget, bench.sign, bench.seed)
         (result,) = glance.run_many(vector, [rough.strength], bench.sign)
-        score = mean(result.scores) * (mean(result.coherences) >= FLOOR)
+        score = result.sound_score(Bounds().coherence)
         if best is None or (score, gain) > best[:2]:
             best = (score, gain, vector.at(abs(rough.strength) or vector.strength))
     assert best is not None  # something was seen

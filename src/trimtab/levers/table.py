@@ -158,7 +158,7 @@ def levers_table(
     setting = Setting.of(
         lm, behavior, sign=side, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
     )
-    validation, test, known = setting.validation, setting.test, setting.known
+    validation, test = setting.validation, setting.test
     ticks = _Ticks(progress, 0 if found is not None else STEPS_FOUND)
     levers = found or find_levers(
         lm, behavior, sign=side, vector=vector, prompt=prompt, effort=effort, seed=seed,
@@ -170,7 +170,7 @@ def levers_table(
             found=f"levers found for {levers.behavior!r}, sign {levers.sign:+d}, seed {levers.seed}",
             advice="find them for this behavior, sign and seed",
         )
-    bench = Bench(lm, validation, budget, side, seed, known)
+    bench = Bench(lm, validation, budget, side, seed)
     with tempfile.TemporaryDirectory() as folder:
         entries, missing = entries_of(bench, levers, behavior, nulls, Path(folder), ticks.settling)
         neutral = "neutral" if test.prompts("neutral") else bench.shown

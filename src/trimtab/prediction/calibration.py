@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
@@ -20,7 +20,7 @@ from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 from trimtab.steering.norms import calibrate
-from trimtab.strength.sweep import SweepRow, sweep_row
+from trimtab.strength.core import SweepRow, curve, largest_within
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -157,11 +157,7 @@ def calibration(
     places: list[Place] = []
     for at, scope, side in todo:
         placed = vector.select(layers=at, scope=scope)
-        signed = [side * m for m in magnitudes]
-        rows = [
-            replace(sweep_row(placed.at(m), result, seed), samples=())
-            for m, result in zip(signed, evaluator.run_many(placed, signed, side), strict=True)
-        ]
+        rows = curve(evaluator, placed, [side * m for m in magnitudes], side, seed=seed)
         edge = cliff(evaluator, placed, side, rows)
         push = None if edge is None else edge * _arrival(lm, placed, evaluator, side)
         places.append(Place(placed.layers, str(placed.scope), side, tuple(rows), edge, push))
@@ -177,46 +173,20 @@ def cliff(
 ) -> float | None:
     """Return the first |m| with mean coherence under one half, to 12 %; None up to `FURTHEST`.
 
-    Known rows are used first. Outside them strengths grow by a factor of 2, or shrink by it where the
-    text has collapsed at all of them; the last step is narrowed down in log strength. 0 where the
-    text is no better at `NEAREST`.
+    Known rows are used first. 0 where the text is no better at `NEAREST`.
     """
-    known = sorted((abs(row.strength), row.coherence) for row in rows if row.strength)
-    known = known or [(1.0, _coherence(evaluator, vector, side, [1.0])[0])]
-    collapsed = [m for m, coherence in known if coherence < COLLAPSED]
-    high = min(collapsed, default=math.inf)
-    low = max((m for m, _ in known if m < high), default=0.0)
-    while high == math.inf and low < FURTHEST:
-        ahead = [min(low * factor, FURTHEST) for factor in (2.0, 4.0)]
-        for m, coherence in zip(ahead, _coherence(evaluator, vector, side, ahead), strict=True):
-            if coherence < COLLAPSED:
-                high = m
-                break
-            low = m
-    if high == math.inf:
+    within, beyond = largest_within(
+        lambda magnitudes: [-c for c in _coherence(evaluator, vector, side, magnitudes)],
+        -COLLAPSED,
+        smallest=NEAREST,
+        largest=FURTHEST,
+        known={abs(row.strength): -row.coherence for row in rows if row.strength},
+        width=STEP,
+        points=5,
+    )
+    if beyond == math.inf:
         return None
-    below = high
-    while low == 0.0 and below > NEAREST:
-        below /= 2
-        if _coherence(evaluator, vector, side, [below])[0] < COLLAPSED:
-            high = below
-        else:
-            low = below
-    return _narrow(evaluator, vector, side, low, high) if low else 0.0
-
-
-def _narrow(
-    evaluator: Evaluator, vector: VectorSteering, side: int, low: float, high: float
-) -> float:
-    """Five strengths between two, then five between the two that are left, until they are close."""
-    while high / low > STEP:
-        ratio = math.log(high / low)
-        inside = [low * math.exp(ratio * i / 6) for i in range(1, 6)]
-        points = [low, *inside, high]
-        flags = [c < COLLAPSED for c in _coherence(evaluator, vector, side, inside)] + [True]
-        first = flags.index(True) + 1
-        low, high = points[first - 1], points[first]
-    return high
+    return beyond if within else 0.0
 
 
 def _coherence(

@@ -23,7 +23,7 @@ from trimtab.errors import TrimtabError
 from trimtab.passes.decisions import Decisions, decisions
 from trimtab.passes.fan import Fan
 from trimtab.passes.head import STREAM_SITES, collapse_logits, read_head
-from trimtab.prediction.laws import BUDGETS, Decisions, curvature, decisions, quartiles
+from trimtab.prediction.laws import BUDGETS, curvature, quartiles
 from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.theory.tilt import Tilt

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.divergence import token_kl
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.summary import mean
 from trimtab.models import generation
 from trimtab.prompts.task.rows import Row
 from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
@@ -248,15 +248,15 @@ def judged(
     Returns:
         The scores, and the greedy answers.
     """
-    judge, coherent = judge_for(behavior), coherence_for(behavior)
+    evaluator, sign = Evaluator(lm, behavior), 1 if side == "toward" else -1
     requests = [row.request for row in rows]
     stops = generation.end_ids(lm)
 
     def run(temperature: float, sampling: int) -> tuple[list[str], list[float], list[float]]:
         ids = answers_as_ids(lm, lever, requests, max_new_tokens, temperature, sampling)
         texts = [generation.decode(lm.tokenizer, line, stops) for line in ids]
-        shares = [v.share(1 if side == "toward" else -1) for v in judge(requests, texts)]
-        return texts, shares, list(coherent(texts))
+        answers = evaluator.judged(requests, texts)
+        return texts, [a.share(sign) for a in answers], [a.coherence for a in answers]
 
     texts, shares, sound = run(0.0, 0)
     drawn = [run(1.0, one)[1:] for one in seeds]
@@ -266,8 +266,8 @@ def judged(
     found = Judged(
         _share(shares, seed),
         Figure(float(grid.mean()), low, high),
-        sum(sound) / len(sound),
-        sum(sampled_sound) / len(sampled_sound),
+        mean(sound),
+        mean(sampled_sound),
         len(seeds),
     )
     return found, texts

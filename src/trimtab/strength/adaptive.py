@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.coherence import coherence_for
-from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.divergence import summarize
 from trimtab.evaluation.summary import mean
 from trimtab.passes.decisions import decisions
 from trimtab.results.intervals import share_interval
@@ -22,7 +20,6 @@ from trimtab.results.intervals import share_interval
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.evaluation.evaluate import Evaluator
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
@@ -101,28 +98,23 @@ def common_goal(
 
 
 def measure_adaptive(
-    lm: LanguageModel,
-    behavior: Behavior,
     evaluator: Evaluator,
     vector: VectorSteering,
     odds: Odds,
     goal: float,
     window: tuple[float, float],
-    max_new_tokens: int,
     seed: int,
 ) -> AdaptiveResult:
     """Answer the evaluator's prompts at a strength each, and read the damage in the same way."""
-    side = 1 if vector.strength >= 0 else -1
-    prompts = evaluator.prompts(evaluator.scored(side))
+    lm, side = evaluator.lm, 1 if vector.strength >= 0 else -1
+    prompts, damaged = evaluator.prompts(evaluator.scored(side)), evaluator.damaged(side)
     strengths = adaptive_strengths(lm, vector, odds, prompts, goal, window)
     with vector.on(lm, row_strengths=strengths):
-        answers = lm.generate(list(prompts), max_new_tokens=max_new_tokens)
-    scores = [verdict.share(side) for verdict in judge_for(behavior)(prompts, answers)]
-    damaged = "toward" if side > 0 else "away"
-    shown = evaluator.prompts(damaged)
-    own = adaptive_strengths(lm, vector, odds, shown, goal, window)
-    reference = Reference(lm, shown, evaluator.unsteered(damaged))
-    damage = summarize(reference.kl(_Rows(vector, own)), seed)
+        answers = lm.generate(list(prompts), max_new_tokens=evaluator.max_new_tokens)
+    judged = evaluator.judged(prompts, answers)
+    scores = [answer.share(side) for answer in judged]
+    own = adaptive_strengths(lm, vector, odds, evaluator.prompts(damaged), goal, window)
+    damage = summarize(evaluator.reference(damaged).kl(_Rows(vector, own)), seed)
     low, high = share_interval(scores, seed)
     return AdaptiveResult(
         goal=goal,
@@ -132,7 +124,7 @@ def measure_adaptive(
         score=mean(scores),
         low=low,
         high=high,
-        coherence=mean(coherence_for(behavior)(answers)),
+        coherence=mean([answer.coherence for answer in judged]),
         damage=damage.mean,
         damage_p95=damage.p95,
     )

@@ -1,8 +1,6 @@
 """Putting a lever at the largest strength that keeps a budget of damage.
 
-Damage is measured, never foretold: strengths double until the 95th percentile of damage passes the
-budget, then the crossing is narrowed down in log strength. Damage need not rise with strength; the
-answer is the end of the first run of strengths, from 0 on, that keeps the budget.
+Damage is measured, never predicted (`trimtab.strength.core.largest_within`).
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import largest_within
 
 if TYPE_CHECKING:
     from trimtab.steering.vector import Switch
 
-WIDTH = 1.05  # the crossing is known to 5 % of strength
-HALVINGS = 14
 PUSHES = 2.0  # a vector is never longer than this many norms of the stream
 
 
@@ -74,35 +71,10 @@ def place(
         known.update(zip(magnitudes, found, strict=True))
         return found
 
-    low, high = _bracket(look, budget, min(first, largest), largest)
-    while low and math.isfinite(high) and high / low > WIDTH:
-        inside = [low * (high / low) ** share for share in (0.25, 0.5, 0.75)]
-        for m, nats in zip(inside, look(inside), strict=True):
-            if nats > budget:
-                high = m
-                break
-            low = m
+    low, high = largest_within(look, budget, first=first, largest=largest)
     tried = tuple((sign * m, known[m]) for m in sorted(known))
     by = "budget" if math.isfinite(high) else "range"
     return Placed(sign * low, known.get(low, 0.0), by, tried)
-
-
-def _bracket(
-    look: Callable[[Sequence[float]], Sequence[float]], budget: float, first: float, largest: float
-) -> tuple[float, float]:
-    """A strength that keeps the budget and one that does not (inf: none does up to `largest`)."""
-    low, m = 0.0, first
-    if look([m])[0] > budget:
-        for _ in range(HALVINGS):
-            high, m = m, m / 2
-            if look([m])[0] <= budget:
-                return m, high
-        return 0.0, m
-    while m < largest:
-        low, m = m, min(2 * m, largest)
-        if look([m])[0] > budget:
-            return low, m
-    return m, math.inf
 
 
 def place_vector(

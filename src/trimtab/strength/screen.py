@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.divergence import Reference, summarize
+from trimtab.evaluation.divergence import summarize
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.passes.decisions import answer_variance
 from trimtab.passes.fan import Fan
@@ -26,7 +26,7 @@ from trimtab.steering.scope import Scope
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
+    from trimtab.evaluation.evaluate import Evaluator
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
@@ -127,34 +127,23 @@ def candidates(
 
 
 class Screen:
-    """The first look, on a few prompts.
+    """The first look.
 
     Args:
-        lm: the unsteered model.
+        evaluator: a few prompts of the behavior; their unsteered answers are read along.
         odds: reads the behavior off logits.
-        scored: prompts whose odds are to move.
-        damaged: prompts that already show the behavior.
-        answers: their unsteered answers.
         budget: nats per token, 95th percentile.
         sign: +1 toward, -1 away.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        odds: Odds,
-        scored: Sequence[Prompt],
-        damaged: Sequence[Prompt],
-        answers: Sequence[str],
-        budget: float,
-        sign: int,
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, odds: Odds, budget: float, sign: int) -> None:
         """Read the prompts unsteered."""
-        self.lm, self.odds, self.budget, self.sign = lm, odds, budget, sign
-        self.damaged, self.answers = damaged, answers
-        self.reference = Reference(lm, damaged, answers)
-        self.encoded = [lm.encode(prompt) for prompt in scored]
-        self.before = self._moved(lm.next_logits(list(scored)))
+        self.lm, self.odds, self.budget, self.sign = evaluator.lm, odds, budget, sign
+        shown, scored = evaluator.damaged(sign), evaluator.prompts(evaluator.scored(sign))
+        self.damaged, self.answers = evaluator.prompts(shown), evaluator.unsteered(shown)
+        self.reference = evaluator.reference(shown)
+        self.encoded = [self.lm.encode(prompt) for prompt in scored]
+        self.before = self._moved(self.lm.next_logits(list(scored)))
 
     def look(self, vector: VectorSteering) -> Candidate:
         """Look at a vector at one place; the figures of one that cannot be steered say why."""

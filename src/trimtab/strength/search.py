@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
+from trimtab.evaluation.divergence import summarize
+from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
 from trimtab.evaluation.summary import mean
 from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine
@@ -18,8 +18,8 @@ from trimtab.results.intervals import paired_bootstrap, spearman
 from trimtab.results.journal import Notes
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses, Tried
+from trimtab.strength.core import Bounds, SweepRow, curve, sweep_row, window
 from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
-from trimtab.strength.sweep import SweepRow, sweep_row
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -32,7 +32,7 @@ ROUND = 3  # places refined and answered per round
 SHARES = (0.55, 1.0)  # of the strength that meets the budget
 BETWEEN = 0.75  # the share that is answered too where one of them is too weak, the other too strong
 BACKED = (0.9, 0.8)  # of a strength that breaks the budget on all prompts, though not on a few
-TOO_STRONG = ("damage", "coherence", "spill")
+TOO_STRONG = ("damage", "coherence", "spill")  # see Bounds.failing
 CONFIRMED = 2  # cells confirmed per round
 LOOKED = 16  # prompts of the coarse look at damage
 COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.08)  # of the strength found so far
@@ -46,11 +46,10 @@ class Search:
 
     Attributes:
         side: +1 or -1.
-        full: the validation split, `few` and `glance` its first prompts.
+        bounds: what is asked for; a cell may miss the budget by `SLACK`.
+        full: the validation split, `few` its first prompts.
         odds: reads the behavior off logits.
-        known: unsteered answers.
         looked: every place, the best first.
-        references: unsteered answers that damage is read along, by number of prompts.
         tried: every cell answered.
         passed: the chosen cell's row.
         engine: does places and cells, which are independent within a step.
@@ -63,10 +62,8 @@ class Search:
         lm: LanguageModel,
         validation: Behavior,
         vector: VectorSteering,
-        budget: float,
+        bounds: Bounds,
         side: int,
-        spill_budget: float | None,
-        floor: float,
         max_new_tokens: int,
         max_prompts: int | None,
         seed: int,
@@ -75,31 +72,21 @@ class Search:
     ) -> None:
         """Build the evaluators and answer the validation prompts unsteered."""
         make = partial(
-            Search, validation=validation, vector=vector, budget=budget, side=side,
-            spill_budget=spill_budget, floor=floor, max_new_tokens=max_new_tokens,
-            max_prompts=max_prompts, seed=seed,
+            Search, validation=validation, vector=vector, bounds=bounds, side=side,
+            max_new_tokens=max_new_tokens, max_prompts=max_prompts, seed=seed,
         )  # fmt: skip
         self.engine, self.job, self.calls_elsewhere = engine or Engine(lm), Job(self, make), 0
         self.lm, self.behavior, self.vector = lm, validation, vector
-        self.budget, self.side, self.spill_budget = budget, side, spill_budget
-        self.floor, self.seed, self.progress = floor, seed, progress
-        self.known = Unsteered(lm, max_new_tokens, self.engine)
-
-        def evaluator(most: int | None) -> Evaluator:
-            cap = most if max_prompts is None else min(max_prompts, most or max_prompts)
-            return Evaluator(
-                lm,
-                validation,
-                max_new_tokens=max_new_tokens,
-                max_prompts=cap,
-                unsteered=self.known,
-            )
-
-        self.full, self.few, self.glance = evaluator(None), evaluator(FEW), evaluator(GLANCED)
+        self.bounds = replace(bounds, budget=bounds.budget * SLACK)
+        self.budget, self.side, self.seed, self.progress = bounds.budget, side, seed, progress
+        self.full = Evaluator(
+            lm, validation, max_new_tokens=max_new_tokens, max_prompts=max_prompts,
+            unsteered=Unsteered(lm, max_new_tokens, self.engine),
+        )  # fmt: skip
+        self.few, self.shown = self.full.first(FEW), self.full.damaged(side)
         self.odds = Odds(lm, validation, side)
         self.baseline = self.full.run(None, side)
         self.looked: list[Candidate] = []
-        self.references: dict[int, Reference] = {}
         self.tried: list[Tried] = []
         self.passed: SweepRow = sweep_row(vector.at(0.0), self.baseline, seed)
         self.done = 0
@@ -111,7 +98,7 @@ class Search:
             self.progress(self.done, max(STEPS, self.done + 3))
 
     def choose(
-        self, layers: Sequence[Sequence[int]] | None, scopes: Sequence[str] | None, target: float
+        self, layers: Sequence[Sequence[int]] | None, scopes: Sequence[str] | None
     ) -> VectorSteering:
         """Return the best cell that passes on the validation split, or refuse.
 
@@ -144,7 +131,7 @@ class Search:
             self.tried += confirmed
             best = sorted([*best, *(t for t in confirmed if t.verdict == "passed")], key=_rank)
             following = [promise[c] for c in order[start + ROUND :]]
-            if best and (best[0].row.score >= target or not any(following)):
+            if best and (best[0].row.score >= self.bounds.target or not any(following)):
                 break
         if best:
             self.passed = best[0].row
@@ -175,16 +162,7 @@ class Search:
     @cached_property
     def screen(self) -> Screen:
         """The first look, whose prompts are read once."""
-        shown = "toward" if self.side > 0 else "away"
-        return Screen(
-            self.lm,
-            self.odds,
-            self.full.prompts(self.full.scored(self.side))[:SCREENED],
-            self.full.prompts(shown)[:SCREENED],
-            self.full.unsteered(shown)[:SCREENED],
-            self.budget,
-            self.side,
-        )
+        return Screen(self.full.first(SCREENED), self.odds, self.budget, self.side)
 
     def look(self, vector: VectorSteering) -> Candidate:
         """Look at one place."""
@@ -199,22 +177,17 @@ class Search:
         vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
         limit = self.refine(vector, candidate.limit, COARSE, LOOKED)
         strengths = [self.side * limit * share for share in SHARES]
-        results = self.glance.run_many(vector, strengths, self.side)
-        return limit, mean([mean(r.scores) * (mean(r.coherences) >= self.floor) for r in results])
+        results = self.full.first(GLANCED).run_many(vector, strengths, self.side)
+        return limit, mean([result.sound_score(self.bounds.coherence) for result in results])
 
     def answer(self, candidate: Candidate, limit: float) -> list[Tried]:
         """Answer a few prompts at strengths up to the one that meets the budget."""
         vector = self.vector.select(layers=candidate.layers, scope=candidate.scope)
-        prompts = len(self.full.prompts("toward" if self.side > 0 else "away"))
-        limit = self.refine(vector, limit, FINE, prompts)
+        limit = self.refine(vector, limit, FINE, len(self.full.prompts(self.shown)))
 
         def at(shares: Sequence[float]) -> list[Tried]:
             strengths = [self.side * limit * share for share in shares]
-            results = self.few.run_many(vector, strengths, self.side)
-            return [
-                self._judged(vector.at(m), result, "screened")
-                for m, result in zip(strengths, results, strict=True)
-            ]
+            return self.measured(self.few, vector, strengths, "screened")
 
         weak, strong = found = at(SHARES)
         if weak.verdict == "no gain" and strong.verdict in TOO_STRONG:
@@ -225,54 +198,44 @@ class Search:
         self, vector: VectorSteering, limit: float, factors: Sequence[float], prompts: int
     ) -> float:
         """Look again, on more prompts, at where p95 damage meets the budget."""
-        if prompts not in self.references:
-            shown = "toward" if self.side > 0 else "away"
-            listed, answers = self.full.prompts(shown), self.full.unsteered(shown)
-            self.references[prompts] = Reference(self.lm, listed[:prompts], answers[:prompts])
         strengths = [limit * factor for factor in factors]
-        many = self.references[prompts].kl_many(vector, [self.side * m for m in strengths])
+        reference = self.full.first(prompts).reference(self.shown)
+        many = reference.kl_many(vector, [self.side * m for m in strengths])
         return crossing(strengths, [summarize(t, self.seed).p95 for t in many], self.budget)
 
     def confirm(self, tried: Tried) -> list[Tried]:
         """Measure a cell on the whole validation split; back off where it breaks the budget there."""
         vector, found = self.place(tried), []
         for share in (1.0, *BACKED):
-            at = vector.at(vector.strength * share)
-            (result,) = self.full.run_many(at, [at.strength], self.side)
-            found.append(self._judged(at, result, "confirmed"))
+            found += self.measured(self.full, vector, [vector.strength * share], "confirmed")
             if found[-1].verdict != "damage":
                 break
         return found
 
-    def _judged(self, vector: VectorSteering, result: Evaluation, stage: str) -> Tried:
-        row = replace(sweep_row(vector, result, self.seed), samples=())
-        verdict = self._failing(row, result, stage) or "passed"
-        return Tried(vector.layers, stage, verdict, row, str(vector.scope))
+    def measured(
+        self, evaluator: Evaluator, vector: VectorSteering, strengths: Sequence[float], stage: str
+    ) -> list[Tried]:
+        """Measure cells of one place and say what each of them fails by."""
+        rows = curve(evaluator, vector, strengths, self.side, seed=self.seed)
+        return [
+            Tried(vector.layers, stage, self._failing(row, stage), row, str(vector.scope))
+            for row in rows
+        ]
 
-    def _failing(self, row: SweepRow, result: Evaluation, stage: str) -> str:
-        if row.coherence < self.floor:
-            return "coherence"
-        if row.damage_p95 > self.budget * SLACK:
-            return "damage"
-        spilled = row.spill_p95
-        if self.spill_budget is not None and spilled is not None and spilled > self.spill_budget:
-            return "spill"
-        before = self.baseline.scores[: len(result.scores)]
+    def _failing(self, row: SweepRow, stage: str) -> str:
+        before = self.baseline.scores[: len(row.scores)]
         # A few prompts cannot show that a gain from a middling score is more than chance.
-        low = mean(result.scores) - mean(before)
+        low = row.score - mean(before)
         if stage == "confirmed":
-            low, _ = paired_bootstrap(result.scores, before, self.seed)
-        return "" if low > 0 else "no gain"
+            low, _ = paired_bootstrap(row.scores, before, self.seed)
+        return self.bounds.failing(row) or ("passed" if low > 0 else "no gain")
 
     def curve(self, chosen: VectorSteering) -> tuple[SweepRow, ...]:
         """Measure the chosen place against strength."""
         strengths = [chosen.strength * factor for factor in CURVE]
-        results = self.few.run_many(chosen, strengths, self.side)
+        rows = curve(self.few, chosen, strengths, self.side, seed=self.seed)
         self.step()
-        return tuple(
-            replace(sweep_row(chosen.at(m), result, self.seed), samples=())
-            for m, result in zip(strengths, results, strict=True)
-        )
+        return tuple(rows)
 
     def gentler(self, chosen: VectorSteering, rows: Sequence[SweepRow]) -> VectorSteering:
         """Return the weakest strength of the curve that does as well, once confirmed; else the chosen.
@@ -281,7 +244,7 @@ class Search:
         """
         at = CURVE.index(1.0)
         for row in rows[:at]:
-            if row.score >= rows[at].score and row.coherence >= self.floor:
+            if row.score >= rows[at].score and row.coherence >= self.bounds.coherence:
                 place = Tried(chosen.layers, "screened", "passed", row, str(chosen.scope))
                 confirmed = self.confirm(place)
                 self.tried += confirmed
@@ -292,25 +255,11 @@ class Search:
                 break
         return chosen
 
-    def window(self, rows: Sequence[SweepRow], target: float) -> tuple[float, float] | None:
-        """Return the ends of the run of strengths around the chosen one that pass at the target."""
-        inside = [
-            row.score >= target
-            and row.coherence >= self.floor
-            and row.damage_p95 <= self.budget * SLACK
-            for row in rows
-        ]
-        at = next(i for i, row in enumerate(rows) if row.strength == self.passed.strength)
-        inside[at] = self.passed.score >= target  # confirmed on more prompts than the curve has
-        if not inside[at]:
-            return None
-        first, last = at, at
-        while first > 0 and inside[first - 1]:
-            first -= 1
-        while last + 1 < len(rows) and inside[last + 1]:
-            last += 1
-        ends = sorted((rows[first].strength, rows[last].strength))
-        return ends[0], ends[1]
+    def window(self, rows: Sequence[SweepRow]) -> tuple[float, float] | None:
+        """Return the strengths of a curve around the chosen one that pass at the target."""
+        chosen = self.passed.strength  # confirmed on more prompts than the curve has
+        known = [row for row in rows if row.strength != chosen]
+        return window([*known, self.passed], self.bounds, chosen)
 
     def damage_coherence(self, curve: Sequence[SweepRow]) -> float:
         """Return the rank correlation over every cell that was answered."""
@@ -332,7 +281,7 @@ class Search:
         return NoStrengthPasses(
             asked=f"a strength that moves {self.behavior.name!r} {side} from a score of "
             f"{before.score:.2f} within {self.budget:g} nats of damage at a coherence of "
-            f"{self.floor:g}",
+            f"{self.bounds.coherence:g}",
             found=f"no strength passes: {found}{best}",
             advice="try another method of find, other layers or scopes, or a larger budget",
             baseline=before,

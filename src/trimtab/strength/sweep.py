@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample, Unsteered
 from trimtab.evaluation.spread import run_groups
-from trimtab.evaluation.summary import Summary, alpha_text, raw_alphas, summary, with_p95
 from trimtab.results import Progress
 from trimtab.results.journal import Journal
-from trimtab.results.tables import Printable, Table, number, with_interval
+from trimtab.results.tables import Printable, Table
+from trimtab.strength.core import COLUMNS, SweepRow, sweep_row
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -24,33 +24,8 @@ if TYPE_CHECKING:
     from trimtab.steering.vector import VectorSteering
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepRow(Summary):
-    """One strength in one direction.
-
-    `sign` says which side is scored: that of the strength, and at m = 0 one row for each.
-    """
-
-    strength: float
-    alphas: dict[int, float]
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the row's table cells."""
-        return (
-            f"{self.strength:+g}" if self.strength else "0",
-            "toward" if self.sign > 0 else "away",
-            alpha_text(self.alphas),
-            with_interval(self.score, self.low, self.high),
-            str(self.n),
-            number(self.coherence),
-            with_p95(self.damage, self.damage_p95),
-            with_p95(self.spill, self.spill_p95),
-        )
-
-
 # Strengths measured together: enough to fill a batch, few enough that progress moves.
 GROUP = 8
-COLUMNS = ("m", "side", "alpha", "score", "n", "coherence", "damage (p95)", "spill (p95)")
 
 
 @dataclass(frozen=True)
@@ -200,13 +175,6 @@ def _written(
             if (row.strength, row.sign) in points:
                 found[row.strength, row.sign] = row
     return found
-
-
-def sweep_row(steering: VectorSteering, result: Evaluation, seed: int) -> SweepRow:
-    """Summarize one evaluation as a row of a curve."""
-    return SweepRow(
-        **vars(summary(result, seed)), strength=steering.strength, alphas=raw_alphas(steering)
-    )
 
 
 def _name(vector: VectorSteering) -> str:

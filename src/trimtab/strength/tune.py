@@ -33,9 +33,9 @@ from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
 from trimtab.strength.choose import Tried
+from trimtab.strength.core import COLUMNS, Bounds, SweepRow, span, sweep_row
 from trimtab.strength.screen import Candidate
 from trimtab.strength.search import Search
-from trimtab.strength.sweep import COLUMNS, SweepRow, sweep_row
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -55,7 +55,7 @@ class TuneReport(Printable):
         strength: chosen m.
         alpha: layer -> raw alpha.
         window: (lowest, highest) m of the curve around the chosen one that reaches the target, the
-            floor and the budget; None where the target is not reached.
+            floor and the budgets; None where the target is not reached.
         score: share of answers on the wanted side, `low` to `high` its interval; `baseline` is the
             unsteered model's, `gain` the paired difference.
         null: mean score of random directions of the same size; `null_damage_p95` their damage.
@@ -115,7 +115,7 @@ class TuneReport(Printable):
     def table(self) -> Table:
         """Return the curve, one line per strength, with the choice underneath."""
         chosen = f"layers {', '.join(map(str, self.layers))}, scope {self.scope}"
-        window = "no window" if self.window is None else f"window {_span(self.window)}"
+        window = "no window" if self.window is None else f"window {span(self.window)}"
         notes = [
             f"chosen: {chosen}, m = {self.strength:+.3g} ({window})",
             f"test split: score {with_interval(self.score, self.low, self.high)} of {self.n}, "
@@ -231,16 +231,17 @@ def tune(
         engine.expect([vector, *nulls])
     with counting(lm) as calls:
         search = Search(
-            lm, splits.named("validation"), vector, budget, 1 if sign > 0 else -1, spill_budget,
-            coherence_floor, max_new_tokens, max_prompts, seed, progress, engine,
+            lm, splits.named("validation"), vector,
+            Bounds(budget, coherence_floor, target, spill_budget), 1 if sign > 0 else -1,
+            max_new_tokens, max_prompts, seed, progress, engine,
         )  # fmt: skip
-        chosen = search.choose(layers, scopes, target)
+        chosen = search.choose(layers, scopes)
         curve = search.curve(chosen)
         chosen = search.gentler(chosen, curve)
-        window = search.window(curve, target)
+        window = search.window(curve)
         test = Evaluator(
             lm, splits.named("test"), max_new_tokens=max_new_tokens, max_prompts=max_prompts,
-            unsteered=search.known,
+            unsteered=search.full.known,
         )  # fmt: skip
         result, base, nulls = _on_test(test, chosen, search.side, seed)
         search.step()
@@ -254,14 +255,10 @@ def tune(
             )
         per_prompt = None
         if adaptive:
-            odds = search.odds
-            goal = common_goal(
-                lm, chosen, odds, search.full.prompts(search.full.scored(search.side))
-            )
+            scored = search.full.prompts(search.full.scored(search.side))
+            goal = common_goal(lm, chosen, search.odds, scored)
             most = max(abs(m) for m in (chosen.strength, *(window or ())))
-            per_prompt = measure_adaptive(
-                lm, splits.named("test"), test, chosen, odds, goal, (0.0, most), max_new_tokens, seed,
-            )  # fmt: skip
+            per_prompt = measure_adaptive(test, chosen, search.odds, goal, (0.0, most), seed)
         search.step()
     report = TuneReport(
         behavior=behavior.name,
@@ -320,7 +317,3 @@ def _on_test(
 
 def _plain(tuned: Tuned) -> VectorSteering:
     return VectorSteering(**{f.name: getattr(tuned, f.name) for f in fields(VectorSteering)})
-
-
-def _span(window: tuple[float, float]) -> str:
-    return f"{window[0]:+.3g} to {window[1]:+.3g}"

@@ -29,9 +29,9 @@ from trimtab.results import Progress
 from trimtab.results.tables import clean
 from trimtab.steering.load import load_steering
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import Bounds
 from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk
-from trimtab.studio.lever import Bounds
 from trimtab.studio.uploads import Page
 from trimtab.studio.workshop import Bench, Workshop, written_behavior
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample
-from trimtab.evaluation.summary import mean
-from trimtab.results import Progress
+from trimtab.evaluation.evaluate import Evaluator, Progress
 from trimtab.results.tables import number
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import Bounds, SweepRow, curve, inside, span, window
 from trimtab.strength.tune import Tuned
 
 # Strengths measured beforehand on each side of 0; the slider has STEPS stops between two of them.
@@ -19,42 +18,6 @@ GRID = 10
 STEPS = 4
 # The range grows until the text falls apart, but not further than this multiple of the first one.
 FURTHEST = 16
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a strength has to keep to be inside the window.
-
-    Attributes:
-        budget: greatest p95 damage in nats per token.
-        coherence: least mean coherence.
-        target: least score.
-    """
-
-    budget: float = 0.5
-    coherence: float = 0.9
-    target: float = 0.9
-
-    def broken(self, reading: Reading) -> bool:
-        """Whether the text or the budget is lost at this strength, whatever the score."""
-        return reading.coherence < self.coherence or reading.damage_p95 > self.budget
-
-    def kept(self, reading: Reading) -> bool:
-        """Whether this strength is inside."""
-        return reading.score >= self.target and not self.broken(reading)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the gauges show at one strength; `side` is +1 scored toward, -1 away."""
-
-    strength: float
-    side: int
-    score: float
-    coherence: float
-    damage: float
-    damage_p95: float
-    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +31,7 @@ class Lever:
         lock: held while the model is steered.
         reach: the slider goes from -reach to +reach.
         tuned: the window that tuning confirmed on its own prompts, where it did.
-        readings: (side, m) -> reading; grows while the slider is moved.
+        readings: (side, m) -> what the gauges show; grows while the slider is moved.
     """
 
     vector: VectorSteering
@@ -77,7 +40,7 @@ class Lever:
     lock: AbstractContextManager[object]
     reach: float
     tuned: tuple[float, float] | None = None
-    readings: dict[tuple[int, float], Reading] = field(default_factory=dict)
+    readings: dict[tuple[int, float], SweepRow] = field(default_factory=dict)
 
     @property
     def side(self) -> int:
@@ -93,7 +56,7 @@ class Lever:
         """Return the side that a strength is scored on; 0 belongs to the vector's own."""
         return self.side if strength == 0 else (1 if strength > 0 else -1)
 
-    def curve(self, side: int) -> list[Reading]:
+    def curve(self, side: int) -> list[SweepRow]:
         """Return the readings of a side by rising strength, the unsteered one among them."""
         return sorted(
             (r for (at, _), r in self.readings.items() if at == side), key=lambda r: r.strength
@@ -108,10 +71,10 @@ class Lever:
 
         A few prompts may miss a target that more prompts reached while tuning: then that one counts.
         """
-        found = window_of(self.curve(side), self.bounds, self.vector.strength)
+        found = window(self.curve(side), self.bounds, self.vector.strength, elsewhere=True)
         return self.tuned if found is None and side == self.side else found
 
-    def read(self, strength: float) -> Reading:
+    def read(self, strength: float) -> SweepRow:
         """Return the gauges at a strength, measured now where they were not before."""
         side, m = self.side_of(strength), round(float(strength), 6)
         if (side, m) not in self.readings:
@@ -122,13 +85,13 @@ class Lever:
         """Say in sentences what is wrong with a strength; nothing inside the window and at 0."""
         if strength == 0:
             return []
-        reading, window = self.read(strength), self.window(self.side_of(strength))
+        reading, ends = self.read(strength), self.window(self.side_of(strength))
         said = []
-        if window is not None and not inside(strength, window):
-            weak = abs(strength) < min(map(abs, window))
+        if ends is not None and not inside(strength, ends):
+            weak = abs(strength) < min(map(abs, ends))
             what = "weaker than" if weak else "stronger than"
-            said.append(f"m = {strength:+.3g} is {what} the window, {span(window)}.")
-        elif window is None:
+            said.append(f"m = {strength:+.3g} is {what} the window, {span(ends)}.")
+        elif ends is None:
             direction = "toward" if strength > 0 else "away from"
             said.append(
                 f"No strength measured {direction} the behavior reaches a score of "
@@ -145,18 +108,6 @@ class Lever:
                 f"the budget of {self.bounds.budget:g}."
             )
         return said
-
-
-def inside(strength: float, window: tuple[float, float]) -> bool:
-    """Whether a strength is in a window, its ends included."""
-    # A stop of the slider may miss an end by the last digits alone.
-    slack = 1e-3 * max(map(abs, window))
-    return window[0] - slack <= strength <= window[1] + slack
-
-
-def span(window: tuple[float, float]) -> str:
-    """Write a window as text."""
-    return f"{window[0]:+.3g} to {window[1]:+.3g}"
 
 
 def measure_lever(
@@ -208,35 +159,17 @@ def measure_at(lever: Lever, strengths: Sequence[float], side: int) -> None:
     if not missing:
         return
     with lever.lock:
-        found = lever.evaluator.run_many(lever.vector, missing, side)
-    for m, result in zip(missing, found, strict=True):
-        lever.readings[side, m] = _reading(m, side, result)
-
-
-def window_of(
-    curve: Sequence[Reading], bounds: Bounds, near: float = 0.0
-) -> tuple[float, float] | None:
-    """Return the ends of the run of neighboring strengths inside the bounds.
-
-    Of several runs it is the one around `near`, else the longest.
-    """
-    runs: list[list[float]] = [[]]
-    for reading in curve:
-        if reading.strength and bounds.kept(reading):
-            runs[-1].append(reading.strength)
-        elif runs[-1]:
-            runs.append([])
-    found = [(run[0], run[-1]) for run in runs if run]
-    return max(found, key=lambda w: (inside(near, w), w[1] - w[0]), default=None)
+        rows = curve(lever.evaluator, lever.vector, missing, side, samples=True)
+    lever.readings.update(((side, row.strength), row) for row in rows)
 
 
 def _edges(lever: Lever, side: int) -> list[float]:
     """The slider's stops between the window's ends and the grid's next points outside."""
-    window = lever.window(side)
-    if window is None:
+    ends = lever.window(side)
+    if ends is None:
         return []
     stops = [lever.step * i for i in range(1, STEPS)]
-    points = [window[0] - stop for stop in stops] + [window[1] + stop for stop in stops]
+    points = [ends[0] - stop for stop in stops] + [ends[1] + stop for stop in stops]
     return [round(m, 6) for m in points if 0 < side * m < lever.reach]
 
 
@@ -249,18 +182,4 @@ def nice(value: float) -> float:
 def _may_grow(lever: Lever, side: int, first: float) -> bool:
     """Whether the text and the budget still hold at the far end."""
     end = lever.readings[side, round(side * lever.reach, 6)]
-    sound = not lever.bounds.broken(end)
-    return sound and lever.reach < FURTHEST * first
-
-
-def _reading(strength: float, side: int, result: Evaluation) -> Reading:
-    damage = result.damage(seed=0)
-    return Reading(
-        strength=strength,
-        side=side,
-        score=mean(result.scores),
-        coherence=mean(result.coherences),
-        damage=damage.mean,
-        damage_p95=damage.p95,
-        samples=result.samples,
-    )
+    return not lever.bounds.failing(end) and lever.reach < FURTHEST * first

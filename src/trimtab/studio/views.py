@@ -9,8 +9,9 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.measurement import Measurement
 from trimtab.results.tables import escape, number
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import SweepRow, inside, span
 from trimtab.studio.coloring import layer_read
-from trimtab.studio.lever import Lever, Reading, inside, span
+from trimtab.studio.lever import Lever
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 8.0, 34.0
@@ -52,7 +53,7 @@ def tokens_view(
     )
 
 
-def gauges_view(lever: Lever, reading: Reading) -> str:
+def gauges_view(lever: Lever, reading: SweepRow) -> str:
     """Show score, coherence and KL at a strength, and the curves with the window shaded."""
     bounds = lever.bounds
     bars = (
@@ -63,7 +64,7 @@ def gauges_view(lever: Lever, reading: Reading) -> str:
              f"{number(reading.damage_p95, 3)} nats (budget {bounds.budget:g})",
              reading.damage_p95 > bounds.budget),
     )  # fmt: skip
-    side = "toward" if reading.side > 0 else "away"
+    side = "toward" if reading.sign > 0 else "away"
     asked = len(reading.samples)
     return (
         f'<div class="tt-gauges" data-m="{reading.strength:g}" data-score="{reading.score:.3f}" '
@@ -86,7 +87,7 @@ def warnings_view(lever: Lever, strength: float) -> str:
     return f'<div class="tt-fine">Inside the window, {span(window)}.</div>'
 
 
-def samples_view(reading: Reading) -> str:
+def samples_view(reading: SweepRow) -> str:
     """Show the answers behind the gauges."""
     rows = "".join(
         f"<tr><td>{inert(_said(sample.prompt))}</td><td>{inert(sample.before)}</td>"
@@ -169,7 +170,7 @@ def _bar(name: str, share: float, text: str, bad: bool) -> str:
     )
 
 
-def _chart(lever: Lever, reading: Reading) -> str:
+def _chart(lever: Lever, reading: SweepRow) -> str:
     """The curves of both sides over the slider's range; KL as a share of the budget."""
     reach, budget = lever.reach, lever.bounds.budget
 

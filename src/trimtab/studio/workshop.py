@@ -27,9 +27,10 @@ from trimtab.results.files import written
 from trimtab.steering.prompt import prompt as prompt_lever
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.choose import NoStrengthPasses
+from trimtab.strength.core import Bounds, SweepRow, span
 from trimtab.strength.tune import tune
 from trimtab.studio.coloring import Scale, projections, scale_of
-from trimtab.studio.lever import Bounds, Lever, Reading, measure_lever, span
+from trimtab.studio.lever import Lever, measure_lever
 from trimtab.studio.streaming import stream
 from trimtab.weights import bake
 
@@ -207,7 +208,7 @@ class Workshop:
         while len(self._answers) > KEPT_ANSWERS:
             self._answers.popitem(last=False)
 
-    def read(self, bench: Bench, strength: float) -> Reading:
+    def read(self, bench: Bench, strength: float) -> SweepRow:
         """Return the gauges at a strength."""
         return bench.lever.read(strength)
 

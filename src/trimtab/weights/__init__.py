@@ -2,8 +2,7 @@
 
 from trimtab.weights.bake import bake, plan
 from trimtab.weights.inspect import CheckpointFacts, inspect_checkpoint
-from trimtab.weights.plan import Plan
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport, Plan
 from trimtab.weights.routes.low_rank import at_every_writer
 from trimtab.weights.soft.prompt import bake_prompt
 from trimtab.weights.soft.value import SoftPrompt

@@ -26,15 +26,13 @@ from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import Scaled
-from trimtab.weights.card import model_card
+from trimtab.weights.card import model_card, record_of
 from trimtab.weights.disk.base import Model, folder_of, save_model
 from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.stream import check_space, write
-from trimtab.weights.plan import Plan, prepare, refused_plan
-from trimtab.weights.record import record_of
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport, Plan, prepare, refused_plan
 from trimtab.weights.routes.changes import changes_of
 from trimtab.weights.slices import write_slices
 from trimtab.weights.soft.prompt import bake_prompt

@@ -1,16 +1,19 @@
-"""The model card of a baked checkpoint: what it is, how hard it steers, how to undo it."""
+"""What a baked checkpoint says of itself: a model card for readers, a record for programs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+from trimtab.models.baked import read_record
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
 from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.margin import Margin
-from trimtab.weights.plan import Plan
-from trimtab.weights.report import BakeReport
+from trimtab.weights.plan import BakeReport, Plan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -122,3 +125,36 @@ def markdown(table: Table) -> str:
 def one_line(text: str) -> str:
     """Return text that cannot leave its line or its table cell."""
     return " ".join(clean(text).split()).replace("|", "\\|")
+
+
+def record_of(
+    plan: Plan, vectors: Sequence[Scaled], report: BakeReport, base: Path
+) -> dict[str, Any]:
+    """Return the record; that of a base which was baked itself is kept inside it."""
+    facts = {k: v for k, v in report.to_dict().items() if k not in ("path", "plan")}
+    return {
+        "format": 1,
+        "trimtab": version("trimtab"),
+        "base_model": plan.model,
+        "base_fingerprint": report.base_fingerprint,
+        "base_architecture": plan.architecture,
+        "steerings": [
+            {
+                "label": vector.label,
+                "operation": vector.operation,
+                "site": vector.site,
+                "scope": str(vector.scope),
+                "strength": vector.strength,
+                "alphas": {str(k): v for k, v in vector.alphas.items()},
+                "behavior": vector.provenance.get("behavior"),
+                "method": vector.provenance.get("method"),
+                "data_hash": vector.provenance.get("data_hash"),
+            }
+            for vector in vectors
+        ],
+        "extra_layers": plan.extra_layers,
+        "changed_tensors": list(plan.changed),
+        "steps": list(plan.steps),
+        "checked": facts,
+        "earlier": read_record(base),
+    }

@@ -16,8 +16,9 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import answer_kl, summarize
-from trimtab.evaluation.judges import judge_for
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.evaluation.summary import mean
 from trimtab.prompts.gap.gradient import gradient_search
 from trimtab.prompts.gap.readings import Reader
 from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
@@ -246,10 +247,10 @@ def _held_out(
     share = float(closed.mean())
     judged = judged_before = None
     if behavior.judge is not None:
-        judge = judge_for(behavior)
+        evaluator = Evaluator(lm, behavior)
         plain = lm.generate(prompts, max_new_tokens=_ANSWER)
         judged, judged_before = (
-            sum(v.share(sign) for v in judge(prompts, said)) / len(said)
+            mean([answer.share(sign) for answer in evaluator.judged(prompts, said)])
             for said in (answers, plain)
         )
     return HeldOut(
