@@ -11,6 +11,7 @@ import torch
 import tiny
 from conftest import tiny_model
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.evaluate import JudgedAnswer
 from trimtab.models.model import LanguageModel
 from trimtab.prediction.recovery import LARGE, Recovery, recovery
 from trimtab.steering.vector import VectorSteering
@@ -93,7 +94,13 @@ def test_by_default_the_vectors_own_strength_is_multiplied(llama: LanguageModel)
 
 
 def test_coherence_is_the_mean_of_the_scorer(llama: LanguageModel) -> None:
-    (row,) = run(llama, push(llama), 1.0, coherence=lambda answers: [0.0, 1.0, 1.0]).rows
+    class Judge:
+        def judged(self, prompts: Any, answers: list[str]) -> list[JudgedAnswer]:
+            assert prompts == PROMPTS
+            each = zip(answers, [0.0, 1.0, 1.0], strict=True)
+            return [JudgedAnswer(0.0, 0.0, coherence) for _, coherence in each]
+
+    (row,) = run(llama, push(llama), 1.0, evaluator=Judge()).rows
     assert row.coherence == pytest.approx(2 / 3)
 
 

@@ -17,7 +17,7 @@ Unsteered answers and their tokens are made once per `Evaluator` and shared by a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -242,16 +242,14 @@ class Evaluator:
     def run(self, lever: Switch | LanguageModel | None, sign: int) -> Evaluation:
         """Score a lever, a second model (checkpoint) or, for None, the unsteered model itself."""
         scored = self.scored(sign)
-        prompts, before = self.prompts(scored), self.unsteered(scored)
-        if lever is None:
-            answers = before
-        elif isinstance(lever, LanguageModel):
+        prompts, answers = self.prompts(scored), self.unsteered(scored)
+        if isinstance(lever, LanguageModel):
             answers = lever.generate(list(prompts), max_new_tokens=self.max_new_tokens)
-        else:
+        elif lever is not None:
             answers = self.engine.answer(lever, prompts, self.max_new_tokens)
         spilled = self._kl(lever, "neutral") if self.prompts("neutral") else None
         damage = self._kl(lever, self.damaged(sign))
-        return self._evaluation(sign, prompts, before, answers, damage, spilled)
+        return self.evaluation(sign, answers, damage, spilled)
 
     def run_many(
         self, vector: VectorSteering, strengths: Sequence[float], sign: int
@@ -274,45 +272,38 @@ class Evaluator:
 
         damage = kl(self.damaged(sign))
         spill = kl("neutral") if self.prompts("neutral") else {}
-        prompts = self.prompts(self.scored(sign))
         return [
-            self._evaluation(
-                sign,
-                prompts,
-                answers[0.0],
-                answers[m],
-                tuple(damage[m]),
-                tuple(spill[m]) if spill else None,
-            )
+            self.evaluation(sign, answers[m], damage[m], spill[m] if spill else None)
             for m in map(float, strengths)
         ]
 
-    def _evaluation(
+    def evaluation(
         self,
         sign: int,
-        prompts: Sequence[Prompt],
-        before: Sequence[str],
         answers: Sequence[str],
-        damage: tuple[torch.Tensor, ...],
-        spill: tuple[torch.Tensor, ...] | None,
+        damage: Sequence[torch.Tensor],
+        spill: Sequence[torch.Tensor] | None = None,
     ) -> Evaluation:
+        """Judge answers to the scored prompts, however they were made, beside damage and spill."""
+        scored = self.scored(sign)
+        prompts, before = self.prompts(scored), self.unsteered(scored)
         judged = self.judged(prompts, answers)
         return Evaluation(
             sign=sign,
             scores=tuple(answer.share(sign) for answer in judged),
             coherences=tuple(answer.coherence for answer in judged),
-            damage_tokens=damage,
-            spill_tokens=spill,
+            damage_tokens=tuple(damage),
+            spill_tokens=None if spill is None else tuple(spill),
             samples=tuple(
                 Sample(p if isinstance(p, str) else [dict(m) for m in p], b, a)
                 for p, b, a in zip(prompts, before, answers, strict=True)
             ),
         )
 
-    def _kl(self, lever: Switch | LanguageModel | None, side: str) -> tuple[torch.Tensor, ...]:
+    def _kl(self, lever: Switch | LanguageModel | None, side: str) -> list[torch.Tensor]:
         reference = self.reference(side)
         if lever is None:  # the unsteered model does not differ from itself
-            return tuple(reference.zeros())
+            return reference.zeros()
         if isinstance(lever, LanguageModel):
-            return tuple(reference.kl(other=lever))
-        return tuple(reference.kl(lever))
+            return reference.kl(other=lever)
+        return reference.kl(lever)

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.coherence import coherence_for
-from trimtab.evaluation.judges import judge_for
-from trimtab.mechanism.circuits.teacher_forced import scored_prompts
-from trimtab.passes.rollout import rollout
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.evaluation.summary import mean
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
@@ -104,22 +102,24 @@ def working_strength(
         TrimtabError: a split without prompts, or a behavior without a judge.
     """
     sign = 1 if vector.strength > 0 else -1
-    prompts = scored_prompts(split, sign)[:max_prompts]
-    judge, coherence = judge_for(split), coherence_for(split)
+    evaluator = Evaluator(lm, split, max_new_tokens=max_new_tokens, max_prompts=max_prompts)
+    prompts = evaluator.prompts(evaluator.scored(sign))
 
-    def score(answers: Sequence[str]) -> float:
-        pairs = zip(judge(prompts, answers), coherence(answers), strict=True)
-        return sum(verdict.share(sign) * sound for verdict, sound in pairs) / len(prompts)
-
-    def judged(strengths: Sequence[float]) -> list[Tried]:
-        found = rollout(lm, vector, prompts, strengths, max_new_tokens=max_new_tokens)
-        return [Tried(m, score(answers)) for m, answers in zip(strengths, found, strict=True)]
+    def scores(strengths: Sequence[float]) -> dict[float, float]:
+        """Return m -> score; that of the unsteered model, m = 0, among them."""
+        return {
+            m: mean([answer.sound(sign) for answer in evaluator.judged(prompts, answers)])
+            for m, answers in evaluator.answers(vector, strengths, sign).items()
+        }
 
     own = vector.strength
-    unsteered = score(lm.generate(list(prompts), max_new_tokens=max_new_tokens))
-    tried = judged([own])
+    found = scores([own])
+    unsteered = found[0.0]
+    tried = [Tried(own, found[own])]
     if look and tried[0].score - unsteered < LEAST_GAIN:
-        tried += judged([own * factor for factor in FACTORS])
+        strengths = [own * factor for factor in FACTORS]
+        found = scores(strengths)
+        tried += [Tried(m, found[m]) for m in strengths]
     best = max(one.score for one in tried) - unsteered
     used = own
     if best >= LEAST_GAIN:

@@ -28,6 +28,7 @@ from trimtab.evaluation.readout import readout_tokens
 from trimtab.passes.decisions import answer_variance, decisions
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.theory.tilt import Tilt
+from trimtab.theory.token_sets import window
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -245,7 +246,7 @@ def trusted(
 def _windows(
     tilt: Tilt, wanted: Sequence[int], nats: float, side: int
 ) -> tuple[tuple[float | None, float], ...]:
-    low, high = tilt.window(wanted, TARGET, nats, side)
+    low, high = window(tilt, wanted, TARGET, nats, side)
     return tuple(
         (None if math.isnan(a) else abs(a), abs(b))
         for a, b in zip(low.tolist(), high.tolist(), strict=True)

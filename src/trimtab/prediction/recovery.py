@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimtab.evaluation.summary import mean
 from trimtab.models.capture import capture
 from trimtab.results.tables import Printable, Table, number, percent
 
 if TYPE_CHECKING:
-    from trimtab.evaluation.coherence import Coherence
+    from trimtab.evaluation.evaluate import Evaluator
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
@@ -40,7 +41,7 @@ class Recovered:
         cosine: per layer, the mean over prompts.
         same_first: share of prompts whose most likely first token is the unsteered one.
         same_answer: share of greedy answers that are the unsteered ones, letter for letter.
-        coherence: mean of the answers; None without a scorer.
+        coherence: mean of the answers; None without an evaluator.
     """
 
     strength: float
@@ -90,7 +91,7 @@ def recovery(
     prompts: Sequence[Prompt],
     strengths: Sequence[float] | None = None,
     *,
-    coherence: Coherence | None = None,
+    evaluator: Evaluator | None = None,
     max_new_tokens: int = 40,
 ) -> Recovery:
     """Push very hard and look at every layer, at the last prompt token, and at the answers.
@@ -100,7 +101,7 @@ def recovery(
         vector: what is pushed along.
         prompts: contexts.
         strengths: multipliers m; by default the vector's own times 1, 10, 100 and 1000.
-        coherence: scores answers, such as `coherence_for(behavior)`.
+        evaluator: judges the answers' coherence; None leaves it out.
         max_new_tokens: length of answers.
     """
     chosen = [vector.strength * f for f in LARGE] if strengths is None else list(strengths)
@@ -121,7 +122,9 @@ def recovery(
                 cosine=tuple(cosine.mean(0).tolist()),
                 same_first=float((steered.argmax(-1) == logits.argmax(-1)).double().mean()),
                 same_answer=sum(a == b for a, b in zip(said, answers, strict=True)) / len(listed),
-                coherence=None if coherence is None else sum(coherence(said)) / len(listed),
+                coherence=None
+                if evaluator is None
+                else mean([answer.coherence for answer in evaluator.judged(listed, said)]),
             )
         )
     return Recovery(vector.label, vector.layers, str(vector.scope), len(listed), tuple(rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.prediction.calibration import Calibration, calibration
@@ -124,7 +123,7 @@ def study(
     step()
     returned = recovery(
         lm, vector.at(sign * abs(vector.strength or 1.0)), prompts,
-        coherence=coherence_for(behavior), max_new_tokens=max_new_tokens,
+        evaluator=evaluator, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     step()
     return Study(

@@ -9,13 +9,11 @@ alone, which is where damage is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trimtab.evaluation.divergence import summarize
-from trimtab.evaluation.summary import mean
+from trimtab.evaluation.summary import Summary, mean, summary
 from trimtab.passes.decisions import decisions
-from trimtab.results.intervals import share_interval
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
     from trimtab.strength.screen import Odds
 
 
-@dataclass(frozen=True)
-class AdaptiveResult:
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveResult(Summary):
     """Per-prompt strengths measured on the prompts that the fixed strength was measured on.
 
     Attributes:
@@ -42,12 +40,6 @@ class AdaptiveResult:
     strengths: tuple[float, ...]
     mean: float
     damage_mean_strength: float
-    score: float
-    low: float
-    high: float
-    coherence: float
-    damage: float
-    damage_p95: float
 
 
 @dataclass(frozen=True)
@@ -111,22 +103,14 @@ def measure_adaptive(
     strengths = adaptive_strengths(lm, vector, odds, prompts, goal, window)
     with vector.on(lm, row_strengths=strengths):
         answers = lm.generate(list(prompts), max_new_tokens=evaluator.max_new_tokens)
-    judged = evaluator.judged(prompts, answers)
-    scores = [answer.share(side) for answer in judged]
     own = adaptive_strengths(lm, vector, odds, evaluator.prompts(damaged), goal, window)
-    damage = summarize(evaluator.reference(damaged).kl(_Rows(vector, own)), seed)
-    low, high = share_interval(scores, seed)
+    damage = evaluator.reference(damaged).kl(_Rows(vector, own))
     return AdaptiveResult(
+        **vars(replace(summary(evaluator.evaluation(side, answers, damage), seed), samples=())),
         goal=goal,
         strengths=strengths,
         mean=mean(strengths),
         damage_mean_strength=mean(own),
-        score=mean(scores),
-        low=low,
-        high=high,
-        coherence=mean([answer.coherence for answer in judged]),
-        damage=damage.mean,
-        damage_p95=damage.p95,
     )
 
 

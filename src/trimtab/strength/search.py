@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from trimtab.evaluation.divergence import summarize
-from trimtab.evaluation.evaluate import Evaluator, Progress, Unsteered
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
 from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine

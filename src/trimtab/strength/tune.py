@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.spread import run_each
-from trimtab.evaluation.summary import mean
+from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap
@@ -33,7 +33,7 @@ from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.adaptive import AdaptiveResult, common_goal, measure_adaptive
 from trimtab.strength.choose import Tried
-from trimtab.strength.core import COLUMNS, Bounds, SweepRow, span, sweep_row
+from trimtab.strength.core import COLUMNS, Bounds, SweepRow, span
 from trimtab.strength.screen import Candidate
 from trimtab.strength.search import Search
 
@@ -46,8 +46,8 @@ NULLS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneReport(Printable):
-    """What was chosen and why; the figures without a prefix are those of the test split.
+class TuneReport(Summary, Printable):
+    """What was chosen and why; the figures of a `Summary` are those of the test split, without samples.
 
     Attributes:
         layers: chosen layers.
@@ -56,11 +56,8 @@ class TuneReport(Printable):
         alpha: layer -> raw alpha.
         window: (lowest, highest) m of the curve around the chosen one that reaches the target, the
             floor and the budgets; None where the target is not reached.
-        score: share of answers on the wanted side, `low` to `high` its interval; `baseline` is the
-            unsteered model's, `gain` the paired difference.
+        baseline: the unsteered model's score; `gain` is the paired difference.
         null: mean score of random directions of the same size; `null_damage_p95` their damage.
-        damage: nats per token along answers to prompts that already show the behavior.
-        spill: the same on neutral prompts.
         validation: the chosen cell where it was chosen.
         curve: measured against strength on the validation split.
         damage_coherence: rank correlation of p95 damage and coherence over all cells answered; -1
@@ -77,7 +74,6 @@ class TuneReport(Printable):
     model: str
     fingerprint: str
     method: str
-    sign: int
     budget: float
     spill_budget: float | None
     coherence_floor: float
@@ -88,21 +84,12 @@ class TuneReport(Printable):
     strength: float
     alpha: dict[int, float]
     window: tuple[float, float] | None
-    score: float
-    low: float
-    high: float
-    n: int
     baseline: float
     gain: float
     gain_low: float
     gain_high: float
     null: float
     null_damage_p95: float
-    coherence: float
-    damage: float
-    damage_p95: float
-    spill: float | None
-    spill_p95: float | None
     validation: SweepRow
     curve: tuple[SweepRow, ...]
     damage_coherence: float
@@ -247,7 +234,7 @@ def tune(
         search.step()
         gain = paired_bootstrap(result.scores, base.scores, seed)
         null = mean([mean(each.scores) for each in nulls])
-        row = sweep_row(chosen, result, seed)
+        row = summary(result, seed)
         if gain[0] <= 0 or row.score <= null:
             raise search.refusal(
                 f"the best cell does not hold on the test split: score {row.score:.2f}, unsteered "
@@ -261,12 +248,12 @@ def tune(
             per_prompt = measure_adaptive(test, chosen, search.odds, goal, (0.0, most), seed)
         search.step()
     report = TuneReport(
+        **vars(replace(row, samples=())),
         behavior=behavior.name,
         data_hash=behavior.data_hash,
         model=lm.name,
         fingerprint=lm.fingerprint,
         method=str(vector.provenance.get("method", "given")),
-        sign=search.side,
         budget=budget,
         spill_budget=spill_budget,
         coherence_floor=coherence_floor,
@@ -275,23 +262,14 @@ def tune(
         layers=chosen.layers,
         scope=str(chosen.scope),
         strength=chosen.strength,
-        alpha=row.alphas,
+        alpha=raw_alphas(chosen),
         window=window,
-        score=row.score,
-        low=row.low,
-        high=row.high,
-        n=row.n,
         baseline=mean(base.scores),
         gain=row.score - mean(base.scores),
         gain_low=gain[0],
         gain_high=gain[1],
         null=null,
         null_damage_p95=max(each.damage(seed).p95 for each in nulls),
-        coherence=row.coherence,
-        damage=row.damage,
-        damage_p95=row.damage_p95,
-        spill=row.spill,
-        spill_p95=row.spill_p95,
         validation=search.passed,
         curve=curve,
         damage_coherence=search.damage_coherence(curve),

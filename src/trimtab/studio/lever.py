@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from trimtab.evaluation.evaluate import Evaluator, Progress
+from trimtab.evaluation.evaluate import Evaluator
+from trimtab.results import Progress
 from trimtab.results.tables import number
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import Bounds, SweepRow, curve, inside, span, window

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.theory import token_sets
 from trimtab.theory.peaks import CELLS, row_peaks
 
 Alpha = float | Tensor
@@ -64,17 +63,9 @@ class Tilt:
         object.__setattr__(self, "log_p0", torch.log_softmax(log_p0, dim=-1))
         object.__setattr__(self, "slope", slope)
 
-    def log_partition(self, alpha: Alpha) -> Tensor:
-        """Return psi(alpha) = log E_p0[exp(alpha s)], [..., n]."""
-        return self._psi(alpha) + self._alphas(alpha) * self._mean
-
     def log_probs(self, alpha: Alpha) -> Tensor:
         """Return log p_alpha, [..., n, vocab]."""
         return torch.log_softmax(self._weights(self._alphas(alpha)), dim=-1)
-
-    def mean_slope(self, alpha: Alpha) -> Tensor:
-        """Return psi'(alpha) = E_alpha[s], [..., n]; it rises from min s to max s."""
-        return self._mean + self._each(alpha, self._tilted_mean)
 
     def variance(self, alpha: Alpha) -> Tensor:
         """Return psi''(alpha) = Var_alpha(s), [..., n]."""
@@ -90,13 +81,8 @@ class Tilt:
         """Return KL(p0 || p_alpha) = psi(alpha) - alpha E_0[s] in nats, [..., n]."""
         return self._psi(alpha).clamp_min(0.0)
 
-    def reverse_kl(self, alpha: Alpha) -> Tensor:
-        """Return KL(p_alpha || p0) = alpha E_alpha[s] - psi(alpha) in nats, [..., n]."""
-        mean = self._each(alpha, self._tilted_mean)
-        return (self._alphas(alpha) * mean - self._psi(alpha)).clamp_min(0.0)
-
     def quadratic_kl(self, alpha: Alpha) -> Tensor:
-        """Return alpha^2 / 2 Var_0(s), the leading order of both divergences, [..., n]."""
+        """Return alpha^2 / 2 Var_0(s), its leading order, [..., n]."""
         return 0.5 * self._alphas(alpha).square() * self.variance(0.0)
 
     def strength_for_kl(self, kappa: float, sign: int = 1) -> Tensor:
@@ -127,14 +113,6 @@ class Tilt:
             alpha = torch.where(falls, lower, alpha)
         return side * torch.where(moves, alpha, math.inf)
 
-    def alpha_kappa(self, kappa: float) -> float:
-        """Return sqrt(2 kappa / mean over contexts of Var_0(s)): a strength for a mean KL of kappa.
-
-        To leading order, at any layer and with no search; inf when nothing moves.
-        """
-        variance = float(self.variance(0.0).mean())
-        return math.sqrt(2 * _nats(kappa) / variance) if variance > 0 else math.inf
-
     def peaks(self, tokens: Tokens | None = None) -> Tensor:
         """Return the alpha of every token's one bump, where E_alpha[s] = s_z, [n, vocab].
 
@@ -150,10 +128,6 @@ class Tilt:
         rows = zip(self.log_p0, self.slope, wanted, strict=True)
         return torch.stack([row_peaks(log_p0, slope, some) for log_p0, slope, some in rows])
 
-    def peak_order(self) -> Tensor:
-        """Return token ids from the first peak on the axis of alpha to the last, [n, vocab]."""
-        return self.slope.argsort(dim=-1, stable=True)
-
     def collapse_token(self, sign: int = 1) -> Tensor:
         """Return the token [n] whose probability goes to 1 as alpha goes to sign * infinity.
 
@@ -162,20 +136,6 @@ class Tilt:
         signed = sign_of(sign) * self.slope
         extreme = signed == signed.max(dim=-1, keepdim=True).values
         return self.log_p0.masked_fill(~extreme, -math.inf).argmax(dim=-1)
-
-    def cross_entropy_slope(self, targets: Tokens) -> Tensor:
-        """Return E_0[s] - s_y [n]: how fast the cross-entropy of the true next tokens y [n] rises.
-
-        Its mean is zero only for a model that is calibrated along the steering; it may be negative.
-        """
-        ids = self._ids(targets, repeats=True)
-        if ids.shape[0] != self.slope.shape[0]:
-            raise TrimtabError(
-                asked=f"the cross-entropy slope of {self.slope.shape[0]} contexts",
-                found=f"{ids.shape[0]} next tokens",
-                advice="give one next token per context",
-            )
-        return -self._centered.gather(1, ids[:, None])[:, 0]
 
     def concept_log_odds(self, tokens: Tokens, alpha: Alpha) -> Tensor:
         """Return logit P(C) = logit at 0 + K_C(alpha) - K_notC(alpha), [..., n].
@@ -186,7 +146,7 @@ class Tilt:
             tokens: the ids in C, or a mask [vocab].
             alpha: strengths.
         """
-        (log_in, slope_in), (log_out, slope_out) = self._halves(self._mask(tokens))
+        (log_in, slope_in), (log_out, slope_out) = self._halves(self.mask(tokens))
 
         def odds(alphas: Tensor) -> Tensor:
             inside = (log_in + alphas[..., None] * slope_in).logsumexp(-1)
@@ -200,7 +160,7 @@ class Tilt:
 
     def concept_slope(self, tokens: Tokens, alpha: Alpha) -> Tensor:
         """Return E_alpha[s | C] - E_alpha[s | not C], the derivative of the log-odds, [..., n]."""
-        (log_in, slope_in), (log_out, slope_out) = self._halves(self._mask(tokens))
+        (log_in, slope_in), (log_out, slope_out) = self._halves(self.mask(tokens))
 
         def difference(alphas: Tensor) -> Tensor:
             inside = torch.softmax(log_in + alphas[..., None] * slope_in, dim=-1)
@@ -208,36 +168,6 @@ class Tilt:
             return (inside * slope_in).sum(-1) - (outside * slope_out).sum(-1)
 
         return self._each(alpha, difference)
-
-    def concept_peak(self, tokens: Tokens, sign: int = 1) -> Tensor:
-        """Return the alpha [n], on the side of `sign`, at which P(C) is highest.
-
-        It is sign * inf where the extreme slope belongs to C, for then P(C) goes to 1, and 0 where
-        P(C) is never again what it is unsteered. Elsewhere E_alpha[s | C] = E_alpha[s | not C]
-        holds there. A set may have several bumps; the highest seen on a grid of strengths is
-        refined.
-        """
-        return token_sets.highest(self, self._mask(tokens), sign_of(sign))
-
-    def window(
-        self, tokens: Tokens, target: float, kappa: float, sign: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Return (low, high) [n]: the first alpha with P(C) >= target, the last with KL <= kappa.
-
-        `low` is nan where P(C) never reaches the target, whatever the strength. The window is empty
-        where |low| > |high|.
-
-        Raises:
-            TrimtabError: when the target is not within (0, 1).
-        """
-        if not 0 < target < 1:
-            raise TrimtabError(
-                asked=f"the window of a target probability of {target}",
-                found="a number that is not between 0 and 1",
-                advice="0.5 is usual",
-            )
-        low = token_sets.first_reaching(self, self._mask(tokens), target, sign_of(sign))
-        return low, self.strength_for_kl(kappa, sign)
 
     @cached_property
     def _rough(self) -> Tensor:
@@ -247,10 +177,6 @@ class Tilt:
     @cached_property
     def _centered(self) -> Tensor:
         return self._rough - (self.log_p0.exp() * self._rough).sum(-1, keepdim=True)
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        return self.slope.mean(dim=-1) + (self.log_p0.exp() * self._rough).sum(-1)
 
     def _alphas(self, alpha: Alpha) -> Tensor:
         """Bring strengths to shape [..., n]."""
@@ -287,10 +213,10 @@ class Tilt:
             self._centered[:, ~mask],
         )
 
-    def _ids(self, tokens: Tokens, repeats: bool = False) -> Tensor:
+    def _ids(self, tokens: Tokens) -> Tensor:
         given = torch.as_tensor(tokens, device=self.slope.device)
         vocab = self.slope.shape[1]
-        if given.dtype == torch.bool and given.shape == (vocab,) and not repeats:
+        if given.dtype == torch.bool and given.shape == (vocab,):
             return given.nonzero().flatten()
         whole = given.ndim == 1 and not given.is_floating_point() and given.dtype != torch.bool
         if not whole or bool(((given < 0) | (given >= vocab)).any()):
@@ -301,7 +227,8 @@ class Tilt:
             )
         return given.long()
 
-    def _mask(self, tokens: Tokens) -> Tensor:
+    def mask(self, tokens: Tokens) -> Tensor:
+        """Return a set of tokens as a mask [vocab]; ids or a mask, neither none nor all."""
         mask = torch.zeros(self.slope.shape[1], dtype=torch.bool, device=self.slope.device)
         mask[self._ids(tokens)] = True
         if bool(mask.all()) or not bool(mask.any()):

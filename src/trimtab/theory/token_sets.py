@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trimtab.theory.tilt import Tilt
+from trimtab.errors import TrimtabError
+from trimtab.theory.tilt import Tilt, Tokens, sign_of
 
 GRID = 64  # steps between 0 and the end, finer near 0
 STEPS = 100
 DOUBLINGS = 1000
 
 
-def highest(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
-    """Return the alpha [n] on one side at which P(C) is highest; see `Tilt.concept_peak`."""
+def concept_peak(tilt: Tilt, tokens: Tokens, sign: int = 1) -> Tensor:
+    """Return the alpha [n], on the side of `sign`, at which P(C) is highest.
+
+    It is sign * inf where the extreme slope belongs to C, for then P(C) goes to 1, and 0 where
+    P(C) is never again what it is unsteered. Elsewhere E_alpha[s | C] = E_alpha[s | not C]
+    holds there. A set may have several bumps; the highest seen on a grid of strengths is
+    refined.
+    """
+    mask, side = tilt.mask(tokens), sign_of(sign)
     grid = _grid(tilt, _reach(tilt, mask, side))
     odds = tilt.concept_log_odds(mask, side * grid)
     best = odds.argmax(dim=0, keepdim=True)
@@ -42,14 +48,35 @@ def highest(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
     return side * torch.where((inside > outside) | at_limit, math.inf, found) + 0.0
 
 
-def first_reaching(tilt: Tilt, mask: Tensor, target: float, side: int) -> Tensor:
+def window(
+    tilt: Tilt, tokens: Tokens, target: float, kappa: float, sign: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return (low, high) [n]: the first alpha with P(C) >= target, the last with KL <= kappa.
+
+    `low` is nan where P(C) never reaches the target, whatever the strength. The window is empty
+    where |low| > |high|.
+
+    Raises:
+        TrimtabError: when the target is not within (0, 1).
+    """
+    if not 0 < target < 1:
+        raise TrimtabError(
+            asked=f"the window of a target probability of {target}",
+            found="a number that is not between 0 and 1",
+            advice="0.5 is usual",
+        )
+    low = _first_reaching(tilt, tilt.mask(tokens), target, sign_of(sign))
+    return low, tilt.strength_for_kl(kappa, sign)
+
+
+def _first_reaching(tilt: Tilt, mask: Tensor, target: float, side: int) -> Tensor:
     """Return the alpha [n] nearest to 0 with P(C) >= target on one side, nan where there is none."""
     goal = math.log(target) - math.log1p(-target)
 
     def missing(alphas: Tensor) -> Tensor:
         return goal - tilt.concept_log_odds(mask, side * alphas)
 
-    peak = highest(tilt, mask, side).abs()
+    peak = concept_peak(tilt, mask, side).abs()
     endless = peak.isinf()
     upper = torch.where(endless, _reach(tilt, mask, side), peak)
     endless &= _limit_log_odds(tilt, mask, side) >= goal
