@@ -24,14 +24,8 @@ from trimtab.cli.support import quiet_libraries
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers import (
     LeversTable,
-    ablation_to_weights,
+    convert,
     levers_table,
-    low_rank_to_vector,
-    prompt_to_vector,
-    vector_to_prompt,
-    vector_to_rank_one,
-    vector_to_soft,
-    vector_to_weights,
 )
 from trimtab.levers.found import FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
@@ -39,6 +33,7 @@ from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.results.journal import Journal
 from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import Steering
 
 BEHAVIORS = ("refusal", "topic", "mood")
 BUDGETS = (0.1, 0.5)
@@ -68,29 +63,24 @@ def converted(lm: LanguageModel, behavior: Behavior, found: FoundLevers) -> dict
     bench = Bench(lm, validation, CONVERTED, 1, SEED)
     vector, _ = settle_vector(bench, found.vectors["all"], "all")
     options: dict[str, Any] = {"max_prompts": PROMPTS, "max_new_tokens": TOKENS, "seed": SEED}
-    work: dict[str, Callable[[], object]] = {
-        "vector to soft prompt": lambda: vector_to_soft(lm, behavior, vector, **options),
-        "vector to hard prompt": lambda: vector_to_prompt(lm, behavior, vector, **options),
-        "vector to weights": lambda: vector_to_weights(lm, vector),
-        "vector to rank-1": lambda: vector_to_rank_one(lm, behavior, vector, **options),
-        "ablation to weights": lambda: ablation_to_weights(lm, vector),
+    work: dict[str, tuple[Steering | None, str]] = {
+        "vector to soft prompt": (vector, "soft"),
+        "vector to hard prompt": (vector, "prompt"),
+        "vector to weights": (vector, "bias"),
+        "vector to rank-1": (vector, "rank-1"),
+        "ablation to weights": (vector, "ablation"),
+        "prompt to vector": (found.plain, "vector"),
+        "soft prompt to vector": (found.soft, "vector"),
+        "LoRA to vector": (found.lora, "vector"),
     }
-    if found.plain is not None:
-        plain = found.plain
-        work["prompt to vector"] = lambda: prompt_to_vector(lm, behavior, plain, **options)
-    if found.soft is not None:
-        soft = found.soft
-        work["soft prompt to vector"] = lambda: prompt_to_vector(lm, behavior, soft, **options)
-    if found.lora is not None:
-        lora = found.lora
-        work["LoRA to vector"] = lambda: low_rank_to_vector(lm, behavior, lora, **options)
     results: dict[str, object] = {}
-    for name, do in work.items():
+    for name, (lever, to) in work.items():
+        if lever is None:
+            continue
         began = time.process_time()
-        result = do()
-        residual, figures = getattr(result, "residual"), getattr(result, "to_dict")()  # noqa: B009
+        figures = convert(lm, behavior, lever, to, **options).to_dict()
         seconds = round(time.process_time() - began, 1)
-        results[name] = {"residual": residual, "cpu_seconds": seconds, **figures}
+        results[name] = {"cpu_seconds": seconds, **figures}
     return {
         "kind": "conversions",
         "behavior": behavior.name,
@@ -102,20 +92,20 @@ def converted(lm: LanguageModel, behavior: Behavior, found: FoundLevers) -> dict
 def at_the_end(lm: LanguageModel, behavior: Behavior) -> dict[str, object]:
     """The plain prompt as a vector of the last prompt token and the answer's tokens."""
     assert behavior.prompt_toward is not None
-    found = prompt_to_vector(
+    found = convert(
         lm,
         behavior,
         PromptSteering(behavior.prompt_toward),
+        "vector",
         scope="last",
         max_prompts=PROMPTS,
         max_new_tokens=TOKENS,
         seed=SEED,
     )
-    figures = {"residual": found.residual, **found.to_dict()}
     return {
         "kind": "conversions",
         "behavior": behavior.name,
-        "conversions": {"prompt to vector (last)": figures},
+        "conversions": {"prompt to vector (last)": found.to_dict()},
     }
 
 

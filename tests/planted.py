@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,8 +11,10 @@ import tiny
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.coherence import Coherence, register_coherence
 from trimtab.evaluation.judges import Judge, Verdict, register_judge
+from trimtab.levers.lora import all_writers
 from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering, weight_of, writer_of
 
 WORDS = ("cats", "ferry", "ledger", "pier", "harbor", "noon", "rules", "work", "boat", "sea")
 TOKENS = 6
@@ -58,3 +61,27 @@ def push(lm: LanguageModel, scope: str = "prompt", layers: Sequence[int] = (3,))
 
 def language_model() -> LanguageModel:
     return tiny.language_model("llama")
+
+
+def low_rank(
+    lm: LanguageModel, layers: Sequence[int] = (0, 2), size: float = 0.3, m: float = 1.0
+) -> WeightSteering:
+    """A random rank-2 update of every output projection of some layers."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = {}, {}
+    for writer in [w for w in all_writers(lm) if w[1] in layers]:
+        d, inner = weight_of(writer_of(lm, writer)).shape
+        left[writer] = torch.randn(d, 2, generator=generator) * size
+        right[writer] = torch.randn(2, inner, generator=generator) * size
+    return WeightSteering(left, right, m, fingerprint=lm.fingerprint)
+
+
+@torch.no_grad()
+def merged(lm: LanguageModel, update: WeightSteering) -> LanguageModel:
+    """A copy of a model whose weights hold the update, up to one rounding to the model's dtype."""
+    made = LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, lm.name)
+    for writer, b in update.left.items():
+        weight = weight_of(writer_of(made, writer))
+        change = update.strength * (b.double() @ update.right[writer].double())
+        weight.copy_((weight.double().cpu() + change).to(weight.dtype))
+    return made

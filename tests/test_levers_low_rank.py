@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import tiny
-from planted import behavior
+from planted import behavior, merged
+from planted import low_rank as update
 from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.low_rank_to_vector import low_rank_to_vector, outputs_of
+from trimtab.levers.conversions.convert import convert
+from trimtab.levers.conversions.low_rank_to_vector import outputs_of
 from trimtab.levers.lora import all_writers
 from trimtab.models.model import LanguageModel
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate, merged, weight_of, writer_of
+from trimtab.steering.weights import WeightSteering, writer_of
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 POST_NORM = ("gemma2", "gemma3", "olmo2")
-
-
-def update(lm: LanguageModel, layers=(0, 2), size: float = 0.3, m: float = 1.0) -> LowRankUpdate:
-    generator = torch.Generator().manual_seed(0)
-    chosen = [w for w in all_writers(lm) if w[1] in layers]
-    left, right = {}, {}
-    for writer in chosen:
-        d, inner = weight_of(writer_of(lm, writer)).shape
-        left[writer] = torch.randn(d, 2, generator=generator) * size
-        right[writer] = torch.randn(2, inner, generator=generator) * size
-    return LowRankUpdate(left, right, m, fingerprint=lm.fingerprint)
 
 
 def test_hooks_equal_merged_weights_and_are_undone(lm: LanguageModel) -> None:
@@ -61,11 +54,11 @@ def test_experts_and_other_shapes_are_refused_by_name(llama: LanguageModel) -> N
         writer_of(mixtral, ("mlp", 0))
     assert "attention writer" in caught.value.advice
     assert all(kind == "attention" for kind, _ in all_writers(mixtral))
-    wide = LowRankUpdate({("mlp", 0): torch.ones(32, 1)}, {("mlp", 0): torch.ones(1, 7)})
+    wide = WeightSteering({("mlp", 0): torch.ones(32, 1)}, {("mlp", 0): torch.ones(1, 7)})
     with pytest.raises(TrimtabError, match=r"\[32, 7\]"), wide.on(llama):
         pass
     with pytest.raises(TrimtabError, match="do not fit"):
-        LowRankUpdate({("mlp", 0): torch.ones(32, 1)}, {("mlp", 0): torch.ones(2, 48)})
+        WeightSteering({("mlp", 0): torch.ones(32, 1)}, {("mlp", 0): torch.ones(2, 48)})
     with pytest.raises(TrimtabError, match="another model"), update(llama).on(mixtral):
         pass
 
@@ -96,7 +89,7 @@ def test_outputs_are_what_the_first_updated_writer_adds() -> None:
 def test_constant_share_by_hand() -> None:
     lm = tiny.language_model("llama")
     lever = update(lm, layers=(1,))
-    done = low_rank_to_vector(lm, behavior(), lever, max_new_tokens=4)
+    done: Any = convert(lm, behavior(), lever, "vector", max_new_tokens=4)
     assert len(done.outputs) == 2 and 0 <= done.residual <= 1.5
     for row in done.outputs:
         assert 0 < row.fitted <= 1
@@ -123,8 +116,8 @@ def test_a_constant_update_is_recovered_whole() -> None:
     unit = torch.zeros(1, 4 * tiny.WIDTH)
     unit[0, -1] = 1.0
     direction = torch.randn(tiny.WIDTH, 1, generator=torch.Generator().manual_seed(1))
-    lever = LowRankUpdate({("mlp", 1): direction}, {("mlp", 1): unit})
-    done = low_rank_to_vector(lm, behavior(), lever, max_new_tokens=4)
+    lever = WeightSteering({("mlp", 1): direction}, {("mlp", 1): unit})
+    done: Any = convert(lm, behavior(), lever, "vector", max_new_tokens=4)
     assert done.residual == pytest.approx(0, abs=1e-6)
     with lever.on(lm):
         updated = lm.next_logits(PROMPTS)
@@ -138,7 +131,7 @@ def test_a_constant_update_is_recovered_whole() -> None:
 def test_no_vector_behind_a_norm(name: str) -> None:
     lm = tiny.language_model(name)
     with pytest.raises(TrimtabError, match="norm between") as caught:
-        low_rank_to_vector(lm, behavior(), update(lm))
+        convert(lm, behavior(), update(lm), "vector")
     assert type(lm.model).__name__ in str(caught.value)
 
 

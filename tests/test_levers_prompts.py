@@ -11,9 +11,10 @@ import torch
 import planted
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.prompt_to_vector import displacements, prompt_to_vector
-from trimtab.levers.conversions.vector_to_prompt import pull_back, vector_to_prompt
-from trimtab.levers.conversions.vector_to_soft import induced, match, vector_to_soft
+from trimtab.levers.conversions.convert import convert
+from trimtab.levers.conversions.prompt_to_vector import displacements
+from trimtab.levers.conversions.vector_to_prompt import pull_back
+from trimtab.levers.conversions.vector_to_soft import induced, match
 from trimtab.models.capture import capture
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
@@ -57,7 +58,7 @@ def test_prompt_to_vector(llama: LanguageModel, soft: bool) -> None:
         PromptSteering("", slot="prefix", vectors=vectors) if soft else prompt("Say Z.", "prefix")
     )
     behavior = planted.behavior(8, readout=WORDS)
-    done = prompt_to_vector(llama, behavior, lever, train_requests=4, **SMALL)
+    done: Any = convert(llama, behavior, lever, "vector", train_requests=4, **SMALL)
     test = behavior.split(0).test
     held = displacements(llama, lever, [e.prompt for e in test.away][:3], [1])
     train = displacements(llama, lever, [e.prompt for e in behavior.split(0).train.away][:4], [1])
@@ -67,26 +68,28 @@ def test_prompt_to_vector(llama: LanguageModel, soft: bool) -> None:
     row = done.layers[1]
     assert row.explained == pytest.approx(expected, abs=1e-5)
     assert row.explained <= row.ceiling + 1e-9 < 1
-    chosen = done.vector.layers[0]
-    assert done.vector.alphas[chosen] > 0 and done.residual == 1 - done.layers[chosen].explained
+    chosen = done.lever.layers[0]
+    assert done.lever.alphas[chosen] > 0 and done.residual == 1 - done.layers[chosen].explained
     assert min(r.kl for r in done.layers) == done.layers[chosen].kl > 0
     assert done.unsteered_kl > 0
     assert done.placed.damage_p95 <= done.recovered.effect("before").damage_p95 * 10
     assert done.recovered.gap is not None and done.recovered.null_gap is not None
-    assert done.to_dict()["vector"] == done.vector.label
+    assert done.to_dict()["lever"] == done.lever.label
     assert "explained" in str(done.table())
 
 
 def test_the_last_positions_alone(llama: LanguageModel) -> None:
     """The mean, and what it is held against, are of the positions that the scope steers."""
     behavior = planted.behavior(8, readout=WORDS)
-    whole, last = (
-        prompt_to_vector(
-            llama, behavior, prompt("Say Z.", "prefix"), scope=scope, train_requests=4, **SMALL
+    found_in: list[Any] = [
+        convert(
+            llama, behavior, prompt("Say Z.", "prefix"), "vector", scope=scope, train_requests=4,
+            **SMALL,
         )
         for scope in ("all", "last")
-    )
-    assert str(last.vector.scope) == "last"
+    ]  # fmt: skip
+    whole, last = found_in
+    assert str(last.lever.scope) == "last"
     for one, other in zip(whole.layers, last.layers, strict=True):
         assert other.last_own == pytest.approx(one.last_own)
     splits = behavior.split(0)
@@ -105,12 +108,12 @@ def test_the_last_positions_alone(llama: LanguageModel) -> None:
     share = 1 - (held - v.mean(0)).square().sum() / held.square().sum()
     assert last.layers[2].explained == pytest.approx(float(share), abs=1e-5)
     with pytest.raises(TrimtabError, match="scope"):
-        prompt_to_vector(llama, behavior, prompt("Say Z."), scope="prompt", **SMALL)
+        convert(llama, behavior, prompt("Say Z."), "vector", scope="prompt", **SMALL)
 
 
 def test_a_prompt_that_is_off_changes_nothing(llama: LanguageModel) -> None:
     with pytest.raises(TrimtabError, match="left|leaves the stream"):
-        prompt_to_vector(llama, planted.behavior(), prompt("Say Z.").at(0.0), **SMALL)
+        convert(llama, planted.behavior(), prompt("Say Z.").at(0.0), "vector", **SMALL)
 
 
 @pytest.mark.parametrize("scope", ["all", "last", "post_instruction"])
@@ -138,7 +141,7 @@ def test_induced_states_are_those_of_the_steered_model(llama: LanguageModel, sco
 def test_vector_to_soft_closes_some_of_the_displacement(name: str) -> None:
     lm = tiny.language_model(name)
     behavior = planted.behavior(8, readout=WORDS)
-    done = vector_to_soft(lm, behavior, push(lm), 3, steps=25, train_requests=3, **SMALL)
+    done: Any = convert(lm, behavior, push(lm), "soft", k=3, steps=25, train_requests=3, **SMALL)
     assert done.soft.loss < done.soft.start_loss
     assert done.matched.closed > done.null.closed
     assert done.matched.loss < done.null.loss
@@ -150,9 +153,9 @@ def test_vector_to_soft_closes_some_of_the_displacement(name: str) -> None:
 def test_matching_refuses_layers_in_front_of_the_vector(llama: LanguageModel) -> None:
     behavior = planted.behavior()
     with pytest.raises(TrimtabError, match="steered layers from 2"):
-        vector_to_soft(llama, behavior, push(llama, layer=2), layer=1)
+        convert(llama, behavior, push(llama, layer=2), "soft", layer=1)
     with pytest.raises(TrimtabError, match="strength 0"):
-        vector_to_soft(llama, behavior, push(llama).at(0.0))
+        convert(llama, behavior, push(llama).at(0.0), "soft")
 
 
 def test_a_match_at_its_ends(llama: LanguageModel) -> None:
@@ -190,7 +193,8 @@ def test_pull_back_is_the_derivative_of_the_projection(llama: LanguageModel) -> 
 def test_vector_to_prompt(llama: LanguageModel) -> None:
     behavior = planted.behavior(8, readout=WORDS)
     vector = planted.push(llama, scope="all", layers=(3,))
-    done = vector_to_prompt(llama, behavior, vector, 2, steps=2, top_k=8, train_requests=2, **SMALL)
+    few: dict[str, Any] = {"k": 2, "steps": 2, "top_k": 8, "train_requests": 2, **SMALL}
+    done: Any = convert(llama, behavior, vector, "prompt", **few)
     assert (
         done.repaired.loss <= done.projected.loss + 1e-5 or done.projected.text != done.lever.text
     )
@@ -199,9 +203,7 @@ def test_vector_to_prompt(llama: LanguageModel) -> None:
     assert done.residual == 1 - done.repaired.reconstruction
     assert done.lever.text and done.lever.text.isascii() and done.scored > 0
     assert done.recovered.null_gap is not None
-    again = vector_to_prompt(
-        llama, behavior, vector, 2, steps=2, top_k=8, train_requests=2, **SMALL
-    )
+    again = convert(llama, behavior, vector, "prompt", **few)
     assert again.lever.text == done.lever.text
     with pytest.raises(TrimtabError, match="strength 0"):
-        vector_to_prompt(llama, behavior, vector.at(0.0), 2)
+        convert(llama, behavior, vector.at(0.0), "prompt", k=2)

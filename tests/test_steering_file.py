@@ -17,6 +17,7 @@ from trimtab.steering.load import describe, load_steering
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 
 
 def vector(**changes) -> VectorSteering:
@@ -137,7 +138,7 @@ def test_a_folder_in_the_way_is_refused(tmp_path):
     [
         ({"format": "other"}, "another format"),
         ({"version": 2}, "format version 2"),
-        ({"kind": "weights"}, "kind"),
+        ({"kind": "matrix"}, "kind"),
         ({"surplus": 1}, "surplus"),
         ({"strength": "1"}, "strength"),
         ({"strength": True}, "strength"),
@@ -247,3 +248,30 @@ def test_describe_is_plain_and_complete(tmp_path):
     assert said["scope"] == "[0,5)" and said["layers"] == [1, 2] and said["d_model"] == 8
     prompt = describe(PromptSteering("Be brief.").save(tmp_path / "p.safetensors"))
     assert prompt["text"] == "Be brief." and prompt["kind"] == "prompt"
+
+
+def test_a_low_rank_update_returns_exactly_and_wrong_tensors_are_refused(tmp_path):
+    left, right = torch.randn(4, 2), torch.randn(2, 3)
+    given = WeightSteering({("mlp", 1): left}, {("mlp", 1): right}, 0.7, "LoRA", {"a": 1}, "f", "m")
+    shared = WeightSteering({("mlp", n): left for n in (1, 2)}, {("mlp", n): right for n in (1, 2)})
+    assert describe(shared.save(tmp_path / "s.safetensors"))["writers"] == "mlp 1, mlp 2"
+    path = given.save(tmp_path / "w.safetensors")
+    found = load_steering(path)
+    assert isinstance(found, WeightSteering)
+    assert torch.equal(found.left["mlp", 1], left) and torch.equal(found.right["mlp", 1], right)
+    facts = [(w.label, w.provenance, w.fingerprint, w.model_name) for w in (given, found)]
+    assert facts[0] == facts[1] == ("LoRA m=+0.7", {"a": 1}, "f", "m")
+    said = describe(path)
+    assert (said["kind"], said["writers"], said["rank"]) == ("weights", "mlp 1", 2)
+    header = header_of(path)
+    for tensors in (
+        {"left.mlp.1": left},
+        {"left.mlp.1": left, "right.mlp.01": right},
+        {"left.mlp.1": left, "right.moe.1": right},
+        {"left.mlp.1": left, "right.mlp.1": right, "up.mlp.1": right.clone()},
+        {"left.mlp.1": left, "right.mlp.1": right[:1]},
+        {"left.mlp.1": left, "right.mlp.1": right / 0},
+    ):
+        rewritten(path, header, tensors)
+        with pytest.raises(TrimtabError, match="w.safetensors"):
+            load_steering(path)

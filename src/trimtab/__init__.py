@@ -26,11 +26,13 @@ __all__ = [
     "TrimtabError",
     "VectorSteering",
     "Verdict",
+    "WeightSteering",
     "audit",
     "bake",
     "behavior",
     "calibrate",
     "close_gap",
+    "convert",
     "explain",
     "find",
     "harbor",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from trimtab.evaluation.compare import measure
     from trimtab.evaluation.judges import Verdict, register_judge
     from trimtab.evaluation.measurement import Measurement
+    from trimtab.levers.conversions.convert import convert
     from trimtab.margins.audit import audit
     from trimtab.mechanism.explained import explain
     from trimtab.methods import find
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from trimtab.steering.prompt import PromptSteering, prompt
     from trimtab.steering.scope import Scope
     from trimtab.steering.vector import Steering, VectorSteering
+    from trimtab.steering.weights import WeightSteering
     from trimtab.strength.sweep import sweep
     from trimtab.strength.tune import tune
     from trimtab.weights.bake import bake
@@ -88,11 +92,13 @@ _PLACES = {
     "TrimtabError": "trimtab.errors:TrimtabError",
     "VectorSteering": "trimtab.steering.vector:VectorSteering",
     "Verdict": "trimtab.evaluation.judges:Verdict",
+    "WeightSteering": "trimtab.steering.weights:WeightSteering",
     "audit": "trimtab.margins.audit:audit",
     "bake": "trimtab.weights.bake:bake",
     "behavior": "trimtab.behaviors.file:load_behavior",
     "calibrate": "trimtab.steering.norms:calibrate",
     "close_gap": "trimtab.prompts.gap.gap_search:close_gap",
+    "convert": "trimtab.levers.conversions.convert:convert",
     "explain": "trimtab.mechanism.explained:explain",
     "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",

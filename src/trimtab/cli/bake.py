@@ -9,11 +9,19 @@ import typer
 
 from trimtab.cli.app import Json, Model, app
 from trimtab.cli.screen import Full, show
-from trimtab.cli.support import check_writable, progress_bar, quiet_libraries, write_result
+from trimtab.cli.support import (
+    check_writable,
+    progress_bar,
+    quiet_libraries,
+    read_lever,
+    read_vector,
+    write_result,
+)
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.steering.vector import VectorSteering
+    from trimtab.steering.weights import WeightSteering
 
 
 @app.command("bake", epilog="Example: trimtab bake harbor refusal.safetensors -o refusing-harbor")
@@ -21,7 +29,10 @@ def bake_command(
     model: Model,
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Steering files with vectors, or a soft prompt's."),
+        typer.Argument(
+            metavar="FILE...",
+            help="Steering files of vectors and low-rank updates, or a soft prompt's.",
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to create.")] = None,
     strength: Annotated[
@@ -61,9 +72,10 @@ def bake_command(
         done = bake_prompt(model, files[0], out, verify=verify, link=not copy)
         show(done, full=full)
         return write_result(json_file, done.to_dict())
-    vectors = [_vector(file, strength) for file in files]
+    vectors = [_lever(file, strength) for file in files]
     if every_writer is not None:
-        vectors = [part for v in vectors for part in at_every_writer(v, every_writer)]
+        named = [(read_vector(file), v.strength) for file, v in zip(files, vectors, strict=True)]
+        vectors = [part for v, m in named for part in at_every_writer(v.at(m), every_writer)]
     if show_plan or out is None:
         found = plan(model, vectors, route)
         show(found, full=full)
@@ -84,16 +96,15 @@ def bake_command(
     return write_result(json_file, report.to_dict())
 
 
-def _vector(file: str, strength: float | None) -> VectorSteering:
-    from trimtab.steering.load import load_steering
-    from trimtab.steering.vector import VectorSteering
+def _lever(file: str, strength: float | None) -> VectorSteering | WeightSteering:
+    from trimtab.steering.prompt import PromptSteering
 
-    lever = None if file.startswith("prompt:") else load_steering(file)
-    if not isinstance(lever, VectorSteering):
+    lever = read_lever(file)
+    if isinstance(lever, PromptSteering):
         raise TrimtabError(
             asked=f"to bake {file}",
             found="a prompt in words, which has no place in the weights",
-            advice="bake a vector or a soft prompt; words go into the prompt",
+            advice="bake a vector, a low-rank update or a soft prompt; words go into the prompt",
         )
     return lever if strength is None else lever.at(strength)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.app import Model, app
-from trimtab.cli.support import check_writable, load_model, read_vector
+from trimtab.cli.support import check_writable, load_model, read_lever, read_vector
 from trimtab.errors import TrimtabError
 
 
@@ -26,7 +26,9 @@ class Form(str, Enum):
 )
 def export_command(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A steering file; for PEFT a low-rank one too.")
+    ],
     to: Annotated[
         Form,
         typer.Option(
@@ -47,9 +49,15 @@ def export_command(
 ) -> None:
     """Write steering in a form that another program reads, or refuse and say why."""
     from trimtab.export import write_gguf, write_lm_eval, write_peft
+    from trimtab.steering.weights import WeightSteering
     from trimtab.weights import at_every_writer
 
     check_writable(out / "adapter_config.json" if to is Form.peft else out)
+    weights = read_lever(str(file)) if to is Form.peft else None
+    if isinstance(weights, WeightSteering) and every_writer is None:
+        write_peft(load_model(model), weights if strength is None else weights.at(strength), out)
+        typer.echo(f"wrote {out}")
+        return
     vector = read_vector(file)
     vector = vector if strength is None else vector.at(strength)
     if every_writer is not None and to is not Form.peft:

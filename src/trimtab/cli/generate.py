@@ -12,7 +12,7 @@ from trimtab.cli.app import Json, Model, Seed, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
 if TYPE_CHECKING:
-    from trimtab.steering.vector import VectorSteering
+    from trimtab.steering.vector import Steering
 
 
 @app.command("generate", epilog='Example: trimtab generate harbor "Where is the ferry?"')
@@ -37,7 +37,7 @@ def generate_command(
     from trimtab.steering.prompt import PromptSteering
 
     check_writable(json_file)
-    levers: list[VectorSteering | PromptSteering] = [read_lever(str(path)) for path in files or []]
+    levers: list[Steering] = [read_lever(str(path)) for path in files or []]
     if strength is not None:
         levers = [lever.at(strength) for lever in levers]
     if system is not None:

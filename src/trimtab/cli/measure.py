@@ -34,7 +34,8 @@ def measure_command(
         ),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Strength m of every vector; as stored by default.")
+        float | None,
+        typer.Option(help="Strength m of every vector or low-rank update; as stored by default."),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="A second model, measured like a lever: a baked folder.")
@@ -73,7 +74,7 @@ def measure_command(
     from trimtab.engine import open_engine
     from trimtab.evaluation import measure
     from trimtab.evaluation.tasks.tasks import check_harness, measure_tasks
-    from trimtab.steering.vector import VectorSteering
+    from trimtab.steering.prompt import PromptSteering
 
     check_writable(json_file)
     check_engine(engine)
@@ -90,7 +91,7 @@ def measure_command(
     contrast = load_behavior(behavior)
     chosen = [read_lever(lever) for lever in levers or []]
     if strength is not None:
-        chosen = [c.at(strength) if isinstance(c, VectorSteering) else c for c in chosen]
+        chosen = [c if isinstance(c, PromptSteering) else c.at(strength) for c in chosen]
     lm = load_model(model)
     other = None if checkpoint is None else load_model(checkpoint)
     scored = None

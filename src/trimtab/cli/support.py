@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
     from trimtab.steering.prompt import PromptSteering
     from trimtab.steering.vector import VectorSteering
+    from trimtab.steering.weights import WeightSteering
 
 # What users type in front of a lever's words, and the slot that it means.
 LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
@@ -55,7 +56,7 @@ def parse_position(text: str) -> str | int:
         return text
 
 
-def read_lever(text: str) -> VectorSteering | PromptSteering:
+def read_lever(text: str) -> VectorSteering | PromptSteering | WeightSteering:
     """Read `prompt:TEXT`, `prefix:TEXT`, `suffix:TEXT` or the path of a steering file."""
     from trimtab.steering.load import load_steering
     from trimtab.steering.prompt import prompt
@@ -69,13 +70,16 @@ def read_lever(text: str) -> VectorSteering | PromptSteering:
 def read_vector(path: str | os.PathLike[str]) -> VectorSteering:
     """Read a steering file that must hold a vector."""
     from trimtab.steering.load import load_steering
+    from trimtab.steering.prompt import PromptSteering
     from trimtab.steering.vector import VectorSteering
 
     lever = load_steering(path)
     if not isinstance(lever, VectorSteering):
         raise TrimtabError(
             asked=f"the vector in {os.fspath(path)}",
-            found="a prompt, which has no strength to choose",
+            found="a prompt, which has no strength to choose"
+            if isinstance(lever, PromptSteering)
+            else f"no vector but {lever.label}",
             advice="give a file that `trimtab find` wrote",
         )
     return lever

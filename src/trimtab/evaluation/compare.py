@@ -19,6 +19,7 @@ from trimtab.results.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Steering, VectorSteering
+from trimtab.steering.weights import Scaled
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -74,7 +75,7 @@ def measure(
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)
     drawn = [
         [random_null(lever, each) for each in null_seeds(seed, nulls)]
-        if isinstance(lever, VectorSteering) and nulls > 0
+        if isinstance(lever, Scaled) and nulls > 0
         else []
         for _, _, lever, _ in plan
     ]
@@ -137,16 +138,17 @@ def _plan(
         if text is not None:
             plan.append(("prompt", "prompt", PromptSteering(text), side))
         for lever, name in zip(levers, names, strict=True):
-            vector = isinstance(lever, VectorSteering)
-            if not vector or forced is not None or _sign(lever) == side:
-                plan.append((name, "vector" if vector else "lever", lever, side))
+            scaled = isinstance(lever, Scaled)
+            if not scaled or forced is not None or _sign(lever) == side:
+                kind = "vector" if isinstance(lever, VectorSteering) else "lever"
+                plan.append((name, kind, lever, side))
         if checkpoint is not None:
             plan.append(("checkpoint", "checkpoint", checkpoint, side))
     return plan
 
 
 def _signs(levers: Sequence[Steering]) -> list[int]:
-    found = {_sign(lever) for lever in levers if isinstance(lever, VectorSteering)}
+    found = {_sign(lever) for lever in levers if isinstance(lever, Scaled)}
     return sorted(found or {1}, reverse=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trimtab.export.files import public_name
 from trimtab.models.model import LanguageModel
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled
 from trimtab.weights.card import HUB_ID, one_line, steering_section
 
 _LOAD = """## How to load
@@ -20,7 +20,7 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def adapter_card(
-    lm: LanguageModel, vectors: Sequence[VectorSteering], modules: Sequence[str], has_bias: bool
+    lm: LanguageModel, vectors: Sequence[Scaled], modules: Sequence[str], has_bias: bool
 ) -> str:
     """Return the README.md of a PEFT folder, Markdown with the hub's front matter."""
     base = public_name(lm.name or "a model without a name")

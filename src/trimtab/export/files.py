@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled
 
 
 def public_name(name: str) -> str:
@@ -49,7 +50,7 @@ def constants(vector: VectorSteering, form: str) -> dict[int, Tensor]:
     }
 
 
-def not_zero(vector: VectorSteering, form: str) -> None:
+def not_zero(vector: Scaled, form: str) -> None:
     """Refuse a steering that changes nothing: an exported file of it would look like one."""
     if vector.strength == 0.0:
         raise TrimtabError(

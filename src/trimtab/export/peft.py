@@ -1,17 +1,18 @@
-"""A PEFT adapter: steering as a rank-1 LoRA with biases, loaded by `PeftModel.from_pretrained`.
+"""A PEFT adapter: steering as a LoRA with biases, loaded by `PeftModel.from_pretrained`.
 
 A sublayer of a pre-norm block adds r o to the stream, o = W x + b0 its output projection's value.
 LoRA makes o + B A x + b of it. What is added to the stream, alpha c, is b = alpha c / r with A and
 B zero. A projection r o -> r o - m ((r o).c - t) c is B = -m c, A = c^T W and
 b = -m (c.b0 - t / r) c: with t = 0 and no b0 no bias at all. The same holds of the rows of an
-embedding, whose LoRA has no bias; there a constant is B A with A constant.
+embedding, whose LoRA has no bias; there a constant is B A with A constant. A low-rank update of the
+output projections is a LoRA as it stands.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from trimtab.models.sites import Site
 from trimtab.results.files import staged
 from trimtab.steering.hooks import Edit
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled, WeightSteering, writer_of
 from trimtab.weights.disk.layout import layout_of
 
 _FORM = "a PEFT adapter"
@@ -38,7 +40,7 @@ _BY_MLP = ("mlp_out", "resid_post")
 
 @dataclass(frozen=True, eq=False)
 class _Update:
-    """What LoRA adds to one module: `left` [d, 1], `right` [1, n], `bias` [d], all float32."""
+    """What LoRA adds to one module: `left` [d, k], `right` [k, n], `bias` [d], all float32."""
 
     name: str
     module: nn.Module
@@ -53,7 +55,7 @@ class _Update:
 
 def write_peft(
     lm: LanguageModel,
-    vector: VectorSteering | Sequence[VectorSteering],
+    vector: Scaled | Sequence[Scaled],
     out: str | os.PathLike[str],
 ) -> Path:
     """Write an adapter that steers the model when PEFT loads it.
@@ -66,7 +68,8 @@ def write_peft(
 
     Args:
         lm: the model the vectors were made for; it is only read.
-        vector: one steering, or several that would be on together; each module at most once.
+        vector: a vector or low-rank update, or several that would be on together; each module at
+            most once.
         out: folder to create; it appears whole or not at all.
 
     Returns:
@@ -77,13 +80,14 @@ def write_peft(
             module that LoRA cannot reach; a bias that an embedding would need; another model's
             vector; the package peft is missing.
     """
-    vectors = [vector] if isinstance(vector, VectorSteering) else list(vector)
+    vectors = [vector] if isinstance(vector, Scaled) else list(vector)
     updates = _updates(lm, vectors)
     peft = extra("peft", "peft")
     has_bias = any(bool(update.bias.any()) for update in updates)
+    rank = max(update.left.shape[1] for update in updates)
     config = peft.LoraConfig(
-        r=1,
-        lora_alpha=1,
+        r=rank,
+        lora_alpha=rank,  # a factor of 1
         lora_dropout=0.0,
         lora_bias=has_bias,
         bias="none",
@@ -96,17 +100,21 @@ def write_peft(
     with staged(Path(out)) as building:
         config.save_pretrained(building)
         _sorted_targets(building / "adapter_config.json")
-        save_file(_tensors(updates, has_bias), building / _WEIGHTS, {"format": "pt"})
+        save_file(_tensors(updates, rank, has_bias), building / _WEIGHTS, {"format": "pt"})
         card = adapter_card(lm, vectors, [update.name for update in updates], has_bias)
         (building / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 
 
-def _updates(lm: LanguageModel, vectors: Sequence[VectorSteering]) -> list[_Update]:
+def _updates(lm: LanguageModel, vectors: Sequence[Scaled]) -> list[_Update]:
     found: dict[str, _Update] = {}
     for vector in vectors:
         vector.check(lm)
         not_zero(vector, _FORM)
+        if isinstance(vector, WeightSteering):
+            for update in _of_weights(lm, vector):
+                found[update.name] = _joined(vector, found.get(update.name), update)
+            continue
         if str(vector.scope) != "all":
             raise _refusal(
                 vector,
@@ -128,6 +136,18 @@ def _updates(lm: LanguageModel, vectors: Sequence[VectorSteering]) -> list[_Upda
             advice="bake a checkpoint, or leave the embedding out",
         )
     return list(found.values())
+
+
+def _of_weights(lm: LanguageModel, lever: WeightSteering) -> Iterator[_Update]:
+    """The updates that are a low-rank update, at its strength."""
+    for writer, left in lever.left.items():
+        module = writer_of(lm, writer)
+        parts = (lever.strength * left.double(), lever.right[writer], torch.zeros(lm.d_model))
+        yield _update(_name(lm, module), module, *parts)
+
+
+def _name(lm: LanguageModel, module: nn.Module) -> str:
+    return next(name for name, m in lm.model.named_modules() if m is module)
 
 
 def _of_edit(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Update]:
@@ -197,7 +217,7 @@ def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str,
             f"{what} at {site} of {architecture}, which LoRA's biases cannot reach",
             "bake a checkpoint, or steer at attn_out",
         )
-    return next(name for name, m in lm.model.named_modules() if m is module), module
+    return _name(lm, module), module
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -207,30 +227,33 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _update(name: str, module: nn.Module, left: Tensor, right: Tensor, bias: Tensor) -> _Update:
-    parts = (left[:, None], right[None, :], bias)
+    parts = (left.reshape(len(left), -1), right.reshape(-1, right.shape[-1]), bias)
     return _Update(name, module, *(part.float().contiguous() for part in parts))
 
 
-def _joined(vector: VectorSteering, old: _Update | None, new: _Update) -> _Update:
+def _joined(vector: Scaled, old: _Update | None, new: _Update) -> _Update:
     """Constants of one module add up; projections do not."""
     if old is None:
         return new
     if bool(old.left.any()) or bool(new.left.any()):
-        raise _refusal(vector, f"a second projection at {new.name}", "bake a checkpoint")
+        raise _refusal(vector, f"a second projection or update at {new.name}", "bake a checkpoint")
     return _Update(new.name, new.module, new.left, new.right, old.bias + new.bias)
 
 
-def _tensors(updates: Sequence[_Update], has_bias: bool) -> dict[str, Tensor]:
-    """The adapter's tensors by the names PEFT gives them."""
+def _tensors(updates: Sequence[_Update], rank: int, has_bias: bool) -> dict[str, Tensor]:
+    """The adapter's tensors by the names PEFT gives them, all of one rank."""
     found: dict[str, Tensor] = {}
     for update in updates:
+        spare = rank - update.left.shape[1]
+        left = nn.functional.pad(update.left, (0, spare))
+        right = nn.functional.pad(update.right, (0, 0, 0, spare))
         stem = f"base_model.model.{update.name}."
         if update.embeds:
-            found[f"{stem}lora_embedding_A"] = update.right
-            found[f"{stem}lora_embedding_B"] = update.left
+            found[f"{stem}lora_embedding_A"] = right
+            found[f"{stem}lora_embedding_B"] = left
             continue
-        found[f"{stem}lora_A.weight"] = update.right
-        found[f"{stem}lora_B.weight"] = update.left
+        found[f"{stem}lora_A.weight"] = right
+        found[f"{stem}lora_B.weight"] = left
         if has_bias:
             found[f"{stem}lora_B.bias"] = update.bias
     return found
@@ -243,5 +266,5 @@ def _sorted_targets(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refusal(vector: VectorSteering, found: str, advice: str) -> TrimtabError:
+def _refusal(vector: Scaled, found: str, advice: str) -> TrimtabError:
     return TrimtabError(asked=f"to export {vector.label} to {_FORM}", found=found, advice=advice)

@@ -9,7 +9,7 @@ from trimtab.levers.conversions.vector_to_weights import vector_to_weights
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.layout import layout_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def bakeable(lm: LanguageModel, lever: object) -> tuple[bool, str]:
     """
     if isinstance(lever, PromptSteering):
         return (False, WORDS) if lever.vectors is None else _vocabulary(lm)
-    if isinstance(lever, LowRankUpdate):
+    if isinstance(lever, WeightSteering):
         count = len(lever.left)
         return True, f"exact: merged into {count} matri{'x' if count == 1 else 'ces'}"
     if isinstance(lever, VectorSteering | Together):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from trimtab.errors import TrimtabError
 from trimtab.levers.bakeable import bakeable
+from trimtab.levers.conversions.conversion import Setting
 from trimtab.levers.conversions.rank_one import fit_rank_one
 from trimtab.levers.found import SCOPES
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
@@ -191,15 +192,12 @@ class _Maker:
         with self._making("rank-1"):
             vector, _, spent = self._vector("all")
             with counting(self.bench.lm) as calls:
-                update, fits = fit_rank_one(
-                    self.bench.lm,
-                    self.behavior,
-                    vector,
-                    train_requests=TRAIN,
-                    max_new_tokens=self.bench.validation.max_new_tokens,
-                    seed=self.bench.seed,
-                    known=self.bench.known,
-                )
+                tokens = self.bench.validation.max_new_tokens
+                setting = Setting.of(
+                    self.bench.lm, self.behavior, train_requests=TRAIN, max_new_tokens=tokens,
+                    seed=self.bench.seed, known=self.bench.known,
+                )  # fmt: skip
+                update, fits = fit_rank_one(setting, vector)
                 update, placed = settle_update(self.bench, update, reach(vector))
             residual = max(fit.held_out for fit in fits)
             self._add(

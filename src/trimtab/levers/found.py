@@ -20,7 +20,7 @@ from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.results import Progress
 from trimtab.steering.prompt import PromptSteering
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -84,7 +84,7 @@ class FoundLevers:
     searched: PromptSteering | None = None
     soft: PromptSteering | None = None
     vectors: dict[str, tuple[VectorSteering, ...]] = field(default_factory=dict)
-    lora: LowRankUpdate | None = None
+    lora: WeightSteering | None = None
     calls: dict[str, int] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 

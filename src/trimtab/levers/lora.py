@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError, extra
-from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.conversion import Levered
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
 from trimtab.models.model import LanguageModel
 from trimtab.passes.adam import adam
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
-from trimtab.steering.weights import KINDS, LowRankUpdate, Writer, writer_of
+from trimtab.steering.weights import KINDS, WeightSteering, Writer, writer_of
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Lora(Conversion):
+class Lora(Levered):
     """A trained adapter as a lever.
 
     Attributes:
@@ -49,7 +49,7 @@ class Lora(Conversion):
             and the lever.
     """
 
-    lever: LowRankUpdate
+    lever: WeightSteering
     rank: int
     loss_start: float
     loss: float
@@ -132,7 +132,7 @@ def train_lora(
         left[writer] = module.lora_B["default"].weight.detach().cpu().float() * scale
         right[writer] = module.lora_A["default"].weight.detach().cpu().float()
     note = {"method": "LoRA", "rank": rank, "steps": steps, "behavior": behavior.name, "sign": sign}
-    lever = LowRankUpdate(left, right, 1.0, "LoRA", note, lm.fingerprint)
+    lever = WeightSteering(left, right, 1.0, "LoRA", note, lm.fingerprint, lm.name or "")
     return Lora(
         lever, rank, start, end, steps, before.rows + calls.rows, _compare(lm, clone, lever, texts)
     )
@@ -265,7 +265,9 @@ def _loss(lm: LanguageModel, texts: Sequence[Encoded]) -> float:
 
 
 @torch.no_grad()
-def _compare(lm: LanguageModel, clone: LanguageModel, lever: LowRankUpdate, texts: Wanted) -> float:
+def _compare(
+    lm: LanguageModel, clone: LanguageModel, lever: WeightSteering, texts: Wanted
+) -> float:
     """What the hooks change of what peft computes, on one text."""
     with lever.on(lm):
         hooked, _ = _answers(lm, texts.answers[:1])

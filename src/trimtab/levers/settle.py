@@ -13,7 +13,7 @@ from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.levers.conversions.ablation import ablating
 from trimtab.prompts.task.teacher import switched
 from trimtab.steering.together import Together
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 from trimtab.strength.core import Bounds
 from trimtab.strength.place import PUSHES, Placed, longest, place_lever, place_vector
 from trimtab.strength.screen import Odds, Screen, candidates
@@ -110,8 +110,8 @@ def settle_vector(
 
 
 def settle_update(
-    bench: Bench, update: LowRankUpdate, largest: float
-) -> tuple[LowRankUpdate, Placed]:
+    bench: Bench, update: WeightSteering, largest: float
+) -> tuple[WeightSteering, Placed]:
     """Put a low-rank update at the largest strength that keeps the budget."""
     side = -1 if update.strength < 0 else 1
     placed = place_lever(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
-from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import Summary, mean, summary
 from trimtab.levers.advice import Advice, advise
+from trimtab.levers.conversions.conversion import Setting
 from trimtab.levers.conversions.recovered import gaps_of
 from trimtab.levers.entries import Entry, Lever, entries_of
 from trimtab.levers.found import Effort, FoundLevers, find_levers
@@ -154,12 +155,10 @@ def levers_table(
             advice="give nats per token such as 0.5 and at least one null",
         )
     started, side = time.monotonic(), 1 if sign > 0 else -1
-    splits = behavior.split(seed)
-    known = Unsteered(lm, max_new_tokens)
-    validation, test = (
-        Evaluator(lm, part, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=known)
-        for part in (splits.validation, splits.test)
+    setting = Setting.of(
+        lm, behavior, sign=side, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
     )
+    validation, test = setting.validation, setting.test
     ticks = _Ticks(progress, 0 if found is not None else STEPS_FOUND)
     levers = found or find_levers(
         lm, behavior, sign=side, vector=vector, prompt=prompt, effort=effort, seed=seed,

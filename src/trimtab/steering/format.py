@@ -81,7 +81,18 @@ class SoftPromptHeader(_Strict):
     provenance: dict[str, Any]
 
 
-Header = VectorHeader | PromptHeader | SoftPromptHeader
+class WeightsHeader(_Strict):
+    """A low-rank update; its tensors are `left.KIND.LAYER` and `right.KIND.LAYER`."""
+
+    kind: Literal["weights"]
+    name: str
+    strength: float
+    fingerprint: str
+    model_name: str
+    provenance: dict[str, Any]
+
+
+Header = VectorHeader | PromptHeader | SoftPromptHeader | WeightsHeader
 _HEADER: TypeAdapter[Header] = TypeAdapter(Annotated[Header, Field(discriminator="kind")])
 
 
@@ -107,9 +118,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     """
     metadata, tensors = _read(path)
     if set(metadata) != {METADATA_KEY}:
-        raise defect(
-            path, "a safetensors file that is not a steering file", "give a steering file"
-        )
+        raise defect(path, "a safetensors file that is not a steering file", "give a steering file")
     try:
         header = json.loads(metadata[METADATA_KEY])
         canonical = _canonical(header)  # refuses NaN and infinities, however they were written

@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.format import VectorHeader, defect, read
+from trimtab.steering.format import VectorHeader, WeightsHeader, defect, read
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 
 
-def load_steering(path: str | os.PathLike[str]) -> VectorSteering | PromptSteering:
+def load_steering(path: str | os.PathLike[str]) -> VectorSteering | PromptSteering | WeightSteering:
     """Read one steering file; anything missing, surplus, damaged or not finite is refused.
 
     Raises:
@@ -21,6 +22,8 @@ def load_steering(path: str | os.PathLike[str]) -> VectorSteering | PromptSteeri
     try:
         if isinstance(header, VectorHeader):
             return VectorSteering.from_parts(header, tensors)
+        if isinstance(header, WeightsHeader):
+            return WeightSteering.from_parts(header, tensors)
         return PromptSteering.from_parts(header, tensors)
     except TrimtabError as error:
         raise defect(path, f"{error.found} where {error.asked} was expected") from error
@@ -42,6 +45,19 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "separator": steering.separator,
             "tokens": len(steering.vectors) if steering.vectors is not None else None,
             "strength": steering.strength,
+            "provenance": steering.provenance,
+        }
+    if isinstance(steering, WeightSteering):
+        return {
+            "name": steering.label,
+            "kind": "weights",
+            "behavior": steering.provenance.get("behavior"),
+            "method": steering.provenance.get("method"),
+            "writers": steering.site,
+            "rank": steering.rank,
+            "strength": steering.strength,
+            "model": steering.model_name,
+            "fingerprint": steering.fingerprint,
             "provenance": steering.provenance,
         }
     return {

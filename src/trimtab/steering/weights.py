@@ -1,16 +1,18 @@
-"""A low-rank update of the matrices that write to the stream, as a lever with a strength.
+"""The weights lever: a low-rank update of the matrices that write to the stream, with a strength.
 
 An output projection y = W x becomes y + m B (A x), which is W + m B A. Hooks add the second term, so
-that the model's own weights stay as they are; `merged` writes it into a copy of them.
+that the model's own weights stay as they are; `bake` writes it into a checkpoint's.
 """
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.checks import finite
 from trimtab.errors import TrimtabError
 from trimtab.models.hooking import Hooks
+from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
+from trimtab.steering.format import WeightsHeader, expect, layer_number, write
+from trimtab.steering.vector import VectorSteering
 
 Writer: TypeAlias = "tuple[str, int]"  # ("attention" or "mlp", layer)
 KINDS = ("attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankUpdate:
+class WeightSteering:
     """W + m B A on some output projections.
 
     Attributes:
@@ -36,6 +41,7 @@ class LowRankUpdate:
         name: short name, used in tables.
         provenance: JSON-able record of where this came from.
         fingerprint: of the model it was made for; empty when unknown.
+        model_name: that model's name or folder.
 
     Raises:
         TrimtabError: no writer, shapes that do not fit each other, or numbers that are not finite.
@@ -45,8 +51,13 @@ class LowRankUpdate:
     right: Mapping[Writer, Tensor]
     strength: float = 1.0
     name: str = "low rank"
-    provenance: Mapping[str, object] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
     fingerprint: str = ""
+    model_name: str = ""
+    # What a vector says of itself, for records and cards.
+    operation: ClassVar[str] = "low rank"
+    scope: ClassVar[str] = "all"
+    alphas: ClassVar[dict[int, float]] = {}
 
     def __post_init__(self) -> None:
         """Check the shapes once."""
@@ -62,6 +73,11 @@ class LowRankUpdate:
                 found="no writers, or factors that do not fit each other",
                 advice="give finite B [d_model, rank] and A [rank, inner] for each writer",
             )
+        for name in ("left", "right"):  # as the file holds them
+            factors = {
+                w: t.detach().float().cpu().contiguous() for w, t in vars(self)[name].items()
+            }
+            object.__setattr__(self, name, factors)
 
     @property
     def label(self) -> str:
@@ -73,7 +89,17 @@ class LowRankUpdate:
         """The largest rank of a factor."""
         return max(b.shape[1] for b in self.left.values())
 
-    def at(self, strength: float) -> LowRankUpdate:
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose writers are updated, ascending."""
+        return tuple(sorted({layer for _, layer in self.left}))
+
+    @property
+    def site(self) -> str:
+        """The matrices in words, such as `mlp 3, attention 4`."""
+        return ", ".join(f"{kind} {layer}" for kind, layer in self.left)
+
+    def at(self, strength: float) -> WeightSteering:
         """Return the same update at another strength m."""
         return replace(self, strength=strength)
 
@@ -109,6 +135,56 @@ class LowRankUpdate:
                     advice="use the model it was made for",
                 )
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one steering file (docs/format.md), byte-identical for equal content."""
+        return write(path, *self.parts())
+
+    def parts(self) -> tuple[WeightsHeader, dict[str, Tensor]]:
+        """Return what a steering file holds: a header, and two tensors for each writer."""
+        header = WeightsHeader(
+            kind="weights",
+            name=self.name,
+            strength=self.strength,
+            fingerprint=self.fingerprint,
+            model_name=self.model_name,
+            provenance=self.provenance,
+        )
+        sides = {"left": self.left, "right": self.right}
+        return header, {
+            f"{side}.{kind}.{layer}": factor.clone()  # no two tensors of a file share memory
+            for side, factors in sides.items()
+            for (kind, layer), factor in factors.items()
+        }
+
+    @classmethod
+    def from_parts(cls, header: WeightsHeader, tensors: Mapping[str, Tensor]) -> WeightSteering:
+        """Make the steering that a file holds; see `parts`."""
+        sides: dict[str, dict[Writer, Tensor]] = {"left": {}, "right": {}}
+        for name, factor in tensors.items():
+            side, _, rest = name.partition(".")
+            kind, _, layer = rest.partition(".")
+            expect(side in sides, "tensors left.KIND.LAYER and right.KIND.LAYER", repr(name))
+            sides[side][kind, layer_number(layer)] = factor
+        return cls(**sides, **header.model_dump(exclude={"kind"}))
+
+    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
+        """Write a checkpoint with W + m B A, verified after a real reload; returns a `BakeReport`.
+
+        Args:
+            out: folder to create.
+            lm: the model to bake into; loaded from `model_name` when absent.
+        """
+        # By name, as `VectorSteering.bake` does.
+        bake = resolve_name("trimtab.weights.bake:bake")
+        return bake(load(self.model_name) if lm is None else lm, self, out)
+
+    def __repr__(self) -> str:
+        """Name the parts a reader compares, not the tensors."""
+        return f"WeightSteering({self.label}, rank {self.rank}, {self.site})"
+
+
+Scaled: TypeAlias = VectorSteering | WeightSteering  # the levers with a strength of any size
+
 
 def writer_of(lm: LanguageModel, writer: Writer) -> nn.Module:
     """Return the output projection of a sublayer.
@@ -137,21 +213,6 @@ def weight_of(module: nn.Module) -> Tensor:
     """Return the projection's weight as `[d_model, inner]`, a view of the parameter."""
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-@torch.no_grad()
-def merged(lm: LanguageModel, update: LowRankUpdate) -> LanguageModel:
-    """Return a copy of a model whose weights hold the update; the model is left as it is.
-
-    Exact up to one rounding of each weight to the model's dtype. The copy takes as much memory again.
-    """
-    update.check(lm)
-    made = LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, lm.name)
-    for writer, b in update.left.items():
-        weight = weight_of(writer_of(made, writer))
-        change = update.strength * (b.double() @ update.right[writer].double())
-        weight.copy_((weight.double().cpu() + change).to(weight.dtype))
-    return made
 
 
 def _adding(left: Tensor, right: Tensor) -> Callable[..., Tensor]:

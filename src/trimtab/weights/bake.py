@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 
@@ -21,7 +22,10 @@ from trimtab.results import Progress
 from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.norms import NEUTRAL_PROMPTS
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled
 from trimtab.weights.card import model_card, record_of
 from trimtab.weights.disk.base import Model, folder_of, save_model
 from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
@@ -31,6 +35,8 @@ from trimtab.weights.disk.stream import check_space, write
 from trimtab.weights.plan import BakeReport, Plan, prepare, refused_plan
 from trimtab.weights.routes.changes import changes_of
 from trimtab.weights.slices import write_slices
+from trimtab.weights.soft.prompt import bake_prompt
+from trimtab.weights.soft.value import PromptReport
 from trimtab.weights.verify import (
     Base,
     Verified,
@@ -43,7 +49,7 @@ from trimtab.weights.verify import (
 
 __all__ = ["BakeReport", "bake", "plan"]
 
-Vectors = VectorSteering | Sequence[VectorSteering]
+Levers = Scaled | Together | Sequence[Scaled]
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -58,9 +64,41 @@ class Settings:
     progress: Progress | None
 
 
+@overload
 def bake(
+    model: Model, lever: PromptSteering, out: str | os.PathLike[str], **how: Any
+) -> PromptReport: ...
+@overload
+def bake(model: Model, lever: Levers, out: str | os.PathLike[str], **how: Any) -> BakeReport: ...
+def bake(
+    model: Model, lever: Levers | PromptSteering, out: str | os.PathLike[str], **how: Any
+) -> BakeReport | PromptReport:
+    """Write a checkpoint that steers itself, from any lever that weights can hold.
+
+    Vectors and low-rank updates become weights (`bake_levers`, which says what can be asked), a soft
+    prompt becomes tokens of the vocabulary (`bake_prompt`).
+
+    Args:
+        model: a folder, a hub id, "harbor" or a loaded model.
+        lever: a vector, a low-rank update, several of these that would be on together, or a soft
+            prompt.
+        out: folder to create.
+        how: the options of `bake_levers` or `bake_prompt`.
+
+    Raises:
+        TrimtabError: a prompt in words, which has no place in the weights, and whatever has no exact
+            route.
+    """
+    if not isinstance(lever, PromptSteering):
+        return bake_levers(model, lever, out, **how)
+    if lever.vectors is None:
+        raise _words(lever.label)
+    return bake_prompt(model, lever, out, **how)
+
+
+def bake_levers(
     model: Model,
-    vector: Vectors,
+    lever: Levers,
     out: str | os.PathLike[str],
     *,
     verify: bool | str = True,
@@ -79,8 +117,9 @@ def bake(
     base by hard links; a loaded model is saved first, as it is now.
 
     Args:
-        model: a folder, a hub id, "harbor" or a loaded model; the one the vectors were made for.
-        vector: the steering at the strength to bake, or several that would be on together.
+        model: a folder, a hub id, "harbor" or a loaded model; the one the levers were made for.
+        lever: a vector or low-rank update at the strength to bake, or several that would be on
+            together.
         out: folder to create; an existing empty one is taken.
         verify: True compares the reloaded whole model, or a slice where it does not fit into
             memory; "slice" always a slice; False only writes.
@@ -95,7 +134,7 @@ def bake(
             vector; a folder with something in it; too little space; a checkpoint that does not
             reload as what it was meant to be.
     """
-    vectors = _listed(vector)
+    vectors = _listed(lever)
     settings = Settings(verify, prompts, behavior, link, progress)
     target = Path(out)
     drafted: tuple[Plan, Draft] | None = None
@@ -124,20 +163,20 @@ def bake(
     return report
 
 
-def plan(model: Model, vector: Vectors, route: str | None = None) -> Plan:
+def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
     """Say by which exact route each steering would become weights, at what cost, or why it cannot.
 
     Nothing is loaded and nothing is written (a model in memory is saved to a temporary folder).
 
     Args:
         model: as for `bake`.
-        vector: one steering or several.
+        lever: one steering or several.
         route: as for `bake`.
 
     Raises:
         TrimtabError: no model, or an architecture that has no routes at all.
     """
-    vectors = _listed(vector)
+    vectors = _listed(lever)
     if not isinstance(model, LanguageModel):
         return _load_plan(folder_of(model), vectors, route)
     for each in vectors:
@@ -149,7 +188,7 @@ def plan(model: Model, vector: Vectors, route: str | None = None) -> Plan:
 
 
 def _drafted(
-    place: tuple[Path, str], vectors: list[VectorSteering], route: str | None
+    place: tuple[Path, str], vectors: list[Scaled], route: str | None
 ) -> tuple[Plan, Draft]:
     """Open a checkpoint and draft the result, or refuse."""
     folder, name = place
@@ -160,34 +199,46 @@ def _drafted(
     return found, draft
 
 
-def _load_plan(place: tuple[Path, str], vectors: list[VectorSteering], route: str | None) -> Plan:
+def _load_plan(place: tuple[Path, str], vectors: list[Scaled], route: str | None) -> Plan:
     folder, name = place
     return replace(prepare(open_checkpoint(folder), vectors, route)[0], model=_public(name))
 
 
-def _listed(vector: Vectors) -> list[VectorSteering]:
-    vectors = [vector] if isinstance(vector, VectorSteering) else list(vector)
-    if not vectors or not all(isinstance(v, VectorSteering) for v in vectors):
+def _listed(lever: Levers) -> list[Scaled]:
+    lever = lever.vectors if isinstance(lever, Together) else lever
+    levers = [lever] if isinstance(lever, Scaled) else list(lever)
+    if not levers or not all(isinstance(each, Scaled) for each in levers):
         raise TrimtabError(
             asked="to bake a steering",
-            found=f"{[type(v).__name__ for v in vectors] or 'nothing'}",
-            advice="give one steering vector, or several; a prompt has no place in the weights",
+            found=f"{[type(each).__name__ for each in levers] or 'nothing'}",
+            advice="give vectors or low-rank updates; a soft prompt is baked alone, and a prompt in "
+            "words has no place in the weights",
         )
-    return vectors
+    return levers
 
 
-def _check_early(lm: LanguageModel, vectors: list[VectorSteering]) -> None:
+def _words(label: str) -> TrimtabError:
+    return TrimtabError(
+        asked=f"to bake {label}",
+        found="a prompt in words, which has no place in the weights",
+        advice="bake a vector, a low-rank update or a soft prompt; words go into the prompt",
+    )
+
+
+def _check_early(lm: LanguageModel, vectors: list[Scaled]) -> None:
     """Refuse what is plain before a large model is saved."""
     for vector in vectors:
         vector.check(lm)
+    adding = [vector for vector in vectors if isinstance(vector, VectorSteering)]
+    for vector in adding:
         for layer in vector.layers:
             lm.sites.check(Site(vector.site, layer))
     config = lm.model.config
     config = type(config)(**{**config.to_dict(), "architectures": [type(lm.model).__name__]})
     layout = layout_of(config)
-    changes = changes_of(vectors, layout.parallel)
+    changes = changes_of(adding, layout.parallel)
     if changes.refused:
-        refused_plan(lm.name or "the model", layout, vectors, changes).check()
+        refused_plan(lm.name or "the model", layout, adding, changes).check()
 
 
 def _public(name: str) -> str:
@@ -205,7 +256,7 @@ def _attention(lm: LanguageModel | None) -> str | None:
 
 def _report(
     base: Base,
-    vectors: list[VectorSteering],
+    vectors: list[Scaled],
     found: Plan,
     draft: Draft,
     building: Path,
@@ -246,7 +297,7 @@ def _report(
 
 def _verified(
     base: Base,
-    vectors: list[VectorSteering],
+    vectors: list[Scaled],
     draft: Draft,
     building: Path,
     target: Path,

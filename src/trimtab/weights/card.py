@@ -11,14 +11,14 @@ from typing import Any
 from trimtab.models.baked import read_record
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.margin import Margin
 from trimtab.weights.plan import BakeReport, Plan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(plan: Plan, vectors: Sequence[VectorSteering], report: BakeReport) -> str:
+def model_card(plan: Plan, vectors: Sequence[Scaled], report: BakeReport) -> str:
     """Return the README.md of a baked checkpoint, Markdown with the hub's front matter."""
     base = plan.model
     checks = report.table()
@@ -58,8 +58,8 @@ def _origin(plan: Plan, report: BakeReport) -> Table:
     return Table("", ("what", "value"), tuple(facts.items()))
 
 
-def steering_section(vector: VectorSteering) -> str:
-    """Return what a card says of one vector: its origin and its strength in every unit."""
+def steering_section(vector: Scaled) -> str:
+    """Return what a card says of one lever: its origin, and a vector's strength in every unit."""
     made = vector.provenance
     facts = {
         "behavior": made.get("behavior", "not recorded"),
@@ -70,9 +70,11 @@ def steering_section(vector: VectorSteering) -> str:
         "strength m": f"{vector.strength:g}",
     }
     table = Table("", ("what", "value"), tuple((k, str(v)) for k, v in facts.items()))
+    head = f"## Steering: {one_line(vector.label)}\n\n{markdown(table)}\n"
+    if isinstance(vector, WeightSteering):
+        return f"{head}Each of these matrices W becomes W + m B A, of rank {vector.rank}.\n"
     return (
-        f"## Steering: {one_line(vector.label)}\n\n{markdown(table)}\n"
-        "alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
+        f"{head}alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
         f" there on neutral prompts.\n\n{markdown(convert(vector).table())}"
     )
 
@@ -126,7 +128,7 @@ def one_line(text: str) -> str:
 
 
 def record_of(
-    plan: Plan, vectors: Sequence[VectorSteering], report: BakeReport, base: Path
+    plan: Plan, vectors: Sequence[Scaled], report: BakeReport, base: Path
 ) -> dict[str, Any]:
     """Return the record; that of a base which was baked itself is kept inside it."""
     facts = {k: v for k, v in report.to_dict().items() if k not in ("path", "plan")}

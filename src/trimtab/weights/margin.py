@@ -19,7 +19,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled
 
 SIDES = ("toward", "away")
 NULLS = 3
@@ -101,9 +101,7 @@ class Before:
     held_out: bool | None
 
 
-def measure_before(
-    lm: LanguageModel, vectors: Sequence[VectorSteering], behavior: Behavior
-) -> Before:
+def measure_before(lm: LanguageModel, vectors: Sequence[Scaled], behavior: Behavior) -> Before:
     """Measure the base model and the nulls on the test part of the behavior.
 
     Raises:
@@ -123,7 +121,7 @@ def measure_before(
     return Before(behavior, seed, gaps, nulls, _held_out(vectors, behavior, seed))
 
 
-def _held_out(vectors: Sequence[VectorSteering], behavior: Behavior, seed: int) -> bool | None:
+def _held_out(vectors: Sequence[Scaled], behavior: Behavior, seed: int) -> bool | None:
     """Tell from what the vectors record whether the test part is new to them."""
     answers: list[bool | None] = []
     for vector in vectors:

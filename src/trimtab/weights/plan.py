@@ -9,6 +9,7 @@ from pathlib import Path
 from trimtab.errors import TrimtabError
 from trimtab.results.tables import Printable, Table
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import Checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.layout import Layout, short
@@ -214,13 +215,13 @@ def _figure(value: float | None) -> str:
 
 
 def prepare(
-    base: Checkpoint, vectors: Sequence[VectorSteering], route: str | None = None
+    base: Checkpoint, levers: Sequence[Scaled], route: str | None = None
 ) -> tuple[Plan, Draft | None]:
     """Plan, and draft the result where every steering has a route.
 
     Args:
         base: the checkpoint to change.
-        vectors: in the order in which they would be switched on.
+        levers: in the order in which they would be switched on.
         route: only this one for constants (`ROUTES`), where there is a choice.
 
     Raises:
@@ -231,18 +232,20 @@ def prepare(
         raise TrimtabError(f"route {route!r}", "no such route", f"use one of {', '.join(ROUTES)}")
     draft = start_draft(base)
     untouched = draft.tensors()
+    vectors = [lever for lever in levers if isinstance(lever, VectorSteering)]
+    updates = [lever for lever in levers if isinstance(lever, WeightSteering)]
     _check_shapes(base, vectors)
     layout = draft.layout
     changes = changes_of(vectors, layout.parallel)
     refuse_post_norm(changes, vectors, layout)
     points = constants_of(changes, layout)
     chosen, routes, why = choose(draft, points, route)
-    rows = _rows(vectors, changes, chosen.layout, routes, why)
+    rows = (*_rows(vectors, changes, chosen.layout, routes, why), *map(_update_row, updates))
     name = base.folder.name or str(base.folder)
     plan = Plan(name, layout.architecture, chosen.layout.architecture, rows)
     if not plan.exact:
         return plan, None
-    execute(chosen, changes, routes)
+    execute(chosen, changes, routes, updates)
     return _costed(plan, chosen, untouched), chosen
 
 
@@ -301,6 +304,11 @@ def _rows(
                 )
             )
     return tuple(rows)
+
+
+def _update_row(lever: WeightSteering) -> PlanRow:
+    said = f"rank-{lever.rank} update of the writers" if lever.strength else "nothing (strength 0)"
+    return PlanRow(lever.label, lever.operation, lever.site, lever.layers, lever.scope, said)
 
 
 def _route_of(

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.stream import write
 
 
 def write_slices(
-    draft: Draft, result: Path, vectors: Sequence[VectorSteering]
-) -> tuple[tuple[Path, Path], list[VectorSteering]]:
+    draft: Draft, result: Path, vectors: Sequence[Scaled]
+) -> tuple[tuple[Path, Path], list[Scaled]]:
     """Cut the first steered block and a neighbor out of the base and out of the result.
 
     Args:
@@ -48,9 +48,15 @@ def _write(part: Draft, folder: Path) -> None:
     write(part, folder, link=False)
 
 
-def _moved(vector: VectorSteering, kept: list[int]) -> VectorSteering | None:
+def _moved(vector: Scaled, kept: list[int]) -> Scaled | None:
     """The steering of the blocks kept, under their new numbers."""
     layers = tuple(kept.index(layer) for layer in vector.layers if layer in kept)
+    if isinstance(vector, WeightSteering):
+        left, right = (
+            {(kind, kept.index(n)): part for (kind, n), part in factors.items() if n in kept}
+            for factors in (vector.left, vector.right)
+        )
+        return replace(vector, left=left, right=right, fingerprint="") if layers else None
     if not layers or (vector.site == "embed" and 0 not in kept):
         return None
 

@@ -23,7 +23,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models.chat import Prompt
 from trimtab.models.loading import read_weights
 from trimtab.models.model import LanguageModel
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import Scaled
 from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft, stray_tensors
 from trimtab.weights.disk.layout import layout_of
@@ -123,7 +123,7 @@ def compare_tensors(draft: Draft, folder: Path, target: Path) -> int:
 def compare_models(
     base: Base,
     folder: Path,
-    vectors: Sequence[VectorSteering],
+    vectors: Sequence[Scaled],
     prompts: Sequence[Prompt],
     target: Path,
     behavior: Behavior | None = None,
@@ -176,7 +176,7 @@ def compare_models(
 def compare_wide(
     base: Base,
     folder: Path,
-    vectors: Sequence[VectorSteering],
+    vectors: Sequence[Scaled],
     prompts: Sequence[Prompt],
     target: Path,
 ) -> float:
@@ -215,7 +215,10 @@ def _judge(
 
 
 def compare_slices(
-    base: Base, folders: tuple[Path, Path], vectors: Sequence[VectorSteering], target: Path
+    base: Base,
+    folders: tuple[Path, Path],
+    vectors: Sequence[Scaled],
+    target: Path,
 ) -> Verified:
     """Compare two slices (of the base with the hook, of the result) on fixed token ids.
 
@@ -236,7 +239,7 @@ def compare_slices(
 
 
 @contextmanager
-def all_on(vectors: Sequence[VectorSteering], lm: LanguageModel):
+def all_on(vectors: Sequence[Scaled], lm: LanguageModel):
     """Switch several steerings on, the first outermost."""
     with ExitStack() as stack:
         for vector in vectors:

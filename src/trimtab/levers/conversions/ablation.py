@@ -43,13 +43,14 @@ class AblationAsWeights(Conversion):
     stream_difference: float
     effect: float
     in_weights: InWeights
+    lost = "logit difference to a projection of the stream everywhere, over the effect"
 
     @property
     def residual(self) -> float:
         """The largest logit difference to the whole stream's projection, over the effect."""
         return self.stream_difference / max(self.effect, 1e-12)
 
-    def table(self) -> Table:
+    def figures(self) -> Table:
         """Return one line per comparison."""
         route = self.in_weights.routes[0]
         rows = (

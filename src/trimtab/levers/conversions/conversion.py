@@ -1,21 +1,38 @@
-"""What every conversion gives back: the new lever, its residual, and figures as JSON."""
+"""What every conversion starts from and gives back.
+
+It starts from a behavior that is split once: fitted on train prompts, chosen on validation prompts,
+reported on test prompts. It gives back the new lever, its residual and what it recovers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.prompts.soft.soft import Soft
-from trimtab.results.tables import Printable, to_plain
+from trimtab.results.tables import Printable, Table, number, to_plain
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate
+from trimtab.steering.weights import WeightSteering
 
-_LEVERS = (VectorSteering, PromptSteering, LowRankUpdate, Together)
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior, Splits
+    from trimtab.models.chat import Encoded, Prompt
+    from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import Switch
+
+_LEVERS = (VectorSteering, PromptSteering, WeightSteering, Together)
 
 
-class Conversion(Printable):
-    """Mixin for frozen dataclasses that hold a converted lever beside its figures."""
+class Levered(Printable):
+    """Mixin for frozen dataclasses that hold a lever beside its figures."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures as plain values, levers by their label; tensors have their own files."""
@@ -31,3 +48,126 @@ class Conversion(Printable):
                 value = [item.label for item in value]
             found[field.name] = to_plain(value)
         return found
+
+
+class Conversion(Levered, ABC):
+    """Mixin for a converted lever: `lever`, mostly `recovered`, and what was lost, said first.
+
+    `lost` says what the residual is a share of.
+    """
+
+    lost: ClassVar[str]
+    lever: Any
+
+    @property
+    @abstractmethod
+    def residual(self) -> float | None:
+        """What the new lever lacks, 0 for nothing; None where it was not measured."""
+
+    @abstractmethod
+    def figures(self) -> Table:
+        """Return the figures of this kind of conversion."""
+
+    def table(self) -> Table:
+        """Return the figures under a title that says what is lost, the recovery underneath."""
+        figures, found = self.figures(), self.measured
+        title = f"{figures.title}: residual {number(self.residual, 3)} ({self.lost})"
+        notes = figures.notes
+        if found is not None:
+            title += f"; recovered: {found.told}"
+            notes += found.table().notes
+        return dataclasses.replace(figures, title=title, notes=notes)
+
+    @property
+    def measured(self) -> Recovered | None:
+        """What of the converted lever's effect the new one has on test prompts."""
+        return getattr(self, "recovered", None)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the residual and the figures as plain values, levers by their label."""
+        return {"residual": to_plain(self.residual), **super().to_dict()}
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A behavior split once, for one or several conversions.
+
+    Attributes:
+        lm: the unsteered model.
+        splits: of the behavior.
+        known: unsteered answers, shared by all evaluators.
+        sign: side of the scored prompts, as in `Evaluator`: +1 toward, -1 away.
+        train_requests: most train prompts of each side; None for the conversion's own number.
+        max_prompts: most prompts of each side of the other splits.
+        seed: of the split, of nulls and intervals, and of everything else that is random.
+    """
+
+    lm: LanguageModel
+    splits: Splits
+    known: Unsteered
+    sign: int = 1
+    train_requests: int | None = None
+    max_prompts: int = 32
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        behavior: Behavior,
+        *,
+        sign: int = 1,
+        train_requests: int | None = None,
+        max_prompts: int = 32,
+        max_new_tokens: int = 40,
+        seed: int = 0,
+        known: Unsteered | None = None,
+    ) -> Setting:
+        """Split a behavior; `max_new_tokens` is the length of answers."""
+        answers = known or Unsteered(lm, max_new_tokens)
+        splits = behavior.split(seed)
+        return cls(lm, splits, answers, sign, train_requests, max_prompts, seed)
+
+    def train(self, usual: int) -> Evaluator:
+        """Return the evaluator of train prompts, at most `usual` of each side unless told."""
+        return self._evaluator(self.splits.train, self.train_requests or usual)
+
+    @cached_property
+    def validation(self) -> Evaluator:
+        """The evaluator of validation prompts."""
+        return self._evaluator(self.splits.validation, self.max_prompts)
+
+    @cached_property
+    def test(self) -> Evaluator:
+        """The evaluator of test prompts, on which nothing is chosen."""
+        return self._evaluator(self.splits.test, self.max_prompts)
+
+    def _evaluator(self, part: Behavior, most: int) -> Evaluator:
+        tokens = self.known.max_new_tokens
+        return Evaluator(
+            self.lm, part, max_new_tokens=tokens, max_prompts=most, unsteered=self.known
+        )
+
+    def prompts(self, part: Evaluator) -> list[Prompt]:
+        """Return the prompts of a split whose answers are scored."""
+        return part.prompts(part.scored(self.sign))
+
+    def answered(self, part: Evaluator) -> list[Encoded]:
+        """Return the prompts of all sides of a split with their unsteered answers."""
+        sides = ["toward", "away", *(["requests"] if part.behavior.requests else [])]
+        return [
+            self.lm.encode(prompt, completion=answer)
+            for side in sides
+            for prompt, answer in zip(part.prompts(side), part.unsteered(side), strict=True)
+        ]
+
+    def recovered(self, before: Switch, after: Switch, null: Switch | None = None) -> Recovered:
+        """Measure a lever and what it became on test prompts, beside a null."""
+        return recovered(
+            self.lm, self.test, before, after, sign=self.sign, null=null, seed=self.seed
+        )
+
+
+def together(vectors: Sequence[VectorSteering], name: str) -> VectorSteering | Together:
+    """Return one vector as it is, several as one lever."""
+    return vectors[0] if len(vectors) == 1 else Together(tuple(vectors), name)

@@ -16,20 +16,17 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluator
-from trimtab.levers.conversions.conversion import Conversion
-from trimtab.levers.conversions.rank_one import answered
-from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.conversion import Conversion, Setting, together
+from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.hooking import Hooks
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import LowRankUpdate, Writer, writer_of
+from trimtab.steering.weights import WeightSteering, Writer, writer_of
 
 if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Encoded
     from trimtab.models.model import LanguageModel
 
@@ -60,24 +57,26 @@ class LowRankAsVector(Conversion):
     """A low-rank update as vectors, with its residual.
 
     Attributes:
-        lever: vectors at `attn_out` and `mlp_out`, scope all, on together; m = 1 adds them as they are.
+        lever: a vector at `attn_out` or `mlp_out`, or both together; scope all, m = 1 adds them as
+            they are.
         outputs: one per writer.
         share: constant share over all writers, on held-out texts.
         recovered: gap and behavior on test prompts, beside random vectors of the same lengths.
     """
 
-    lever: Together
+    lever: VectorSteering | Together
     outputs: tuple[MeanOutput, ...]
     share: float
     recovered: Recovered
+    lost = "share of its output that is not constant, held-out texts"
 
     @property
     def residual(self) -> float:
         """The share of the update's output on held-out texts that is not constant."""
         return 1 - self.share
 
-    def table(self) -> Table:
-        """Return one line per writer, the recovery underneath."""
+    def figures(self) -> Table:
+        """Return one line per writer."""
         rows = tuple(
             (
                 f"{o.writer[0]} of layer {o.writer[1]}",
@@ -86,69 +85,52 @@ class LowRankAsVector(Conversion):
             for o in self.outputs
         )
         columns = ("writer", "|v|", "constant, fitted", "held out", "random")
-        notes = (
-            f"constant share over all writers {number(self.share, 3)}",
-            *self.recovered.table().notes,
-        )
+        notes = (f"constant share over all writers {number(self.share, 3)}",)
         return Table("low-rank update to vector", columns, rows, notes)
 
 
-def low_rank_to_vector(
-    lm: LanguageModel,
-    behavior: Behavior,
-    update: LowRankUpdate,
-    *,
-    sign: int = 1,
-    train_requests: int = 48,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
-) -> LowRankAsVector:
+def low_rank_to_vector(setting: Setting, update: WeightSteering) -> LowRankAsVector:
     """Convert a low-rank update into the vectors that it adds on average.
 
     Args:
-        lm: the unsteered model.
-        behavior: split here: means are of train prompts with the unsteered answers, the shares and
-            the recovery of test prompts.
+        setting: means are of its train prompts with the unsteered answers, the shares and the
+            recovery of test prompts.
         update: at the strength to convert.
-        sign: side of the prompts, as in `Evaluator`.
-        train_requests: most train prompts of each side.
-        max_prompts: most test prompts of each side.
-        max_new_tokens: length of answers.
-        seed: of the split, the null and the intervals.
 
     Raises:
         TrimtabError: an update of another model, at strength 0, or behind a post-norm.
     """
+    lm, seed = setting.lm, setting.seed
     update.check(lm)
-    if lm.sites.post_norm or not update.strength:
+    if not update.strength:
+        raise TrimtabError(f"{update.label} as a vector", "strength 0", "give one that steers")
+    if lm.sites.post_norm:
         raise TrimtabError(
             asked=f"{update.label} as a vector",
-            found="strength 0"
-            if not update.strength
-            else f"{type(lm.model).__name__} puts a norm between the output projection and the stream",
-            advice="give an update that steers" if not update.strength else "keep the update",
+            found=f"{type(lm.model).__name__} puts a norm between the output projection and the stream",
+            advice="keep the update",
         )
-    splits = behavior.split(seed)
-    fitted = outputs_of(lm, update, answered(lm, splits.train, train_requests, max_new_tokens))
-    held = outputs_of(lm, update, answered(lm, splits.test, max_prompts, max_new_tokens))
+    fitted, held = (
+        outputs_of(lm, update, setting.answered(part)) for part in (setting.train(48), setting.test)
+    )
     means = {writer: values.mean(0) for writer, values in fitted.items()}
-    if not all(float(v.norm()) > 0 for v in means.values()):
-        means = {writer: v for writer, v in means.items() if float(v.norm()) > 0}
-    lever = _vectors(lm, means)
+    means = {writer: v for writer, v in means.items() if float(v.norm()) > 0}
+    vectors = _vectors(lm, means)
     generator = torch.Generator().manual_seed(seed)
     rows = tuple(_row(w, means[w], fitted[w], held[w], generator) for w in means)
     left = sum(float((held[w] - means[w]).square().sum()) for w in means)
     whole = sum(float(held[w].square().sum()) for w in held)
-    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
-    nulls = [random_null(v, s) for v, s in zip(lever.vectors, null_seeds(seed, len(means)), strict=False)]  # fmt: skip
-    found = recovered(lm, test, update, lever, sign=sign, null=Together(tuple(nulls)), seed=seed)
+    nulls = [
+        random_null(v, s) for v, s in zip(vectors, null_seeds(seed, len(vectors)), strict=True)
+    ]
+    lever = together(vectors, "mean output")
+    found = setting.recovered(update, lever, Together(tuple(nulls)))
     return LowRankAsVector(lever, rows, 1 - left / whole, found)
 
 
 @torch.no_grad()
 def outputs_of(
-    lm: LanguageModel, update: LowRankUpdate, encoded: Sequence[Encoded]
+    lm: LanguageModel, update: WeightSteering, encoded: Sequence[Encoded]
 ) -> dict[Writer, Tensor]:
     """Return writer -> m r B A x at every token under the update, float64 `[tokens, d_model]`.
 
@@ -174,7 +156,7 @@ def outputs_of(
     return {writer: torch.cat(values) for writer, values in found.items()}
 
 
-def _vectors(lm: LanguageModel, means: dict[Writer, Tensor]) -> Together:
+def _vectors(lm: LanguageModel, means: dict[Writer, Tensor]) -> list[VectorSteering]:
     vectors: list[VectorSteering] = []
     for kind, site in SITES.items():
         mine = {layer: v for (k, layer), v in means.items() if k == kind}
@@ -183,7 +165,7 @@ def _vectors(lm: LanguageModel, means: dict[Writer, Tensor]) -> Together:
             norms = calibrate(lm, site=site).mean
             note = {"method": "mean output of a low-rank update"}
             vectors.append(replace(made, norms={k: norms[k] for k in mine}, provenance=note))
-    return Together(tuple(vectors), "mean output")
+    return vectors
 
 
 def _row(

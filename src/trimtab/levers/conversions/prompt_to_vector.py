@@ -22,9 +22,8 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize, token_kl
-from trimtab.evaluation.evaluate import Evaluator, Unsteered
-from trimtab.levers.conversions.conversion import Conversion
-from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
 from trimtab.prompts.task.teacher import answers_as_ids, switched
@@ -35,7 +34,6 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.strength.place import Placed, place_vector
 
 if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
     from trimtab.steering.prompt import PromptSteering
@@ -77,7 +75,7 @@ class PromptAsVector(Conversion):
     """A prompt as a vector, with its residual.
 
     Attributes:
-        vector: the mean displacement at the layer of least KL; m = 1 adds it as it is.
+        lever: the mean displacement at the layer of least KL; m = 1 adds it as it is.
         layers: every layer's figures.
         recovered: at its own length on test prompts.
         placed: the strength at which the vector does as much damage as the prompt (p95, validation).
@@ -86,21 +84,22 @@ class PromptAsVector(Conversion):
             null of `LayerExplained.kl`.
     """
 
-    vector: VectorSteering
+    lever: VectorSteering
     layers: tuple[LayerExplained, ...]
     recovered: Recovered
     placed: Placed
     recovered_placed: Recovered
     unsteered_kl: float
+    lost = "unexplained share of its displacement, held-out requests"
 
     @property
     def residual(self) -> float:
         """The share of the displacement at the chosen layer that is not explained."""
-        chosen = self.vector.layers[0]
+        chosen = self.lever.layers[0]
         return 1 - next(row.explained for row in self.layers if row.layer == chosen)
 
-    def table(self) -> Table:
-        """Return one line per layer, the recovery underneath."""
+    def figures(self) -> Table:
+        """Return one line per layer."""
         columns = (
             *("layer", "|v| / mean |D|", "explained", "last", "last, own mean", "answer"),
             *("ceiling", "KL"),
@@ -113,63 +112,42 @@ class PromptAsVector(Conversion):
             )
             for row in self.layers
         )
-        notes = [
-            f"chosen: layer {self.vector.layers[0]}, scope {self.vector.scope}; KL to the prompt "
+        notes = (
+            f"chosen: layer {self.lever.layers[0]}, scope {self.lever.scope}; KL to the prompt "
             f"unsteered {number(self.unsteered_kl, 3)}",
-            f"at equal damage m = {self.placed.strength:.3g} ({self.placed.limited_by})",
-        ]
-        for name, found in (
-            ("own length", self.recovered),
-            ("equal damage", self.recovered_placed),
-        ):
-            notes += [f"{name}: {note}" for note in found.table().notes[1:]]
-        return Table("prompt to vector", columns, rows, tuple(notes))
+            f"at equal damage m = {self.placed.strength:.3g} ({self.placed.limited_by}): "
+            f"recovered {self.recovered_placed.told}",
+        )
+        return Table("prompt to vector", columns, rows, notes)
 
 
 def prompt_to_vector(
-    lm: LanguageModel,
-    behavior: Behavior,
+    setting: Setting,
     lever: PromptSteering,
     *,
-    sign: int = 1,
     scope: str = "all",
     layers: Sequence[int] | None = None,
-    train_requests: int = 24,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
 ) -> PromptAsVector:
     """Convert a prompt, hard or soft, into the mean change it makes to the stream.
 
     Args:
-        lm: the unsteered model.
-        behavior: split here: the mean is of train prompts, the layer is chosen on validation
-            prompts, what is reported is of test prompts.
+        setting: the mean is of its train prompts, the layer is chosen on validation prompts, what is
+            reported is of test prompts. At sign +1 the prompts are those that do not show the
+            behavior; -1 is the mirror image.
         lever: the prompt in its slot.
-        sign: +1: the prompts are those that do not show the behavior; -1 the mirror image.
         scope: `all`: one vector for every token; `last`: for the last prompt token and the answer's,
             the mean of those positions alone.
         layers: to look at; all when absent.
-        train_requests: most train prompts.
-        max_prompts: most prompts of each other list.
-        max_new_tokens: length of judged answers.
-        seed: of the split, the null and the intervals.
 
     Raises:
         TrimtabError: a prompt that leaves no token in common, or changes nothing.
     """
     choice("scope", scope, ("all", "last"))
-    splits = behavior.split(seed)
-    known = Unsteered(lm, max_new_tokens)
-    validation, test = (
-        Evaluator(lm, part, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=known)
-        for part in (splits.validation, splits.test)
-    )
-    train = Evaluator(lm, splits.train, max_prompts=train_requests)
-    side = train.scored(sign)
+    lm, seed, validation = setting.lm, setting.seed, setting.validation
     chosen = tuple(range(lm.n_layers)) if layers is None else tuple(layers)
     fitted, held = (
-        displacements(lm, lever, part.prompts(side), chosen).within(scope) for part in (train, test)
+        displacements(lm, lever, setting.prompts(part), chosen).within(scope)
+        for part in (setting.train(24), setting.test)
     )
     means = {layer: torch.cat(fitted.values[layer]).mean(0) for layer in chosen}
     if not all(float(v.norm()) > 0 for v in means.values()):
@@ -182,21 +160,21 @@ def prompt_to_vector(
     vectors = {
         layer: _vector(lm, layer, v, norms[layer], lever, scope) for layer, v in means.items()
     }
-    prompts = validation.prompts(side)
+    prompts = setting.prompts(validation)
     wanted = _next(lm, prompts, lever)
     rows = tuple(
         _explained(layer, fitted, held, _kl(lm, prompts, vectors[layer], wanted))
         for layer in chosen
     )
     vector = vectors[min(rows, key=lambda row: row.kl).layer]
-    shown = "toward" if sign > 0 else "away"
+    shown = "toward" if setting.sign > 0 else "away"
     reference = Reference(lm, validation.prompts(shown), validation.unsteered(shown))
     budget = max(summarize(reference.kl(lever), seed).p95, 1e-6)
     placed = place_vector(reference, vector, budget, seed=seed)
     null = random_null(vector, null_seeds(seed, 1)[0])
-    moved = (vector, vector.at(placed.strength))
     found = [
-        recovered(lm, test, lever, v, sign=sign, null=null.at(v.strength), seed=seed) for v in moved
+        setting.recovered(lever, v, null.at(v.strength))
+        for v in (vector, vector.at(placed.strength))
     ]
     return PromptAsVector(vector, rows, found[0], placed, found[1], _kl(lm, prompts, None, wanted))
 

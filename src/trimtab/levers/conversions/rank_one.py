@@ -13,7 +13,7 @@ u . x = t for every token. What is reported is on held-out tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,17 +21,15 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluator, Unsteered
-from trimtab.levers.conversions.conversion import Conversion
-from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.hooking import Hooks
 from trimtab.results.tables import Table, number
 from trimtab.steering.coverage import Coverage
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.weights import LowRankUpdate, Writer, weight_of, writer_of
+from trimtab.steering.weights import WeightSteering, Writer, weight_of, writer_of
 
 if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Encoded
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
@@ -73,18 +71,19 @@ class VectorAsRankOne(Conversion):
         recovered: gap and behavior on test prompts beside a random direction's update.
     """
 
-    lever: LowRankUpdate
+    lever: WeightSteering
     ridge: float
     fits: tuple[WriterFit, ...]
     recovered: Recovered
+    lost = "unexplained share of the push, held-out tokens"
 
     @property
     def residual(self) -> float:
         """The largest unexplained share on held-out tokens over the steered layers."""
         return max(fit.held_out for fit in self.fits)
 
-    def table(self) -> Table:
-        """Return one line per writer, the recovery underneath."""
+    def figures(self) -> Table:
+        """Return one line per writer."""
         rows = tuple(
             (
                 f"{f.writer[0]} of layer {f.writer[1]}",
@@ -94,70 +93,40 @@ class VectorAsRankOne(Conversion):
             for f in self.fits
         )
         columns = ("writer", "tokens", "unexplained", "held out", "shuffled", "spread of u.x")
-        notes = (f"ridge {self.ridge:g} of the mean squared input", *self.recovered.table().notes)
+        notes = (f"ridge {self.ridge:g} of the mean squared input",)
         return Table("vector to rank-1 update", columns, rows, notes)
 
 
 def vector_to_rank_one(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    *,
-    sign: int = 1,
-    ridge: float = RIDGE,
-    train_requests: int = 48,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
+    setting: Setting, vector: VectorSteering, *, ridge: float = RIDGE
 ) -> VectorAsRankOne:
     """Convert a vector into a rank-1 update of the matrix that writes where it is added.
 
     Args:
-        lm: the unsteered model.
-        behavior: split here: fitted on train prompts of both sides and their unsteered answers,
-            reported on test prompts.
+        setting: fitted on its train prompts of both sides and their unsteered answers, reported on
+            test prompts.
         vector: `add` at `resid_post` or `mlp_out` (MLP writer), `resid_mid` or `attn_out` (attention
             writer); any scope.
-        sign: side of the prompts, as in `Evaluator`.
         ridge: see above.
-        train_requests: most train prompts of each side.
-        max_prompts: most test prompts of each side.
-        max_new_tokens: length of answers.
-        seed: of the split, the null and the intervals.
 
     Raises:
         TrimtabError: another site or operation, a post-norm block, no single output projection.
     """
-    update, fits = fit_rank_one(
-        lm, behavior, vector, ridge=ridge, train_requests=train_requests, max_prompts=max_prompts,
-        max_new_tokens=max_new_tokens, seed=seed,
-    )  # fmt: skip
-    test = Evaluator(
-        lm, behavior.split(seed).test, max_prompts=max_prompts, max_new_tokens=max_new_tokens
-    )
-    null = pointing(update, random_null(vector, null_seeds(seed, 1)[0]), lm)
-    found = recovered(lm, test, vector, update, sign=sign, null=null, seed=seed)
-    return VectorAsRankOne(update, ridge, fits, found)
+    update, fits = fit_rank_one(setting, vector, ridge=ridge)
+    random = random_null(vector, null_seeds(setting.seed, 1)[0])
+    null = pointing(update, random, setting.lm)
+    return VectorAsRankOne(update, ridge, fits, setting.recovered(vector, update, null))
 
 
 def fit_rank_one(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    *,
-    ridge: float = RIDGE,
-    train_requests: int = 48,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
-    known: Unsteered | None = None,
-) -> tuple[LowRankUpdate, tuple[WriterFit, ...]]:
-    """Fit the update alone; see `vector_to_rank_one`. `known` are unsteered answers to share."""
+    setting: Setting, vector: VectorSteering, *, ridge: float = RIDGE
+) -> tuple[WeightSteering, tuple[WriterFit, ...]]:
+    """Fit the update alone; see `vector_to_rank_one`."""
+    lm = setting.lm
     writers = writers_of(lm, vector)
-    splits = behavior.split(seed)
     train, held = (
-        _moments(lm, answered(lm, part, most, max_new_tokens, known), vector, writers)
-        for part, most in ((splits.train, train_requests), (splits.test, max_prompts))
+        _moments(lm, setting.answered(part), vector, writers)
+        for part in (setting.train(48), setting.test)
     )
     right: dict[Writer, Tensor] = {}
     fits: list[WriterFit] = []
@@ -165,7 +134,7 @@ def fit_rank_one(
         mine, other = train[writer], held[writer]
         u = mine.solve(ridge)
         right[writer] = u[None].float()
-        shuffled = mine.shuffled(seed).solve(ridge)
+        shuffled = mine.shuffled(setting.seed).solve(ridge)
         fits.append(
             WriterFit(
                 writer=writer,
@@ -176,27 +145,26 @@ def fit_rank_one(
                 spread=other.spread(u),
             )
         )
-    blank = LowRankUpdate(
+    blank = WeightSteering(
         {writer: torch.zeros(lm.d_model, 1) for writer in right},
         right,
         vector.strength,
         "rank-1",
         {"method": "vector to rank-1 update", "vector": vector.label, "ridge": ridge},
         lm.fingerprint,
+        lm.name or "",
     )
     return pointing(blank, vector, lm), tuple(fits)
 
 
-def pointing(update: LowRankUpdate, vector: VectorSteering, lm: LanguageModel) -> LowRankUpdate:
+def pointing(update: WeightSteering, vector: VectorSteering, lm: LanguageModel) -> WeightSteering:
     """Return an update with the same u that adds another vector of the same layers, at its strength."""
     r = lm.sites.residual_multiplier
     left = {
         writer: (vector.directions[layer] * (vector.scales[layer] / r))[:, None]
         for layer, writer in writers_of(lm, vector).items()
     }
-    return LowRankUpdate(
-        left, update.right, vector.strength, update.name, update.provenance, update.fingerprint
-    )
+    return replace(update, left=left, strength=vector.strength)
 
 
 def writers_of(lm: LanguageModel, vector: VectorSteering) -> dict[int, Writer]:
@@ -277,19 +245,6 @@ class _Moments:
     def spread(self, u: Tensor) -> float:
         x, t = self.x, self.t
         return float((x[t != 0] @ u).std(correction=0))
-
-
-def answered(
-    lm: LanguageModel, part: Behavior, most: int, tokens: int, known: Unsteered | None = None
-) -> list[Encoded]:
-    """Return prompts of all sides, at most so many of each, with the unsteered answers."""
-    evaluator = Evaluator(lm, part, max_prompts=most, max_new_tokens=tokens, unsteered=known)
-    sides = ["toward", "away", *(["requests"] if part.requests else [])]
-    return [
-        lm.encode(prompt, completion=answer)
-        for side in sides
-        for prompt, answer in zip(evaluator.prompts(side), evaluator.unsteered(side), strict=True)
-    ]
 
 
 @torch.no_grad()

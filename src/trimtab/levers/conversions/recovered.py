@@ -90,13 +90,18 @@ class Recovered(Printable):
             )
             for e in self.effects
         )
-        notes = [f"{self.n} prompts of {self.behavior}, sign {self.sign:+d}; intervals 95 %"]
-        if self.gap is not None:
-            notes.append(f"gap recovered {self.gap.cell}, by the null {number(self.null_gap)}")  # fmt: skip
-        if self.score is not None:
-            notes.append(f"behavior recovered {self.score.cell}")
+        note = f"{self.n} prompts of {self.behavior}, sign {self.sign:+d}; intervals 95 %"
+        if self.null_gap is not None:
+            note += f"; the null recovers {number(self.null_gap)} of the gap"
         columns = ("lever", "gap", "score", "coherence", "damage p95")
-        return Table("recovered by the conversion", columns, rows, tuple(notes))
+        return Table(f"recovered: {self.told}", columns, rows, (note,))
+
+    @property
+    def told(self) -> str:
+        """The shares recovered with their intervals, in short."""
+        shares = (("gap", self.gap), ("behavior", self.score))
+        parts = [f"{name} {share.cell}" for name, share in shares if share is not None]
+        return ", ".join(parts) or "nothing that the lever moved"
 
 
 def recovered(

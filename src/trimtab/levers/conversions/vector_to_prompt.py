@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluator
-from trimtab.levers.conversions.conversion import Conversion
-from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.recovered import Recovered
 from trimtab.levers.conversions.vector_to_soft import Matched, induced, match
 from trimtab.models.gradients import frozen
 from trimtab.models.sites import Site
@@ -39,7 +38,6 @@ from trimtab.steering.prompt import PromptSteering
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
@@ -82,14 +80,20 @@ class VectorAsPrompt(Conversion):
     null: TokensMatched
     recovered: Recovered
     scored: int
+    lost = "1 - cosine of its tokens' sum with the pull-back's"
 
     @property
     def residual(self) -> float:
         """One minus the reconstruction cosine of the repaired tokens."""
         return 1 - self.repaired.reconstruction
 
-    def table(self) -> Table:
-        """Return one line per stage, the recovery underneath."""
+    def figures(self) -> Table:
+        """Return one line per stage."""
+        stages = {
+            "nearest tokens": self.projected,
+            "repaired": self.repaired,
+            "random tokens": self.null,
+        }
         rows = tuple(
             (
                 name,
@@ -98,11 +102,7 @@ class VectorAsPrompt(Conversion):
                 number(found.matched.shift, 3),
                 number(found.matched.closed, 3),
             )
-            for name, found in (
-                ("nearest tokens", self.projected),
-                ("repaired", self.repaired),
-                ("random tokens", self.null),
-            )
+            for name, found in stages.items()
         )
         columns = (
             "stage",
@@ -113,42 +113,30 @@ class VectorAsPrompt(Conversion):
             "cosine of the shift",
             "closed",
         )
-        return Table("vector to hard prompt", columns, rows, self.recovered.table().notes)
+        return Table("vector to hard prompt", columns, rows)
 
 
 def vector_to_prompt(
-    lm: LanguageModel,
-    behavior: Behavior,
+    setting: Setting,
     vector: VectorSteering,
-    k: int = 4,
     *,
-    sign: int = 1,
+    k: int = 4,
     slot: str = "prefix",
     constraints: Constraints | None = None,
     steps: int = 16,
     top_k: int = 32,
-    train_requests: int = 6,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorAsPrompt:
     """Convert a vector into a prompt of k tokens.
 
     Args:
-        lm: the unsteered model.
-        behavior: split here: found on train prompts, reported on test prompts.
+        setting: found on its train prompts, reported on test prompts.
         vector: at the strength to reproduce.
         k: tokens.
-        sign: side of the prompts, as in `Evaluator`.
         slot: where they stand.
         constraints: what the tokens may be; printable ASCII by default.
         steps: of HotFlip; 0 leaves the nearest tokens, made legal.
         top_k: replacements of each place.
-        train_requests: so many train prompts are searched on.
-        max_prompts: most test prompts.
-        max_new_tokens: length of judged answers.
-        seed: of everything random.
         progress: called with HotFlip's steps.
 
     Raises:
@@ -156,14 +144,11 @@ def vector_to_prompt(
     """
     if not vector.strength:
         raise TrimtabError(f"{vector.label} as a prompt", "strength 0", "give one that steers")
-    splits = behavior.split(seed)
-    train = Evaluator(lm, splits.train, max_prompts=train_requests)
-    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
-    side = train.scored(sign)
-    prompts = train.prompts(side)
+    lm = setting.lm
+    prompts = setting.prompts(train := setting.train(6))
     rows = lay_out(lm, prompts, slot, targets=answers_as_ids(lm, vector, prompts, COMPLETION))
     bound = (constraints or Constraints()).bind(lm, rows)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(setting.seed)
     delta = pull_back(lm, rows, vector, k, bound)
     soft = Soft(delta, 0.0, 0.0, (), 0, 0, 0.0, "pull-back")
     near = project(
@@ -174,7 +159,8 @@ def vector_to_prompt(
         kernel, bound, near.ids, steps=steps, top_k=top_k, generator=generator, progress=progress,
     )  # fmt: skip
     random = _random(bound, k, generator)
-    held = induced(lm, vector, test.prompts(side)[:train_requests], max(vector.layers), slot)
+    tested = setting.prompts(setting.test)[: train.max_prompts]
+    held = induced(lm, vector, tested, max(vector.layers), slot)
 
     def worth(ids: Sequence[int]) -> TokensMatched:
         embedded = token_embeddings(lm, ids).float().cpu() - _middle(lm, bound)
@@ -194,7 +180,7 @@ def vector_to_prompt(
         projected=worth(near.ids),
         repaired=worth(found.ids),
         null=worth(random),
-        recovered=recovered(lm, test, vector, levers[0], sign=sign, null=levers[1], seed=seed),
+        recovered=setting.recovered(vector, levers[0], levers[1]),
         scored=found.scored,
     )
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluator
-from trimtab.levers.conversions.conversion import Conversion
-from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.sites import Site
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft, descend, starting_vectors
@@ -31,7 +30,6 @@ from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 
 if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
     from trimtab.steering.prompt import PromptSteering
@@ -76,23 +74,21 @@ class VectorAsSoft(Conversion):
     matched: Matched
     null: Matched
     recovered: Recovered
+    lost = "share of its displacement left open, held-out requests"
 
     @property
     def residual(self) -> float:
         """The share of the steering's displacement that is left open on held-out requests."""
         return 1 - self.matched.closed
 
-    def table(self) -> Table:
-        """Return the match beside its null, the recovery underneath."""
+    def figures(self) -> Table:
+        """Return the match beside its null."""
         rows = tuple(
             (name, number(m.cosine, 3), number(m.shift, 3), number(m.closed, 3), number(m.loss, 3))
             for name, m in (("trained", self.matched), ("random tokens", self.null))
         )
         columns = ("vectors", "cosine", "cosine of the shift", "closed", "loss")
-        notes = (
-            f"layer {self.layer}, {len(self.soft.vectors)} vectors, {self.soft.steps} steps",
-            *self.recovered.table().notes,
-        )
+        notes = (f"layer {self.layer}, {len(self.soft.vectors)} vectors, {self.soft.steps} steps",)
         return Table("vector to soft prompt", columns, rows, notes)
 
 
@@ -114,44 +110,32 @@ class Target:
 
 
 def vector_to_soft(
-    lm: LanguageModel,
-    behavior: Behavior,
+    setting: Setting,
     vector: VectorSteering,
-    k: int = 4,
     *,
+    k: int = 4,
     layer: int | None = None,
-    sign: int = 1,
     slot: str = "prefix",
     steps: int = 80,
     learning_rate: float = 0.2,
-    train_requests: int = 8,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorAsSoft:
     """Convert a vector into a soft prompt by matching the states it induces.
 
     Args:
-        lm: the unsteered model.
-        behavior: split here: trained on train prompts, reported on test prompts.
+        setting: trained on its train prompts, reported on test prompts.
         vector: at the strength to match.
         k: vectors in the slot.
         layer: whose output is matched; the deepest steered one when absent.
-        sign: side of the prompts, as in `Evaluator`.
         slot: where the vectors stand.
         steps: of Adam.
         learning_rate: per coordinate, in units of the embeddings' root mean square.
-        train_requests: so many train prompts are trained on.
-        max_prompts: most test prompts.
-        max_new_tokens: length of judged answers.
-        seed: of the split and the start.
         progress: called with steps done and steps in all.
 
     Raises:
         TrimtabError: a vector that changes nothing, or a layer above all that it steers.
     """
-    at = max(vector.layers) if layer is None else layer
+    lm, at = setting.lm, max(vector.layers) if layer is None else layer
     if not vector.strength or at < min(vector.layers):
         raise TrimtabError(
             asked=f"the states of {vector.label} at layer {at}",
@@ -160,13 +144,12 @@ def vector_to_soft(
             else f"steered layers from {min(vector.layers)}",
             advice="give a strength that steers, and a layer at or behind the steered ones",
         )
-    splits = behavior.split(seed)
-    train = Evaluator(lm, splits.train, max_prompts=train_requests)
-    test = Evaluator(lm, splits.test, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
-    side = train.scored(sign)
-    target = induced(lm, vector, train.prompts(side), at, slot)
-    held = induced(lm, vector, test.prompts(side)[:train_requests], at, slot)
-    start, named = starting_vectors(lm, k, "random_tokens", torch.Generator().manual_seed(seed))
+    train = setting.train(8)
+    tested = setting.prompts(setting.test)[: train.max_prompts]
+    target = induced(lm, vector, setting.prompts(train), at, slot)
+    held = induced(lm, vector, tested, at, slot)
+    generator = torch.Generator().manual_seed(setting.seed)
+    start, named = starting_vectors(lm, k, "random_tokens", generator)
 
     def loss(vectors: Tensor) -> Tensor:
         return _loss(_states(lm, target, vectors), target.steered)
@@ -188,7 +171,7 @@ def vector_to_soft(
         layer=at,
         matched=match(lm, held, soft.vectors),
         null=match(lm, held, start),
-        recovered=recovered(lm, test, vector, lever, sign=sign, seed=seed),
+        recovered=setting.recovered(vector, lever),
     )
 
 

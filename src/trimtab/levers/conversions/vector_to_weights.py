@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.conversion import Conversion
+from trimtab.levers.conversions.conversion import Conversion, together
 from trimtab.results.tables import Table, number
 from trimtab.weights.bake import bake, plan
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
+    from trimtab.steering.together import Together
     from trimtab.steering.vector import VectorSteering
 
 ROUTES = ("bias", "null_block", "convert")
@@ -53,12 +54,13 @@ class InWeights(Conversion):
     """Steerings as weights.
 
     Attributes:
-        steering: what was converted.
+        lever: what was converted, and is in the weights where there is a route.
         routes: the planner's own choice first, then each route alone.
     """
 
-    steering: str
+    lever: VectorSteering | Together
     routes: tuple[Route, ...]
+    lost = "logit difference after a reload, over the effect"
 
     @property
     def exact(self) -> bool:
@@ -79,7 +81,7 @@ class InWeights(Conversion):
         first = self.routes[0]
         return f"exact: {first.route}" if self.exact else f"no: {first.refused}"
 
-    def table(self) -> Table:
+    def figures(self) -> Table:
         """Return one line per route."""
         rows = tuple(
             (
@@ -93,7 +95,7 @@ class InWeights(Conversion):
         )
         columns = ("route", "done", "logit difference", "effect", "greedy text equal")
         notes = tuple(f"advice: {a}" for a in dict.fromkeys(r.advice for r in self.routes) if a)
-        return Table(f"{self.steering} to weights", columns, rows, notes)
+        return Table(f"{self.lever.label} to weights", columns, rows, notes)
 
 
 def vector_to_weights(
@@ -112,9 +114,8 @@ def vector_to_weights(
         verify: False only plans, and writes nothing but the planner's temporary copy.
     """
     vectors = [vector] if not isinstance(vector, Sequence) else list(vector)
-    named = " and ".join(dict.fromkeys(each.label for each in vectors))
     tried = [_try(lm, vectors, None, verify), *(_try(lm, vectors, r, verify) for r in routes)]
-    return InWeights(named, tuple(tried))
+    return InWeights(together(vectors, "vectors"), tuple(tried))
 
 
 def _try(

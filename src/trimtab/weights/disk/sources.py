@@ -169,6 +169,8 @@ class Zeros:
 class Projected:
     """W seen through an affine map of the residual stream: every vector w it writes is A w + b.
 
+    A low-rank term `plus` = (B, C) is added to what comes out: A W + B C.
+
     A = I - U V^T has the rank of the number of directions. With rows as the stream's dimension
     (a Linear's `[d_model, in]`), A W = W - U (V^T W); with columns (an embedding's `[tokens,
     d_model]`, a Conv1D's `[in, d_model]`), the same for every row: w - (w V) U^T + b.
@@ -179,6 +181,7 @@ class Projected:
         right: V, float64 `[d_model, rank]`.
         by_rows: whether the rows are the stream's dimension.
         shift: b, float64 `[d_model]`, only with columns.
+        plus: B `[d_model, k]` and C `[k, inner]`, float64; one matrix only.
     """
 
     base: Copy
@@ -186,6 +189,7 @@ class Projected:
     right: Tensor
     by_rows: bool
     shift: Tensor | None = None
+    plus: tuple[Tensor, Tensor] | None = None
     error: float = field(default=0.0, init=False)
     change: float = field(default=0.0, init=False)
 
@@ -217,6 +221,9 @@ class Projected:
         wide = torch.float32 if stored_as.itemsize == 2 else torch.float64
         left, right = self.left.to(wide), self.right.to(wide)
         shift = None if self.shift is None else self.shift.to(wide)
+        plus = None if self.plus is None else tuple(part.to(wide) for part in self.plus)
+        if plus is not None and not self.by_rows:
+            plus = (plus[1].T, plus[0].T)
         *leading, rows, columns = self.base.shape
         height = max(1, PIECE // (16 * columns))
         for matrix in range(math.prod(leading)):
@@ -236,6 +243,8 @@ class Projected:
                     meant = torch.addmm(before, before @ right, left.T, alpha=-1.0)
                     if shift is not None:
                         meant += shift
+                if plus is not None:
+                    meant += plus[0][first:last] @ plus[1]
                 stored = meant.to(stored_as)
                 self.change += float(torch.linalg.vector_norm(before.sub_(meant))) ** 2
                 self.error += float(torch.linalg.vector_norm(meant.sub_(stored))) ** 2

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.draft import Draft, finish
 from trimtab.weights.disk.layout import Layout
 from trimtab.weights.routes.bias import add_bias, bias_of
 from trimtab.weights.routes.changes import HOOK, Changes, Point, Refusal, point_of
 from trimtab.weights.routes.convert import Conversion, conversions_of
 from trimtab.weights.routes.embed_tokens import project_embedding
-from trimtab.weights.routes.low_rank import project_writer
+from trimtab.weights.routes.low_rank import project_writer, update_writers
 from trimtab.weights.routes.null_block import add_null_block
 
 _POST_NORM = (
@@ -97,7 +98,12 @@ def _route(layout: Layout, point: Point, only: str | None) -> str | None:
     return None
 
 
-def execute(draft: Draft, changes: Changes, routes: dict[Point, str]) -> None:
+def execute(
+    draft: Draft,
+    changes: Changes,
+    routes: dict[Point, str],
+    updates: Sequence[WeightSteering] = (),
+) -> None:
     """Apply the changes to a draft.
 
     Projections first, which read the base's tensors; added blocks last, which move numbers.
@@ -107,6 +113,9 @@ def execute(draft: Draft, changes: Changes, routes: dict[Point, str]) -> None:
             project_embedding(draft, map_)
         else:
             project_writer(draft, writer, map_)
+    for update in updates:
+        if update.strength:
+            update_writers(draft, update)
     for point, constant in sorted(changes.constants.items(), key=lambda item: "block" in routes[item[0]]):  # fmt: skip
         if "block" in routes[point]:
             add_null_block(draft, point, constant)

@@ -1,10 +1,11 @@
-"""Projections as low-rank updates of what writes to the stream.
+"""Low-rank updates of what writes to the stream: those of a weights lever, and projections.
 
 A sublayer of a pre-norm block adds r (W x + b0). Its hook makes A r (W x + b0) + b of that, with
 A = I - U V^T from one or several directions, so W becomes A W = W - U (V^T W), b0 becomes A b0, and
 b stays as a constant of the stream after that sublayer, which goes its own route. Ablation of a
 unit direction c by a share m is U = m c, V = c, b = 0; ACE (affine) has b = m t c. Behind a
-post-norm the norm's divisor depends on what is removed, so there it is no change of W.
+post-norm the norm's divisor depends on what is removed, so there it is no change of W. A weights
+lever is W + m B C in front of any projection, so that A W + A m B C is written; no norm matters to it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import torch
+
 from trimtab.errors import TrimtabError
 from trimtab.steering.vector import VectorSteering
-from trimtab.weights.disk.draft import Draft
+from trimtab.steering.weights import WeightSteering
+from trimtab.weights.disk.draft import Block, Draft
 from trimtab.weights.disk.sources import Copy, Projected, Zeros, value_of
 from trimtab.weights.routes.changes import Affine, Writer
 
@@ -25,10 +29,7 @@ def project_writer(draft: Draft, writer: Writer, map_: Affine) -> None:
     if not map_.left.shape[1]:
         return
     layout = draft.layout
-    block = draft.block_of(layer, kind)
-    pattern = re.escape(layout.attention_writer) if kind == "attention" else layout.mlp_writer
-    names = [name for name in block.tensors if re.fullmatch(pattern, name)]
-    assert names, (pattern, sorted(block.tensors))  # the draft checked the tensors' names
+    block, names = _writing(draft, writer)
     for name in names:
         base = block.tensors[name]
         assert isinstance(base, Copy)  # projections come before everything that computes
@@ -41,6 +42,50 @@ def project_writer(draft: Draft, writer: Writer, map_: Affine) -> None:
             block.tensors[bias] = draft.value(meant, old, f"{bias} of block {layer}")
     rank = map_.left.shape[1]
     draft.steps.append(f"rank-{rank} update of {_listed(names)} of block {layer}")
+
+
+def update_writers(draft: Draft, lever: WeightSteering) -> None:
+    """Add m B C to the matrices that a weights lever names, behind which their projections stand.
+
+    Raises:
+        TrimtabError: a sublayer with several output projections, or factors of other shapes.
+    """
+    for writer, left in lever.left.items():
+        kind, layer = writer
+        fits = layer < int(draft.base.config.num_hidden_layers)
+        block, names = _writing(draft, writer) if fits else (None, [])
+        old = block.tensors[names[0]] if block is not None else None
+        mine = (left.shape[0], lever.right[writer].shape[1])
+        there = tuple(old.shape) if old is not None and draft.layout.writes_rows else None
+        there = tuple(old.shape)[::-1] if old is not None and there is None else there
+        if block is None or old is None or len(names) != 1 or there != mine:
+            raise TrimtabError(
+                asked=f"to bake {lever.label} into the {kind} writer of layer {layer} of "
+                f"{draft.layout.architecture}",
+                found=f"factors for {list(mine)}, {len(names)} matrices of {list(there or ())} there",
+                advice="bake it into the model it was made for",
+            )
+        b, c = lever.strength * left.double(), lever.right[writer].double()
+        if isinstance(old, Copy):
+            nothing = torch.zeros(mine[0], 0, dtype=torch.float64)
+            old = Projected(old, nothing, nothing, draft.layout.writes_rows)
+        assert isinstance(old, Projected)  # the two things that a writer's weight can be here
+        b = b - old.left @ (old.right.T @ b)
+        if old.plus is not None:
+            b, c = torch.cat([old.plus[0], b], dim=1), torch.cat([old.plus[1], c])
+        block.tensors[names[0]] = replace(old, plus=(b, c))
+        rank = left.shape[1]
+        draft.steps.append(f"add a rank-{rank} matrix to {names[0]} of block {layer}")
+
+
+def _writing(draft: Draft, writer: Writer) -> tuple[Block, list[str]]:
+    """The block of a sublayer, and the names of the weights with which it writes."""
+    kind, layer = writer
+    block, layout = draft.block_of(layer, kind), draft.layout
+    pattern = re.escape(layout.attention_writer) if kind == "attention" else layout.mlp_writer
+    names = [name for name in block.tensors if re.fullmatch(pattern, name)]
+    assert names, (pattern, sorted(block.tensors))  # the draft checked the tensors' names
+    return block, names
 
 
 def at_every_writer(
