@@ -186,10 +186,12 @@ def test_a_hardened_harbor_has_a_wider_margin(tmp_path: Path) -> None:
     vector = tt.find(harbor, refusal).select(scope="all").at(1.0)
     bake(harbor, vector, tmp_path / "hardened")
     hardened = load(str(tmp_path / "hardened"), dtype=torch.float32)
-    report = audit(hardened, refusal, other=harbor)
+    report = audit(hardened, refusal, other=harbor, baked=[vector])
     assert report.compared is not None
     toward = report.compared.difference["toward"]
     assert toward.gap.low > 0.1 and toward.standard.low > 0
+    assert toward.null is not None and toward.gap.mean > abs(toward.null)
+    assert report.compared.held_out is True
     assert toward.wider is not None and toward.wider.low > 0.5
     cost, before = (
         next(row.kl for row in part.rows if row.side == "toward" and row.lever == "gradient")

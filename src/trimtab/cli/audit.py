@@ -45,13 +45,18 @@ def audit_command(
     full: Full = False,
     json_file: Json = None,
 ) -> None:
-    """Measure the logit gap, its margin and what closing it costs, on held-out prompts."""
+    """Measure the logit gap, its margin and what closing it costs, on held-out prompts.
+
+    Of a baked MODEL against its base, random directions as long as the baked ones give the null.
+    """
     import torch
 
     from trimtab.behaviors.file import load_behavior
     from trimtab.checks import choice
     from trimtab.evaluation.readout import AGGREGATORS
     from trimtab.margins import audit, learn_sets
+    from trimtab.margins.baked import recorded
+    from trimtab.models.baked import read_record
     from trimtab.report.audit_page import write_audit_page
 
     check_writable(json_file, None if report is None else report / "index.html")
@@ -60,12 +65,15 @@ def audit_command(
     # Half precision would round gaps to a few hundredths.
     lm = load_model(model, dtype=torch.float32)
     other = None if against is None else load_model(against, dtype=torch.float32)
+    record = None if other is None else read_record(Path(model))
+    baked = [] if other is None or record is None else recorded(record, other)
     sets = learn_sets(lm, contrast, seed=seed) if learn else None
     with progress_bar(f"auditing {contrast.name}") as progress:
         found = audit(
             lm,
             contrast,
             other=other,
+            baked=baked,
             aggregator=aggregator,
             sets=sets,
             layer=layer,

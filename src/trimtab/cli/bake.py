@@ -41,9 +41,6 @@ def bake_command(
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Only say by which route, at what cost, or why not.")
     ] = False,
-    behavior: Annotated[
-        str | None, typer.Option(help="Record this behavior's margin before and after.")
-    ] = None,
     route: Annotated[str | None, typer.Option(help="Only by bias, null_block or convert.")] = None,
     every_writer: Annotated[
         int | None,
@@ -61,7 +58,6 @@ def bake_command(
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
-    from trimtab.behaviors.file import load_behavior
     from trimtab.weights import at_every_writer, bake, bake_prompt, plan
 
     if out is None and not show_plan:
@@ -80,14 +76,12 @@ def bake_command(
         found = plan(model, vectors, route)
         show(found, full=full)
         return write_result(json_file, found.to_dict())
-    contrast = None if behavior is None else load_behavior(behavior)
     with progress_bar(f"writing {out}") as progress:
         report = bake(
             model,
             vectors,
             out,
             verify=verify,
-            behavior=contrast,
             route=route,
             link=not copy,
             progress=progress,

@@ -6,14 +6,17 @@ checkpoints the paired differences as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import torch
+
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, token_text
+from trimtab.margins.baked import held_out, null_changes
 from trimtab.margins.census import Census, count_first_tokens
 from trimtab.margins.close import (
     SIGNS,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
     from trimtab.models.chat import Encoded
     from trimtab.models.model import LanguageModel
+    from trimtab.steering.vector import VectorSteering
 
 LISTS = ("toward", "away", "requests", "neutral")
 STAGES = 5  # per checkpoint, for the progress
@@ -137,6 +141,7 @@ def audit(
     behavior: Behavior,
     *,
     other: LanguageModel | None = None,
+    baked: Sequence[VectorSteering] = (),
     aggregator: str = "logsumexp",
     sets: LearnedSets | ReadoutTokens | None = None,
     layer: int | None = None,
@@ -150,6 +155,8 @@ def audit(
         lm: the model; float32 gives gaps their full precision.
         behavior: its test split is read, its train split gives the shared vector and the layer.
         other: a second checkpoint; differences are `lm` minus `other`, paired by prompt.
+        baked: what `lm` has in its weights and `other` has not: random directions as long stand
+            beside the differences as a null. From a checkpoint's record: `margins.baked.recorded`.
         aggregator: `logsumexp`, `max` or `log_odds`: for quantiles, radius and closing; the gap is
             given by all three.
         sets: sets to read in place of the behavior's words, e.g. from `learn_sets`.
@@ -165,6 +172,12 @@ def audit(
     """
     started = perf_counter()
     choice("aggregator", aggregator, AGGREGATORS)
+    if baked and other is None:
+        raise TrimtabError(
+            asked="an audit with the null of what was baked in",
+            found="no second checkpoint",
+            advice="give the model that it was baked into as other",
+        )
     if max_prompts < 1:
         raise TrimtabError(
             asked="an audit", found=f"max_prompts={max_prompts}", advice="read at least one prompt"
@@ -191,7 +204,17 @@ def audit(
     compared = None
     if other is not None:
         name = other.name if other.name != lm.name else f"{other.name} (other)"
-        compared = compare(lm.name, mine, name, found[1], seed)
+        nulls = {}
+        if baked:
+            before = {
+                side: torch.tensor(one.values[aggregator]).double()
+                for side, one in found[1].gap.sides.items()
+            }
+            read_at = plan.encoded(other, "test")
+            tokens = resolved[1].tokens
+            nulls = null_changes(other, tokens, read_at, before, baked, aggregator, seed)
+        new = held_out(baked, behavior, seed) if baked else None
+        compared = compare(lm.name, mine, name, found[1], seed, nulls, new)
     about = Audited(
         lm.name,
         str(lm.model.dtype).removeprefix("torch."),

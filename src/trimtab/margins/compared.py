@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,12 @@ from trimtab.margins.radius import Radius
 from trimtab.margins.sets import Resolution
 from trimtab.results.quantiles import Quantiles, quantiles
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
+
+_WHOSE = {
+    True: "what was baked in was found on other prompts than these",
+    False: "what was baked in was found on these prompts as well",
+    None: "whether what was baked in was found on these prompts is not recorded",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Difference:
         wider: share of prompts whose margin grew: a larger gap on `toward`, a smaller one on `away`
             prompts; None for lists that call for neither side.
         values: the gaps' difference per prompt.
+        null: mean difference of the gap that random directions make in the other model, as long as
+            what the audited one has baked in; None where that is not known.
     """
 
     n: int
@@ -47,6 +56,7 @@ class Difference:
     relative_radius: Quantiles | None
     wider: Share | None
     values: tuple[float, ...]
+    null: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Compared(Printable):
         resolution: of the other.
         radius: of the other.
         kl_to_close: of the other.
+        held_out: whether what was baked in was found on other prompts; None where nothing says so.
     """
 
     model: str
@@ -73,9 +84,11 @@ class Compared(Printable):
     resolution: Resolution
     radius: Radius
     kl_to_close: KlToClose
+    held_out: bool | None = None
 
     def table(self) -> Table:
         """Return one line per list of prompts."""
+        nulls = any(one.null is not None for one in self.difference.values())
         rows = tuple(
             (
                 side,
@@ -85,16 +98,29 @@ class Compared(Printable):
                 one.gap.cell,
                 with_interval(one.standard.mean, one.standard.low, one.standard.high),
                 ABSENT if one.wider is None else one.wider.cell,
+                *([number(one.null)] if nulls else []),
             )
             for side, one in self.difference.items()
         )
         columns = ("prompts", "n", "median of the other", "mean difference", "median difference")
         columns += ("mean difference / sd", "share wider")
-        return Table(f"{self.model} against {self.other}", columns, rows, (self.sign,))
+        notes = (self.sign,)
+        if nulls:
+            columns += ("mean difference by a null",)
+            notes += (_WHOSE[self.held_out],)
+        return Table(f"{self.model} against {self.other}", columns, rows, notes)
 
 
-def compare(model: str, mine: Parts, other: str, theirs: Parts, seed: int = 0) -> Compared:
-    """Pair two audits of the same prompts."""
+def compare(
+    model: str,
+    mine: Parts,
+    other: str,
+    theirs: Parts,
+    seed: int = 0,
+    nulls: Mapping[str, float] | None = None,
+    held_out: bool | None = None,
+) -> Compared:
+    """Pair two audits of the same prompts; `nulls` has a figure per list of prompts."""
     aggregator = mine.gap.aggregator
     difference = {}
     for side, one in mine.gap.sides.items():
@@ -112,6 +138,7 @@ def compare(model: str, mine: Parts, other: str, theirs: Parts, seed: int = 0) -
             _radii(mine.radius, theirs.radius, side, seed),
             None if sign is None else Share.of(int((sign * delta > 0).sum()), one.n),
             tuple(delta.tolist()),
+            (nulls or {}).get(side),
         )
     said = (
         f"difference = gap of {model} - gap of {other}, paired by prompt. The margin is wider where "
@@ -128,6 +155,7 @@ def compare(model: str, mine: Parts, other: str, theirs: Parts, seed: int = 0) -
         theirs.resolution,
         theirs.radius,
         theirs.kl_to_close,
+        held_out,
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any, overload
 
 import torch
 
-from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Prompt
@@ -59,7 +58,6 @@ class Settings:
 
     verify: bool | str
     prompts: Sequence[Prompt]
-    behavior: Behavior | None
     link: bool
     progress: Progress | None
 
@@ -103,7 +101,6 @@ def bake_levers(
     *,
     verify: bool | str = True,
     prompts: Sequence[Prompt] = NEUTRAL_PROMPTS[:4],
-    behavior: Behavior | None = None,
     route: str | None = None,
     link: bool = True,
     progress: Progress | None = None,
@@ -124,7 +121,6 @@ def bake_levers(
         verify: True compares the reloaded whole model, or a slice where it does not fit into
             memory; "slice" always a slice; False only writes.
         prompts: what the reloaded model is compared on.
-        behavior: its readout margin before and after goes into the card.
         route: only `bias`, `null_block` or `convert` for what is added, where there is a choice.
         link: False copies unchanged files, so that nothing is shared with the base's folder.
         progress: called with (bytes done, bytes in all).
@@ -135,7 +131,7 @@ def bake_levers(
             reload as what it was meant to be.
     """
     vectors = _listed(lever)
-    settings = Settings(verify, prompts, behavior, link, progress)
+    settings = Settings(verify, prompts, link, progress)
     target = Path(out)
     drafted: tuple[Plan, Draft] | None = None
     if isinstance(model, LanguageModel):
@@ -290,7 +286,6 @@ def _report(
         verified=seen.how,
         float32_difference=seen.float32_difference,
         tensors_compared=compared,
-        margin=seen.margin,
         base_fingerprint=seen.fingerprint or empty.base_fingerprint,
     )
 
@@ -313,6 +308,6 @@ def _verified(
     wide = None
     if base.dtype in _HALF and fits_memory(2 * size):
         wide = compare_wide(base, building, vectors, settings.prompts, target)
-    prompts, behavior = settings.prompts, settings.behavior
-    seen = compare_models(base, building, vectors, prompts, target, behavior, decide=wide is None)
+    prompts = settings.prompts
+    seen = compare_models(base, building, vectors, prompts, target, decide=wide is None)
     return replace(seen, float32_difference=wide)

@@ -11,8 +11,7 @@ from typing import Any
 from trimtab.models.baked import read_record
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
-from trimtab.steering.weights import Scaled, WeightSteering
-from trimtab.weights.margin import Margin
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.plan import BakeReport, Plan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,8 +36,7 @@ def model_card(plan: Plan, vectors: Sequence[Scaled], report: BakeReport) -> str
             "## Checked after saving and reloading\n",
             # Without the first rows: route and folder, the one said above, the other the maker's.
             markdown(Table("", checks.columns, checks.rows[2:])),
-            *(() if report.margin is None else (_margin(report.margin),)),
-            _limits(plan, report),
+            _limits(plan),
             "## How to undo\n",
             _undo(plan),
         )
@@ -79,23 +77,13 @@ def steering_section(vector: Scaled) -> str:
     )
 
 
-def _margin(margin: Margin) -> str:
-    table = margin.table()
-    return (
-        f"## Margin of {one_line(margin.behavior)}\n\n{markdown(table)}\n"
-        f"Data hash {margin.data_hash}. A gap that grows on `toward` prompts hardens the behavior;"
-        " one that grows on `away` prompts makes it show where it should not.\n"
-    )
-
-
-def _limits(plan: Plan, report: BakeReport) -> str:
-    measured = (
-        "Beyond the margin above, what the steering does to the behavior and what else it changes"
-        if report.margin is not None
-        else "What the steering does to the behavior, and what else it changes,"
-    )
+def _limits(plan: Plan) -> str:
     notes = "".join(f"\n- {one_line(note)}" for note in plan.notes)
-    return f"## Limits\n\n- {measured} was not measured by the baking; measure it before use.{notes}\n"  # fmt: skip
+    return (
+        "## Limits\n\n- What the steering does to the behavior, and what else it changes, was not"
+        " measured by the baking; measure it before use. `trimtab audit THIS BEHAVIOR --against"
+        f" {one_line(plan.model)}` gives the margin before and after, beside a null.{notes}\n"
+    )
 
 
 def _undo(plan: Plan) -> str:
@@ -146,9 +134,12 @@ def record_of(
                 "scope": str(vector.scope),
                 "strength": vector.strength,
                 "alphas": {str(k): v for k, v in vector.alphas.items()},
+                "targets": {str(k): v for k, v in vector.targets.items()},
                 "behavior": vector.provenance.get("behavior"),
                 "method": vector.provenance.get("method"),
                 "data_hash": vector.provenance.get("data_hash"),
+                "split": vector.provenance.get("split"),
+                "seed": vector.provenance.get("seed"),
             }
             for vector in vectors
         ],

@@ -15,7 +15,6 @@ from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.layout import Layout, short
 from trimtab.weights.disk.sources import Source, Zeros
 from trimtab.weights.disk.stream import arrange
-from trimtab.weights.margin import Margin
 from trimtab.weights.routes.changes import HOOK, Changes, Point, changes_of, point_of
 from trimtab.weights.routes.choose import choose, constants_of, execute, refuse_post_norm
 
@@ -164,7 +163,6 @@ class BakeReport(Printable):
         tensors_compared: tensors found bit by bit as meant.
         plan: routes and costs.
         base_fingerprint: of the base; as the vectors recorded it where the base was not loaded.
-        margin: a behavior's readout margin before and after, where one was given.
     """
 
     route: str
@@ -182,7 +180,6 @@ class BakeReport(Printable):
     tensors_compared: int = 0
     plan: Plan | None = None
     base_fingerprint: str = ""
-    margin: Margin | None = None
 
     def table(self) -> Table:
         """Return one line per fact."""
@@ -203,10 +200,6 @@ class BakeReport(Printable):
             facts.append(("layers added", str(self.plan.extra_layers)))
             sizes = f"{self.plan.bytes_written:,}, {self.plan.bytes_shared:,}"
             facts.append(("bytes written, shared", sizes))
-        if self.margin is not None:
-            for row in self.margin.rows:
-                moved = f"{row.before[0]:.2f} -> {row.after[0]:.2f} nats (a null: {row.null:+.2f})"
-                facts.append((f"gap on {row.side} prompts of {self.margin.behavior}", moved))
         return Table("baked checkpoint", ("what", "found"), tuple(facts))
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import Prompt
 from trimtab.models.loading import read_weights
@@ -28,7 +27,6 @@ from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft, stray_tensors
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.sources import Copy, copied
-from trimtab.weights.margin import Before, Margin, measure_after, measure_before
 
 ANSWER_TOKENS = 24
 WHOLE = "logits and greedy text of the whole model, every tensor bit by bit"
@@ -48,7 +46,6 @@ class Verified:
         float32_difference: of a half-precision checkpoint, the difference when both are computed in
             float32: what is left is the rounding of the weights alone. None where not done.
         fingerprint: of the base, None where it was not loaded whole.
-        margin: of a behavior, where one was given.
     """
 
     how: str
@@ -58,7 +55,6 @@ class Verified:
     equal_text: bool | None = None
     float32_difference: float | None = None
     fingerprint: str | None = None
-    margin: Margin | None = None
 
 
 @dataclass
@@ -126,7 +122,6 @@ def compare_models(
     vectors: Sequence[Scaled],
     prompts: Sequence[Prompt],
     target: Path,
-    behavior: Behavior | None = None,
     decide: bool = True,
 ) -> Verified:
     """Compare the reloaded checkpoint with the hooked base model in logits and greedy text.
@@ -142,9 +137,6 @@ def compare_models(
         vector.check(lm)
     fingerprint = lm.fingerprint
     plain = _logits(lm, prompts)
-    before: Before | None = None
-    if behavior is not None:
-        before = measure_before(lm, vectors, behavior)
     with all_on(vectors, lm):
         hooked = _Seen(_logits(lm, prompts), lm.generate(list(prompts), ANSWER_TOKENS))
     ids = [lm.encode(p).ids for p in prompts]
@@ -161,7 +153,6 @@ def compare_models(
     # float32 arithmetic judges, where memory allows, and the text is reported.
     if base.dtype in (torch.float32, torch.float64) and not equal:
         raise unequal(target, "other greedy answers than the hooked model gives")
-    margin = None if before is None else measure_after(baked, before)
     return Verified(
         WHOLE,
         verified.difference,
@@ -169,7 +160,6 @@ def compare_models(
         verified.effect,
         equal,
         fingerprint=fingerprint,
-        margin=margin,
     )
 
 

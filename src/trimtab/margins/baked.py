@@ -1,0 +1,102 @@
+"""What random directions do to the gap, as long as those that a checkpoint has baked in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from trimtab.behaviors.behavior import Behavior
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.readout import ReadoutTokens
+from trimtab.margins.gap import read
+from trimtab.models.baked import RECORD
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
+from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.scope import Scope
+from trimtab.steering.vector import VectorSteering
+
+NULLS = 3
+
+
+def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteering]:
+    """Return the steerings of a checkpoint's record, with a stand-in for each direction.
+
+    The record has no directions, which a null does not need.
+
+    Args:
+        record: `models.baked.read_record` of the checkpoint.
+        base: what it is compared with; nothing is returned where the record is of another model.
+    """
+    if record.get("base_fingerprint") not in ("", base.fingerprint):
+        return []
+    stand_in = torch.eye(1, base.d_model)[0]
+    try:
+        return [
+            VectorSteering(
+                directions={int(layer): stand_in for layer in one["alphas"]},
+                layers=tuple(map(int, one["alphas"])),
+                scales={int(k): v / (one["strength"] or 1.0) for k, v in one["alphas"].items()},
+                strength=one["strength"],
+                site=one["site"],
+                operation=one["operation"],
+                scope=Scope.parse(one["scope"]),
+                targets={int(k): v for k, v in one["targets"].items()},
+                provenance={k: one[k] for k in ("behavior", "data_hash", "split", "seed")},
+                n_layers=base.n_layers,
+                d_model=base.d_model,
+            )
+            for one in record.get("steerings", ())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TrimtabError(
+            asked="the null of what a checkpoint has baked in",
+            found=f"a record ({RECORD}) that does not say it all: {error!r}",
+            advice="bake it again, or move the record away to audit without a null",
+        ) from error
+
+
+def null_changes(
+    lm: LanguageModel,
+    tokens: ReadoutTokens,
+    encoded: Mapping[str, Sequence[Encoded]],
+    before: Mapping[str, torch.Tensor],
+    vectors: Sequence[VectorSteering],
+    aggregator: str,
+    seed: int,
+) -> dict[str, float]:
+    """Return the mean change of the gap, nats, by list of prompts, over `NULLS` random draws.
+
+    Args:
+        lm: the model without the vectors; `before` are its gaps `[n]` by list of prompts.
+        tokens: read at the first answer position.
+        encoded: the prompts by list.
+        before: see `lm`.
+        vectors: their random counterparts are switched on together.
+        aggregator: of the gap.
+        seed: of the random directions.
+    """
+    moved = dict.fromkeys(encoded, 0.0)
+    for null_seed in null_seeds(seed, NULLS):
+        with ExitStack() as stack:
+            for number, vector in enumerate(vectors):
+                stack.enter_context(random_null(vector, null_seed + 101 * number).on(lm))
+            for side, prompts in encoded.items():
+                change = read(lm, tokens, prompts).gaps[aggregator] - before[side]
+                moved[side] += float(change.mean()) / NULLS
+    return moved
+
+
+def held_out(vectors: Sequence[VectorSteering], behavior: Behavior, seed: int) -> bool | None:
+    """Tell from what the vectors record whether the test part is new to them; None if they do not."""
+    answers: list[bool | None] = []
+    for vector in vectors:
+        made = vector.provenance
+        if made.get("data_hash") == behavior.data_hash and made.get("seed") == seed:
+            answers.append(made.get("split") in ("train", "validation"))
+        else:
+            answers.append(None)
+    return False if False in answers else None if None in answers else True
