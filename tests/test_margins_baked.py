@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 import planted
-from trimtab.behaviors.behavior import load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.cli import main
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import gap
 from trimtab.margins import audit
 from trimtab.margins.baked import held_out, recorded
 from trimtab.models.baked import RECORD, read_record
-from trimtab.models.model import load
+from trimtab.models.load import load
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.weights import bake
 

@@ -11,7 +11,6 @@ from typing import Any
 from trimtab.models.baked import read_record
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
-from trimtab.steering.vector import VectorSteering
 from trimtab.weights.plan import BakeReport, Plan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
