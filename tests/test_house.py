@@ -79,7 +79,8 @@ def test_no_circle_of_files_or_rooms() -> None:
 
 
 def test_at_most_twelve_floors() -> None:
-    assert max(floors().values()) <= 12, floors()
+    found = {name: floor for name, floor in floors().items() if not name.startswith("__")}
+    assert max(found.values()) <= 12, found
 
 
 def test_at_most_nine_loose_files() -> None:
