@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.models.baked import read_record
 from trimtab.results.tables import Table, clean
 from trimtab.steering.units import convert
+from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.plan import BakeReport, Plan
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
