@@ -15,6 +15,7 @@ from trimtab.margins.gap import read
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
+from trimtab.steering.hooks import OPERATIONS
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering
@@ -29,12 +30,15 @@ def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteer
 
     Args:
         record: `models.baked.read_record` of the checkpoint.
-        base: what it is compared with; nothing is returned where the record is of another model.
+        base: what it is compared with; nothing is returned where the record is of another model,
+            or of a low-rank update, whose null needs factors that the record lacks.
     """
     if record.get("base_fingerprint") not in ("", base.fingerprint):
         return []
     stand_in = torch.eye(1, base.d_model)[0]
     try:
+        if any(one["operation"] not in OPERATIONS for one in record.get("steerings", ())):
+            return []
         return [
             VectorSteering(
                 directions={int(layer): stand_in for layer in one["alphas"]},

@@ -134,7 +134,7 @@ def record_of(
                 "scope": str(vector.scope),
                 "strength": vector.strength,
                 "alphas": {str(k): v for k, v in vector.alphas.items()},
-                "targets": {str(k): v for k, v in vector.targets.items()},
+                "targets": {str(k): v for k, v in getattr(vector, "targets", {}).items()},
                 "behavior": vector.provenance.get("behavior"),
                 "method": vector.provenance.get("method"),
                 "data_hash": vector.provenance.get("data_hash"),
