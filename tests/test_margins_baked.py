@@ -81,7 +81,7 @@ def test_a_checkpoint_says_itself_how_large_the_null_has_to_be(lm, tmp_path, cap
     content = behavior.to_dict()
     file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v not in (None, [])}))
     assert load_behavior(str(file)).data_hash == behavior.data_hash
-    arguments = [tmp_path / "out", file, "--against", base, "--json", out]
+    arguments = [tmp_path / "out", file, "--against", base, "--full", "--json", out]
     with pytest.raises(SystemExit) as stop:
         main(["audit", *map(str, arguments)])
     assert stop.value.code == 0
