@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -271,10 +270,7 @@ def test_the_command_writes_json_and_page(
 ) -> None:
     file, out = vector.save(tmp_path / "v.safetensors"), tmp_path / "why.json"
     monkeypatch.setattr("trimtab.cli.explain.load_model", lambda *a, **k: lm)
-    module = sys.modules[
-        "trimtab.behaviors.behavior"
-    ]  # `trimtab.behaviors.behavior` is the function
-    monkeypatch.setattr(module, "load_behavior", lambda name: contrast)
+    monkeypatch.setattr("trimtab.behaviors.file.load_behavior", lambda name: contrast)
     command = ["explain", "tiny", "opening", str(file), "--json", str(out)]
     command += ["--report", str(tmp_path / "why"), "--max-prompts", "2", "--max-new-tokens", "3"]
     command += ["--against", str(vector.at(0.9).save(tmp_path / "other.safetensors"))]
