@@ -48,7 +48,7 @@ def test_direct_generation(lm: LanguageModel, scope: str, use_cache: bool):
     inputs = prepared(lm)
     with steered(lm, [edit]):
         want = lm.generate(PROMPTS, max_new_tokens=6)
-        for _ in range(2):  # a second prompt in the same context starts anew
+        for _ in range(2):  # a second prompt in the same context starts again
             tokens = hf_generate(lm, **inputs, **DIRECT, use_cache=use_cache)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             assert lm.tokenizer.batch_decode(new, skip_special_tokens=True) == want

@@ -99,6 +99,6 @@ def test_gradient_foretells_a_small_step(llama):
     moved[1] += step * (table[other] - table[ids[1]])
     with torch.no_grad():
         after = float(soft_loss(llama, rows, moved, CrossEntropy()))
-    foretold = step * float(gradient[1, other] - gradient[1, ids[1]])
-    assert after - loss == pytest.approx(foretold, rel=0.05, abs=2e-6)
+    predicted = step * float(gradient[1, other] - gradient[1, ids[1]])
+    assert after - loss == pytest.approx(predicted, rel=0.05, abs=2e-6)
     assert all(p.grad is None for p in llama.model.parameters())

@@ -125,7 +125,7 @@ ORDERS = (
     the_built_in_judge_of_measure_alone,
     a_judge_of_the_user_goes_first,
 )
-# One process for all of them: torch is imported once, Trimtab each time anew.
+# One process for all of them: torch is imported once, Trimtab each time again.
 FRESH = """
 import json, sys, traceback
 from typing import Any

@@ -63,7 +63,7 @@ BehaviorName = Annotated[
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random: the split, sampling, intervals.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split, of sampling and of intervals.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
 
 

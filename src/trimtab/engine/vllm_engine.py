@@ -72,7 +72,7 @@ class VllmEngine(Engine):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def expect(self, vectors: Sequence[VectorSteering]) -> None:
-        """Hear which vectors will be answered with; vLLM starts, or starts again, when one is."""
+        """Announce vectors before use; vLLM starts, or starts again, when one is used."""
         for vector in vectors:
             vector.check(self.lm)
             self._steps.add(vector)

@@ -172,7 +172,7 @@ class Evaluator:
         self._first: dict[int, Evaluator] = {}
 
     def first(self, prompts: int) -> Evaluator:
-        """Return the same with at most so many prompts a side; nothing is judged or answered anew.
+        """Return the same with at most so many prompts a side; nothing is judged or answered again.
 
         What it reads is kept, so that a second look at as many prompts costs less.
         """

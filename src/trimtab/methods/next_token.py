@@ -31,7 +31,7 @@ def next_token(
 ) -> Found:
     """Train one vector v at one layer: minimize -log p(y | x, h + a v) over wanted answers y.
 
-    The factor a is drawn anew for each row, so that a window of strengths works rather than one.
+    The factor a is drawn again for each row, so that a window of strengths works rather than one.
     The found strength is |v| in units of mu_l / sqrt(d_model), the m of every other method;
     negative for side `away`, whose vector still points toward.
 

@@ -63,7 +63,7 @@ def preference(
     Delta = (beta / |y_w|) log p(y_w | x, h + a v) - (1 / |y_l|) log p(y_l | x, h + a v), with y_w a
     wanted answer and y_l the model's own unsteered answer to the same request, and
     beta = max(phi (log p(y_l | x) - log p(y_w | x)), 1) from the unsteered model. The factor a is
-    drawn anew for each pair. The found strength is that of `next_token`.
+    drawn again for each pair. The found strength is that of `next_token`.
 
     Source: the preference objective of Cheng et al., 2026 (arXiv 2604.08524), which is one direction
     of RePS (Wu et al., 2025, arXiv 2505.20809); with next_token's keep term.

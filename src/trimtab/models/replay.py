@@ -89,7 +89,7 @@ class KeptLayer(DynamicLayer):
     """Keys and values of one layer `[rows, heads, seq, width]`, in memory with room to grow."""
 
     def __init__(self, room: int = 0) -> None:
-        """Hold nothing yet.
+        """Make a layer without keys.
 
         Args:
             room: Tokens to take memory for at first.

@@ -79,7 +79,7 @@ class Engine:
         return results
 
     def expect(self, vectors: Sequence[VectorSteering]) -> None:
-        """Hear which vectors will be answered with, in any of their layers, scopes and strengths."""
+        """Announce vectors before use, in any layers, scopes and strengths, so that an engine can register them."""
 
     def answer(
         self, lever: Switch | None, prompts: Sequence[Prompt], max_new_tokens: int

@@ -137,7 +137,7 @@ class Shared:
         to_end = unsteered or self.start == self.width
         needs_keys = bool(self.start and self._above)
         self._block = Recording(stop=not to_end and not needs_keys)
-        # The last block's keys are the last thing needed, unless its output is.
+        # Where no output is read, the pass can stop as soon as the last block has its keys.
         self._cache = KeptCache(stop_after=self._last if needs_keys and not to_end else None)
         if not to_end and not needs_keys and self.depth < 0:
             return
@@ -239,7 +239,7 @@ _PARTS = [part for part in fields(Batch) if part.name != "rows"]
 
 
 def spread(batch: Batch, many: int) -> Batch:
-    """The same prompts `many` times over; rows are numbered anew."""
+    """The same prompts `many` times over; rows are numbered again."""
     parts = {f.name: torch.cat([getattr(batch, f.name)] * many) for f in _PARTS}
     rows = torch.arange(many * len(batch.rows), device=batch.rows.device)
     return Batch(**parts, rows=rows)

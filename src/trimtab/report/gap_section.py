@@ -1,4 +1,4 @@
-"""The page's part about a gap search: what each token was foretold to do, and what it did."""
+"""The page's part about a gap search: what each token was predicted to do, and what it did."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def gap_section(searches: Sequence[GapSearch]) -> Section:
     figure = line_figure(
         "predicted gain of a token",
         "true gain behind the others",
-        [Series("as foretold", [low, high], [low, high], "--null", "dash"), *points],
-        description="Points on the dashed line did what was foretold.",
+        [Series("as predicted", [low, high], [low, high], "--null", "dash"), *points],
+        description="Points on the dashed line did what was predicted.",
     )
     return Section(
         f"Closing the gap: {behavior}",
@@ -60,7 +60,7 @@ def _told(search: GapSearch) -> str:
         )
         words += "." if search.null is None else f", {percent(search.null[0])} by random tokens."
     if search.found.additivity is not None:
-        words += f" Of the gain foretold, {percent(search.found.additivity)} came true."
+        words += f" Of the gain predicted, {percent(search.found.additivity)} came true."
     return words
 
 

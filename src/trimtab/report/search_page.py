@@ -147,7 +147,7 @@ def _baselines_section(report: SearchReport) -> Section:
     paragraph = (
         "Every arm searched on the same requests under the same constraints; pure HotFlip got at "
         "least as many tokens through the model as the pipeline, restart by restart. A prompt may "
-        "close more than all of the gap: it can foretell the reference's answers better than the "
+        "close more than all of the gap: it can predict the reference's answers better than the "
         "reference does."
     )
     return Section(

@@ -121,7 +121,7 @@ class Journal(Notes):
             ]
             raise self._unusable(
                 f"the journal of other work: {'; '.join(parts)}",
-                "give another file, or remove this one to start anew",
+                "give another file, or remove this one to start again",
             )
 
     def _unusable(self, found: str, advice: str) -> TrimtabError:

@@ -150,7 +150,7 @@ class _Run:
             self.instruction_end = _expand(batch.instruction_end.to(ids.device), rows)
         if self.factors is not None and not known:
             self.row_factors = _of_rows(self.factors, batch, rows).to(ids.device)[:, None, None]
-        # Last, so that a refused call is refused again.
+        # Set last: a call refused above is then refused again when it is repeated.
         self.batch, self.rows = batch, rows
         if plain is not None and self.prompt_length is not None:
             if bool(torch.all(self.positions[:, -1] + 1 >= self.prompt_length)):

@@ -30,7 +30,7 @@ class Together:
     name: str = "together"
 
     def __post_init__(self) -> None:
-        """Refuse nothing at all."""
+        """Refuse an empty list."""
         if not self.vectors:
             raise TrimtabError(f"the lever {self.name}", "no vectors", "give at least one")
 

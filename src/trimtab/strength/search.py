@@ -124,7 +124,7 @@ class Search:
             cells = [tried for found in answered for tried in found]
             self.tried += cells
             passing = sorted((t for t in cells if t.verdict == "passed"), key=_rank)
-            # What few prompts put below a cell that all prompts confirmed is not worth the calls.
+            # A cell that scores lower on a few prompts than a confirmed one on all is not worth the calls.
             likely = [t for t in passing if not best or t.row.score > best[0].row.score]
             measured = self._spread(Search.confirm, [(t,) for t in likely[:CONFIRMED]])
             confirmed = [tried for found in measured for tried in found]

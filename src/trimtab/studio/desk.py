@@ -19,7 +19,7 @@ class Turns:
     """Which of a visitor's moves is the last one: they may overlap and arrive out of order."""
 
     def __init__(self) -> None:
-        """Begin before every move."""
+        """Start with no move made."""
         self._latest, self._taken = -math.inf, time.monotonic()
 
     def take(self, at: float) -> Callable[[], bool]:

@@ -14,7 +14,7 @@ from trimtab.passes.fan import Fan
 from trimtab.passes.greedy import greedy
 from trimtab.steering.vector import VectorSteering
 
-# Where a model takes no part in shared passes, answers are made anew, each time twice as long.
+# Where a model takes no part in shared passes, answers are made again, each time twice as long.
 FIRST_LENGTH = 4
 
 

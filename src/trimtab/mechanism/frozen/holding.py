@@ -112,7 +112,7 @@ def holding(
         holds: names of `HOLDS`; none only steers.
         factors: `[2n]` one per row of the batch, both lanes: 0 unsteered, 1 steered.
         null_seed: instead of what is held, a change of the same length in another direction: its
-            coordinates permuted, their signs drawn anew, alike at every position.
+            coordinates permuted, their signs drawn again, alike at every position.
 
     Raises:
         TrimtabError: another operation than add, an unknown name, or heads that cannot be found.

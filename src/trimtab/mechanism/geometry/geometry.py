@@ -300,7 +300,7 @@ def _findings(
         f"First order holds up to {number(gradient.radius.median)} |h| along the gradient at {site}; "
         f"a replaced token moves that position by {number(gradient.token_edit.median)} |h|. Seen from "
         f"the embedding, {percent(linear.edits.beyond.mean)} of token edits leave the linear region, "
-        f"and the change foretold has the right sign in {percent(linear.edits.same_sign.mean)}."
+        f"and the change predicted has the right sign in {percent(linear.edits.same_sign.mean)}."
     )
     rows = [row for row in ranks.rows if row.site == site]
     said = "; ".join(

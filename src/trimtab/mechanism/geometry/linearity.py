@@ -1,6 +1,6 @@
 """How far first order holds: the linearity radius, beside the size of a token edit.
 
-At a depth the last prompt position is pushed by delta along a unit direction. First order foretells a
+At a depth the last prompt position is pushed by delta along a unit direction. First order predicts a
 change g . delta of the gap. The linearity radius is the smallest |delta| at which
 
     |gap(h + delta) - gap(h) - g . delta|  >=  0.1 |g . delta|
@@ -75,9 +75,9 @@ class TokenEdits:
         linear_share: share of the way from e_a to e_b at which first order departs by 10 %; infinite
             where it holds all the way.
         beyond: share of edits that depart by more than 10 % before their end.
-        departure: at the end, |change - foretold| / |foretold|.
-        correlation: Spearman's, of foretold and measured changes of the gap.
-        same_sign: share of edits whose change has the sign foretold.
+        departure: at the end, |change - predicted| / |predicted|.
+        correlation: Spearman's, of predicted and measured changes of the gap.
+        same_sign: share of edits whose change has the sign predicted.
     """
 
     n: int
@@ -123,7 +123,7 @@ class Linearity(Printable):
             f"one token replaced ({one.n} edits): |e_b - e_a| / |e_a| = {one.size.cell}; first order "
             f"holds along {number(one.linear_share.median)} of the way, "
             f"{one.beyond.cell} of edits go beyond; "
-            f"foretold and measured change: Spearman {number(one.correlation)}, same sign "
+            f"predicted and measured change: Spearman {number(one.correlation)}, same sign "
             f"{one.same_sign.cell}",
         )
         return Table("Linearity radius and the size of a token edit", columns, rows, notes)
@@ -241,19 +241,19 @@ class _Read:
         norm = hidden[:, -1].float().norm(dim=-1).cpu()
         lengths = torch.tensor(LENGTHS)[:, None, None] * norm[:, None]
         steps = lengths * units
-        foretold = (steps * self.gradients[depth][:, -1]).sum(-1).double()
+        predicted = (steps * self.gradients[depth][:, -1]).sum(-1).double()
         sides = []
         for sign in (1, -1):
             pushes = hidden.new_zeros(len(LENGTHS), *hidden.shape)
             pushes[:, :, -1] = (sign * steps).to(hidden)
             change = self.moved(depth, pushes) - self.gap
-            sides.append(departure(change, sign * foretold))
+            sides.append(departure(change, sign * predicted))
         return torch.stack([crossing(LENGTHS, side) for side in sides]).amin(0)
 
 
-def departure(change: Tensor, foretold: Tensor) -> Tensor:
-    """Return |change - foretold| / |foretold|."""
-    return (change - foretold).abs() / foretold.abs().clamp_min(TINY)
+def departure(change: Tensor, predicted: Tensor) -> Tensor:
+    """Return |change - predicted| / |predicted|."""
+    return (change - predicted).abs() / predicted.abs().clamp_min(TINY)
 
 
 def _edited(
@@ -304,7 +304,7 @@ def _token_edits(
 ) -> TokenEdits:
     """Walk from one token to the other at the embedding."""
     n = len(edited)
-    size, final, change, foretold = (torch.empty(n, dtype=torch.float64) for _ in range(4))
+    size, final, change, predicted = (torch.empty(n, dtype=torch.float64) for _ in range(4))
     share = torch.empty(n, dtype=torch.float64)
     for one in plain:
         for index, row in enumerate(one.course.batch.rows.tolist()):
@@ -318,15 +318,15 @@ def _token_edits(
                 told = slope * torch.tensor(SHARES, dtype=torch.float64)
                 off = departure(found, told)
                 share[edit] = crossing(SHARES, off[:, None])[0]
-                final[edit], change[edit], foretold[edit] = off[-1], found[-1], told[-1]
+                final[edit], change[edit], predicted[edit] = off[-1], found[-1], told[-1]
     return TokenEdits(
         n,
         quantiles(size, seed),
         quantiles(share, seed),
         Estimate.share(share < 1, seed),
         quantiles(final, seed),
-        spearman(foretold, change) if n > 1 else math.nan,
-        Estimate.share(foretold.sign() == change.sign(), seed),
+        spearman(predicted, change) if n > 1 else math.nan,
+        Estimate.share(predicted.sign() == change.sign(), seed),
     )
 
 

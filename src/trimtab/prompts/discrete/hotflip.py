@@ -50,8 +50,8 @@ def hotflip(
 
     To first order, replacing token a by b at place i changes the loss by g[i, b] - g[i, a], g the
     gradient to the one-hot rows `[k, vocab]`. A step scores `width` legal replacements exactly, the
-    best foretold of every place in turn, and accepts the best if it lowers the loss; the gradient
-    is then taken anew. Otherwise the next step goes deeper in the ranking. When `top_k`
+    best predicted of every place in turn, and accepts the best if it lowers the loss; the gradient
+    is then taken again. Otherwise the next step goes deeper in the ranking. When `top_k`
     replacements of each place have not helped, two tokens are changed at once (pairs of the best
     replacements, and exchanges); when that does not help either, it goes on from the best slot
     scored so far that it was not at, or, every second time, from the best of some random changes of
@@ -63,7 +63,7 @@ def hotflip(
             reported.
         start: Token ids.
         steps: Most steps, a step being one round of exact scoring; repair is not counted.
-        top_k: Replacements of each place, best foretold first, before two are changed at once.
+        top_k: Replacements of each place, best predicted first, before two are changed at once.
         width: Candidates scored in a step.
         generator: Randomness; one number is drawn.
         swaps: Whether to change two tokens at once.
@@ -102,7 +102,7 @@ def hotflip(
 
 
 class _HotFlip(Walk):
-    """The best foretold replacements, then two tokens at once, then another place to go on from."""
+    """The best predicted replacements, then two tokens at once, then another place to go on from."""
 
     method = "hotflip"
 
@@ -113,7 +113,7 @@ class _HotFlip(Walk):
         return legal_of(self.bound, self.ranking, self.width, without={self.slot, *self.left})
 
     def _ranking(self) -> Iterator[Slot]:
-        """The best foretold replacement of each place, then the second best of each, ..."""
+        """The best predicted replacement of each place, then the second best of each, ..."""
         gradient = self.kernel.gradient(self.slot)[1].detach().float().cpu()
         changes = gradient - gradient.gather(1, torch.tensor(self.slot)[:, None])
         columns = [ranked(self.bound, place, self.top_k) for place in changes]
@@ -208,7 +208,7 @@ class _HotFlip(Walk):
         return next(iter(self.meter.best(candidates)), None)
 
     def leave(self) -> None:
-        """Rank the replacements of the next slot anew."""
+        """Rank the replacements of the next slot again."""
         self.near: dict[int, list[tuple[float, int]]] = {}
         self.ranking: Iterator[Slot] | None = None
         self.swapped = False

@@ -21,7 +21,7 @@ def repair(meter: Meter, bound: Bound, slot: Slot, top_k: int, seed: int) -> Ite
     A step replaces one token: by the candidate of fewest violations, of those the one of least
     loss. Where no candidate has fewer, it takes one with as many whose text comes back nearer to
     its tokens; where there is none either, the pool grows to the whole allowed vocabulary, and
-    then several tokens are drawn anew at once. (violations, tokens astray) falls with every step,
+    then several tokens are drawn again at once. (violations, tokens astray) falls with every step,
     so it ends. A slot that is legal yields nothing.
 
     Args:
@@ -116,7 +116,7 @@ def _singles(
 def _draws(
     bound: Bound, slot: Slot, changes: int, count: int, generator: torch.Generator
 ) -> list[Slot]:
-    """Slots with so many random places drawn anew from the allowed tokens."""
+    """Slots with so many random places drawn again from the allowed tokens."""
     tokens = bound.allowed.nonzero()[:, 0]
     found = []
     for _ in range(count):

@@ -76,7 +76,7 @@ class Walk:
         work: dict[str, Any],
         progress: Progress | None,
     ) -> None:
-        """Stand at the start; `work` holds every setting, `buffer` slots kept to go on from."""
+        """Prepare a walk; `work` holds every setting, `buffer` slots kept to go on from."""
         self.kernel, self.bound, self.diary, self.progress = kernel, bound, diary, progress
         self.start, self.seed, self.steps = start, work["seed"], work["steps"]
         self.top_k, self.width = work["top_k"], work["width"]

@@ -90,11 +90,11 @@ def gradient_search(
             gains = sign * (found.gaps - now.gaps).mean(-1)
             best = int(gains.argmax())
             token, before = tokens[best], float(sign * now.gaps.mean())
-            foretold = gap + float((table[token] - middle) @ delta) - before
+            predicted = gap + float((table[token] - middle) @ delta) - before
             gain = float(gains[best])
             steps.append(
                 GapStep(
-                    token, bound.text([token]), foretold, gain,
+                    token, bound.text([token]), predicted, gain,
                     float((found.shifts - now.shifts)[best].mean()), float(cosines[token]), gain > 0,
                 )
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A gap search's trace: what each token was foretold to do, and what it did."""
+"""A gap search's trace: what each token was predicted to do, and what it did."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class GapStep:
     Attributes:
         token: its id.
         text: what it says.
-        predicted: gain foretold: that of the token alone (sort), or to first order (gradient).
+        predicted: gain predicted: that of the token alone (sort), or to first order (gradient).
         true: gain measured when it was added behind the others.
-        shift: KL of the next token's distribution that it was foretold to cost, in nats.
+        shift: KL of the next token's distribution that it was predicted to cost, in nats.
         alignment: cosine of its embedding with the gap's gradient there; None where not used.
         kept: whether it stayed: tokens behind the best point are taken away again.
     """

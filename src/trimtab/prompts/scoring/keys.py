@@ -1,4 +1,4 @@
-"""Keys and values of beginnings of texts, to be gone on with from any of them, at any length."""
+"""KV caches of shared prefixes; a batch can resume from any of them, cut at any length."""
 
 from __future__ import annotations
 

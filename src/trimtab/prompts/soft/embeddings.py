@@ -57,7 +57,7 @@ def onehot_gradient(
     """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`.
 
     A slot is x E with one-hot rows x `[k, vocab]`, so d loss / d x = (d loss / d e) E^T; entry
-    [i, b] minus entry [i, a] foretells, to first order, what replacing a by b does (HotFlip,
+    [i, b] minus entry [i, a] predicts, to first order, what replacing a by b does (HotFlip,
     Ebrahimi et al. 2018).
     """
     table = token_embeddings(lm)

@@ -1,4 +1,4 @@
-"""Banned words: found in decoded text however tokens, spaces, case or accents split or dress them.
+"""Banned words: found in decoded text regardless of tokenization, spacing, case and accents.
 
 A text is cut into pieces: maximal runs of letters, cut once more where camel case starts a new word.
 A word is present where one piece, or several neighboring pieces put together, spell one of its

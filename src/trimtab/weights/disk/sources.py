@@ -29,12 +29,12 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As the format writes it."""
+        """Dtype, in the words of the safetensors format."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Shape of the tensor."""
         ...
 
     @property
@@ -136,12 +136,12 @@ class Value:
 
     @property
     def dtype(self) -> str:
-        """As the format writes it."""
+        """Dtype, in the words of the safetensors format."""
         return NAMES[self.tensor.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Shape of the tensor."""
         return tuple(self.tensor.shape)
 
     def pieces(self) -> Iterator[bytes | memoryview]:
@@ -195,12 +195,12 @@ class Projected:
 
     @property
     def dtype(self) -> str:
-        """That of the base."""
+        """Dtype of the base's tensor."""
         return self.base.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the base."""
+        """Shape of the base's tensor."""
         return self.base.shape
 
     @property
