@@ -98,3 +98,25 @@ def test_a_compiled_function_of_ones_own_is_steered_too() -> None:
             torch.testing.assert_close(compiled(ids), logits(ids))
             assert not torch.allclose(compiled(ids), plain)
         torch.testing.assert_close(compiled(ids), plain)
+
+
+def test_a_block_that_could_not_be_opened_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside compiled code no block can be opened; those after it must still be eager."""
+    lm = made()
+    vector = tt.VectorSteering.from_directions(lm, {1: torch.ones(lm.d_model)}, alpha=3.0)
+    ids = torch.tensor([lm.encode("Hello").ids])
+    compiled = torch.compile(lm.model, backend="eager")
+
+    def refuse(stance: str) -> None:
+        raise RuntimeError("attempted to set_stance in a torch.compile region")
+
+    with torch.no_grad():
+        plain = compiled(input_ids=ids, use_cache=False).logits
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="set_stance"):
+            patch.setattr(torch.compiler, "set_stance", refuse)
+            with vector.on(lm):
+                pass
+        with vector.on(lm):
+            steered = compiled(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(steered, lm.model(input_ids=ids, use_cache=False).logits)
+        assert not torch.allclose(steered, plain)

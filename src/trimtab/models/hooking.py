@@ -215,9 +215,10 @@ def _eager(blocks: int) -> None:
     """Count the open blocks: compiled code runs eagerly from the first to the last."""
     global _eager_blocks, _stance
     with _LOCK:
-        _eager_blocks += blocks
-        if _eager_blocks == 1 and blocks > 0:
+        if _eager_blocks == 0:
+            # Raises inside compiled code; then no block is open and none is counted.
             _stance = torch.compiler.set_stance("force_eager")
-        elif _eager_blocks == 0 and _stance is not None:
+        _eager_blocks += blocks
+        if _eager_blocks == 0 and _stance is not None:
             _stance.__exit__(None, None, None)
             _stance = None
