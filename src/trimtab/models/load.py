@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
-from trimtab.models.loading import load_weights
+from trimtab.models.checked_weights import load_weights
 from trimtab.models.model import LanguageModel, Source
 
 # Names of models that come with the package; plain data, nothing is imported.

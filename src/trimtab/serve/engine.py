@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 
 from trimtab.errors import TrimtabError
+from trimtab.models.checked_weights import load_weights
 from trimtab.models.fingerprint import fingerprint
-from trimtab.models.loading import load_weights
 from trimtab.serve.registry import UNCHECKED, Served
 
 FINGERPRINT = "TRIMTAB_FINGERPRINT"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import Prompt
-from trimtab.models.loading import read_weights
+from trimtab.models.checked_weights import read_weights
 from trimtab.models.model import LanguageModel
 from trimtab.steering.weights import Scaled
 from trimtab.weights.disk.checkpoint import open_checkpoint
