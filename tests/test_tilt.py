@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.theory import peaks
 from trimtab.theory.tilt import Tilt
 from trimtab.theory.token_sets import concept_peak, window
@@ -79,12 +78,12 @@ def test_alphas_of_every_shape_give_the_same_numbers() -> None:
     assert tilt.log_probs(grid).shape == (2, 4, 30)
 
 
-def test_many_strengths_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    tilt = make()
-    grid = torch.linspace(-3, 3, 50)[:, None]
+def test_many_strengths_are_taken_in_parts() -> None:
+    tilt = make(n=1, vocab=100_000)
+    grid = torch.linspace(-3, 3, 60)[:, None]
+    assert grid.numel() * tilt.slope.numel() > peaks.CELLS
     whole = tilt.kl(grid)
-    monkeypatch.setattr("trimtab.theory.tilt.CELLS", 7 * 4 * 30)
-    assert torch.equal(tilt.kl(grid), whole) and whole.shape == (50, 4)
+    assert close(whole, torch.stack([tilt.kl(alpha) for alpha in grid])) and whole.shape == (60, 1)
 
 
 def test_a_constant_in_the_slopes_changes_nothing() -> None:
@@ -184,8 +183,6 @@ def test_peaks_with_ties_single_tokens_and_constant_slopes() -> None:
     expected = [-math.inf, math.inf, math.inf, -math.inf, 0.0, 0.0]
     assert found[0].tolist() == pytest.approx(expected, abs=1e-15)
     assert bool(found[1].isnan().all())
-    tilt = make()
-    assert close(tilt.peaks([7, 3]), tilt.peaks()[:, [7, 3]], 1e-13)
 
 
 def test_peak_of_a_token_that_holds_nearly_everything() -> None:
@@ -317,27 +314,3 @@ def test_two_tokens_have_a_logistic_law() -> None:
 def test_collapse_token_of_a_tie_is_the_likeliest() -> None:
     tilt = Tilt(torch.tensor([[0.0, 2.0, 1.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.5, 0.0]]))
     assert int(tilt.collapse_token()) == 1 and int(tilt.collapse_token(-1)) == 3
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: Tilt(torch.zeros(2, 3), torch.zeros(2, 4)),
-        lambda: Tilt(torch.zeros(3), torch.zeros(3)),
-        lambda: Tilt(torch.tensor([[0.0, -math.inf]]), torch.zeros(1, 2)),
-        lambda: Tilt(torch.zeros(1, 2), torch.tensor([[0.0, math.nan]])),
-        lambda: make().kl(torch.zeros(5)),
-        lambda: make().kl(math.inf),
-        lambda: make().concept_log_odds([], 0.0),
-        lambda: make().concept_log_odds(range(30), 0.0),
-        lambda: make().concept_log_odds([30], 0.0),
-        lambda: make().concept_log_odds([0.5], 0.0),  # pyright: ignore[reportArgumentType]
-        lambda: window(make(), [0], 1.0, 0.5),
-        lambda: make().strength_for_kl(-1.0),
-        lambda: make().strength_for_kl(math.nan),
-    ],
-)
-def test_what_cannot_be_is_refused(wrong: object) -> None:
-    assert callable(wrong)
-    with pytest.raises(TrimtabError):
-        wrong()

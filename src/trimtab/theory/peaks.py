@@ -24,29 +24,20 @@ GRID = 192
 NEWTON = 2  # steps: each squares an error that the secant leaves at about a hundredth
 
 
-def row_peaks(log_p0: Tensor, slope: Tensor, wanted: Tensor) -> Tensor:
-    """Return the alphas at which E_alpha[s] equals each of `wanted`, some of the row's slopes.
+def row_peaks(log_p0: Tensor, slope: Tensor) -> Tensor:
+    """Return the alphas at which E_alpha[s] equals each slope of one context, float64 [vocab].
 
-    Args:
-        log_p0: float64 [vocab], finite.
-        slope: float64 [vocab].
-        wanted: float64 [m], each a value of `slope`.
-
-    Returns:
-        [m]; inf for the largest slope, -inf for the smallest, nan where all slopes are equal.
+    inf for the largest slope, -inf for the smallest, nan where all slopes are equal.
     """
     top, bottom = slope.max(), slope.min()
     if bool(top == bottom):
-        return torch.full_like(wanted, math.nan)
-    result = torch.zeros_like(wanted)  # also at the mean of both sides, to the last bit
-    result[wanted == top], result[wanted == bottom] = math.inf, -math.inf
-    for sign, distance, targets in (
-        (1.0, top - slope, top - wanted),
-        (-1.0, slope - bottom, wanted - bottom),
-    ):
-        here = (targets > 0) & (targets < log_p0.exp() @ distance)
+        return torch.full_like(slope, math.nan)
+    result = torch.zeros_like(slope)  # also at the mean of both sides, to the last bit
+    result[slope == top], result[slope == bottom] = math.inf, -math.inf
+    for sign, distance in ((1.0, top - slope), (-1.0, slope - bottom)):
+        here = (distance > 0) & (distance < log_p0.exp() @ distance)
         if bool(here.any()):
-            levels, back = torch.unique(targets[here], return_inverse=True)
+            levels, back = torch.unique(distance[here], return_inverse=True)
             reach = 1 / distance.max()
             while bool(torch.softmax(log_p0 - reach * distance, dim=-1) @ distance > levels[0]):
                 reach = 2 * reach

@@ -17,7 +17,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.theory.peaks import CELLS, row_peaks
 
 Alpha = float | Tensor
@@ -36,30 +35,15 @@ class Tilt:
         log_p0: log-probabilities at alpha = 0, [n, vocab], kept in float64 and normalized here, so
             that logits will do.
         slope: s, [n, vocab], nats per unit of alpha, kept in float64.
-
-    Raises:
-        TrimtabError: when the two differ in shape, are no matrices or hold values not finite.
     """
 
     log_p0: Tensor
     slope: Tensor
 
     def __post_init__(self) -> None:
-        """Check shapes and values, and move to float64."""
-        if self.log_p0.ndim != 2 or self.log_p0.shape != self.slope.shape or not self.slope.numel():
-            raise TrimtabError(
-                asked="a tilt of next-token distributions",
-                found=f"log-probabilities of shape {list(self.log_p0.shape)} and slopes of shape "
-                f"{list(self.slope.shape)}",
-                advice="give both as [contexts, vocabulary]",
-            )
         log_p0, slope = _float64(self.log_p0), _float64(self.slope)
-        if not bool(torch.isfinite(log_p0).all()) or not bool(torch.isfinite(slope).all()):
-            raise TrimtabError(
-                asked="a tilt of next-token distributions",
-                found="log-probabilities or slopes that are not finite",
-                advice="leave out tokens of probability 0, and compute logits in float32",
-            )
+        assert log_p0.ndim == 2 and log_p0.shape == slope.shape
+        assert bool(log_p0.isfinite().all()) and bool(slope.isfinite().all())
         object.__setattr__(self, "log_p0", torch.log_softmax(log_p0, dim=-1))
         object.__setattr__(self, "slope", slope)
 
@@ -89,31 +73,28 @@ class Tilt:
         """Return the alpha [n] on the side of `sign` at which KL(p0 || p_alpha) is `kappa` nats.
 
         It is +-inf where no slope differs from the others, since nothing ever moves there.
-
-        Raises:
-            TrimtabError: when kappa is negative or not finite.
         """
-        side, kappa = sign_of(sign), _nats(kappa)
+        assert 0 <= kappa < math.inf
         span = self.slope.max(-1).values - self.slope.min(-1).values
         moves, variance = span > 0, self.variance(0.0)
         alpha = torch.where(variance > 0, (2 * kappa / variance).sqrt(), 1 / span)
         alpha = torch.where(moves, alpha, 0.0)
         if kappa == 0:
             return torch.zeros_like(alpha)
-        while bool((short := moves & (self._psi(side * alpha) < kappa)).any()):
+        while bool((short := moves & (self._psi(sign * alpha) < kappa)).any()):
             alpha = torch.where(short, 2 * alpha, alpha)
         # psi is convex: from a point beyond the root, Newton's steps come down to it monotonically.
         for _ in range(100):
-            excess = self._psi(side * alpha) - kappa
-            rate = side * self._each(side * alpha, self._tilted_mean)
+            excess = self._psi(sign * alpha) - kappa
+            rate = sign * self._each(sign * alpha, self._tilted_mean)
             lower = alpha - torch.where(moves, excess / rate, 0.0)
             falls = moves & (lower < alpha * (1 - 1e-15))
             if not bool(falls.any()):
                 break
             alpha = torch.where(falls, lower, alpha)
-        return side * torch.where(moves, alpha, math.inf)
+        return sign * torch.where(moves, alpha, math.inf)
 
-    def peaks(self, tokens: Tokens | None = None) -> Tensor:
+    def peaks(self) -> Tensor:
         """Return the alpha of every token's one bump, where E_alpha[s] = s_z, [n, vocab].
 
         log p_alpha(z) is strictly concave in alpha, so there is one; it lies at alpha > 0 exactly
@@ -121,30 +102,22 @@ class Tilt:
         context never stop rising (inf), those with the smallest always fall (-inf); nan where all
         slopes are equal.
 
-        Args:
-            tokens: ids [m], to solve for these alone; the result is [n, m].
         """
-        wanted = self.slope if tokens is None else self.slope[:, self._ids(tokens)]
-        rows = zip(self.log_p0, self.slope, wanted, strict=True)
-        return torch.stack([row_peaks(log_p0, slope, some) for log_p0, slope, some in rows])
+        return torch.stack(list(map(row_peaks, self.log_p0, self.slope)))
 
     def collapse_token(self, sign: int = 1) -> Tensor:
         """Return the token [n] whose probability goes to 1 as alpha goes to sign * infinity.
 
         Of several with the same extreme slope, the likeliest: they keep their ratios.
         """
-        signed = sign_of(sign) * self.slope
+        signed = sign * self.slope
         extreme = signed == signed.max(dim=-1, keepdim=True).values
         return self.log_p0.masked_fill(~extreme, -math.inf).argmax(dim=-1)
 
     def concept_log_odds(self, tokens: Tokens, alpha: Alpha) -> Tensor:
         """Return logit P(C) = logit at 0 + K_C(alpha) - K_notC(alpha), [..., n].
 
-        K_A(alpha) = log E_0[exp(alpha s) | A].
-
-        Args:
-            tokens: the ids in C, or a mask [vocab].
-            alpha: strengths.
+        K_A(alpha) = log E_0[exp(alpha s) | A]; C is ids or a mask [vocab], neither none nor all.
         """
         (log_in, slope_in), (log_out, slope_out) = self._halves(self.mask(tokens))
 
@@ -170,25 +143,16 @@ class Tilt:
         return self._each(alpha, difference)
 
     @cached_property
-    def _rough(self) -> Tensor:
-        # Without it a large constant in the slopes would cost their digits when they are averaged.
-        return self.slope - self.slope.mean(dim=-1, keepdim=True)
-
-    @cached_property
     def _centered(self) -> Tensor:
-        return self._rough - (self.log_p0.exp() * self._rough).sum(-1, keepdim=True)
+        # Roughly first: a large constant in the slopes would cost their digits in the average.
+        rough = self.slope - self.slope.mean(dim=-1, keepdim=True)
+        return rough - (self.log_p0.exp() * rough).sum(-1, keepdim=True)
 
     def _alphas(self, alpha: Alpha) -> Tensor:
         """Bring strengths to shape [..., n]."""
         given = torch.as_tensor(alpha, dtype=self.slope.dtype, device=self.slope.device)
-        n, endless = self.slope.shape[0], bool(given.isinf().any())
-        if given.ndim and given.shape[-1] not in (1, n) or endless:
-            raise TrimtabError(
-                asked=f"strengths for {n} contexts",
-                found="an infinite strength" if endless else f"shape {list(given.shape)}",
-                advice="give a number, a tensor [n] or a tensor [k, n]; [k, 1] for k strengths",
-            )
-        return given.expand(*given.shape[:-1], n)
+        assert not bool(given.isinf().any())  # 0 * inf is no number
+        return given.expand(*given.shape[:-1], self.slope.shape[0])
 
     def _each(self, alpha: Alpha, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a function of alphas [k, n] with values [k, n], a few strengths at a time."""
@@ -208,35 +172,14 @@ class Tilt:
 
     def _halves(self, mask: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return log p0 and s of the tokens in a set, and of those outside."""
-        return (self.log_p0[:, mask], self._centered[:, mask]), (
-            self.log_p0[:, ~mask],
-            self._centered[:, ~mask],
-        )
-
-    def _ids(self, tokens: Tokens) -> Tensor:
-        given = torch.as_tensor(tokens, device=self.slope.device)
-        vocab = self.slope.shape[1]
-        if given.dtype == torch.bool and given.shape == (vocab,):
-            return given.nonzero().flatten()
-        whole = given.ndim == 1 and not given.is_floating_point() and given.dtype != torch.bool
-        if not whole or bool(((given < 0) | (given >= vocab)).any()):
-            raise TrimtabError(
-                asked="tokens of a tilt",
-                found=f"values of shape {list(given.shape)} that are no ids from 0 to {vocab - 1}",
-                advice="give a list of token ids",
-            )
-        return given.long()
+        inside, outside = ((self.log_p0[:, m], self._centered[:, m]) for m in (mask, ~mask))
+        return inside, outside
 
     def mask(self, tokens: Tokens) -> Tensor:
-        """Return a set of tokens as a mask [vocab]; ids or a mask, neither none nor all."""
+        """Return a set of tokens, ids or a mask, as a mask [vocab]; neither none nor all."""
         mask = torch.zeros(self.slope.shape[1], dtype=torch.bool, device=self.slope.device)
-        mask[self._ids(tokens)] = True
-        if bool(mask.all()) or not bool(mask.any()):
-            raise TrimtabError(
-                asked="the probability of a set of tokens",
-                found=f"{int(mask.sum())} tokens of a vocabulary of {mask.shape[0]}",
-                advice="name at least one token, and not all",
-            )
+        mask[torch.as_tensor(tokens, device=mask.device)] = True
+        assert bool(mask.any()) and not bool(mask.all())
         return mask
 
 
@@ -244,18 +187,3 @@ def _float64(values: Tensor) -> Tensor:
     values = values.detach()
     # Apple's GPUs have no float64.
     return (values.cpu() if values.device.type == "mps" else values).to(torch.float64)
-
-
-def sign_of(sign: int) -> int:
-    """Return the side of zero that a sign names: 1 or -1."""
-    return 1 if sign > 0 else -1
-
-
-def _nats(kappa: float) -> float:
-    if not (math.isfinite(kappa) and kappa >= 0):
-        raise TrimtabError(
-            asked=f"a strength for a divergence of {kappa} nats",
-            found="a number that is no finite budget",
-            advice="give a number of nats of at least 0, e.g. 0.5",
-        )
-    return float(kappa)

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.theory.tilt import Tilt, Tokens, sign_of
+from trimtab.theory.tilt import Tilt, Tokens
 
 GRID = 64  # steps between 0 and the end, finer near 0
 STEPS = 100
@@ -29,23 +28,23 @@ def concept_peak(tilt: Tilt, tokens: Tokens, sign: int = 1) -> Tensor:
     holds there. A set may have several bumps; the highest seen on a grid of strengths is
     refined.
     """
-    mask, side = tilt.mask(tokens), sign_of(sign)
-    grid = _grid(tilt, _reach(tilt, mask, side))
-    odds = tilt.concept_log_odds(mask, side * grid)
+    mask = tilt.mask(tokens)
+    grid = _grid(tilt, _reach(tilt, mask, sign))
+    odds = tilt.concept_log_odds(mask, sign * grid)
     best = odds.argmax(dim=0, keepdim=True)
 
     def rate(alphas: Tensor) -> Tensor:
-        return side * tilt.concept_slope(mask, side * alphas)
+        return sign * tilt.concept_slope(mask, sign * alphas)
 
     rising = rate(grid.gather(0, best)[0]) > 0  # the top lies behind the best point, or before it
     low = grid.gather(0, (best - 1 + rising.long()).clamp_min(0))[0]
     high = grid.gather(0, (best + rising.long()).clamp_max(GRID))[0]
     found = _crossing(rate, low, high)
-    inside, outside = _extremes(tilt, mask, side)
+    inside, outside = _extremes(tilt, mask, sign)
     at_limit = (inside == outside) & (
-        _limit_log_odds(tilt, mask, side) >= tilt.concept_log_odds(mask, side * found)
+        _limit_log_odds(tilt, mask, sign) >= tilt.concept_log_odds(mask, sign * found)
     )
-    return side * torch.where((inside > outside) | at_limit, math.inf, found) + 0.0
+    return sign * torch.where((inside > outside) | at_limit, math.inf, found) + 0.0
 
 
 def window(
@@ -54,32 +53,17 @@ def window(
     """Return (low, high) [n]: the first alpha with P(C) >= target, the last with KL <= kappa.
 
     `low` is nan where P(C) never reaches the target, whatever the strength. The window is empty
-    where |low| > |high|.
-
-    Raises:
-        TrimtabError: when the target is not within (0, 1).
+    where |low| > |high|; the target lies within (0, 1).
     """
-    if not 0 < target < 1:
-        raise TrimtabError(
-            asked=f"the window of a target probability of {target}",
-            found="a number that is not between 0 and 1",
-            advice="0.5 is usual",
-        )
-    low = _first_reaching(tilt, tilt.mask(tokens), target, sign_of(sign))
-    return low, tilt.strength_for_kl(kappa, sign)
-
-
-def _first_reaching(tilt: Tilt, mask: Tensor, target: float, side: int) -> Tensor:
-    """Return the alpha [n] nearest to 0 with P(C) >= target on one side, nan where there is none."""
-    goal = math.log(target) - math.log1p(-target)
+    mask, goal = tilt.mask(tokens), math.log(target) - math.log1p(-target)
 
     def missing(alphas: Tensor) -> Tensor:
-        return goal - tilt.concept_log_odds(mask, side * alphas)
+        return goal - tilt.concept_log_odds(mask, sign * alphas)
 
-    peak = concept_peak(tilt, mask, side).abs()
+    peak = concept_peak(tilt, mask, sign).abs()
     endless = peak.isinf()
-    upper = torch.where(endless, _reach(tilt, mask, side), peak)
-    endless &= _limit_log_odds(tilt, mask, side) >= goal
+    upper = torch.where(endless, _reach(tilt, mask, sign), peak)
+    endless &= _limit_log_odds(tilt, mask, sign) >= goal
     for _ in range(DOUBLINGS):
         if not bool((more := endless & (missing(upper) > 0)).any()):
             break
@@ -87,24 +71,25 @@ def _first_reaching(tilt: Tilt, mask: Tensor, target: float, side: int) -> Tenso
     grid = _grid(tilt, upper)
     reached = missing(grid) <= 0
     first = reached.long().argmax(dim=0, keepdim=True)
-    low = grid.gather(0, (first - 1).clamp_min(0))[0]
-    crossing = _crossing(missing, low, grid.gather(0, first)[0])
+    before = grid.gather(0, (first - 1).clamp_min(0))[0]
+    crossing = _crossing(missing, before, grid.gather(0, first)[0])
     crossing = torch.where(first[0] == 0, 0.0, crossing)
-    return side * torch.where(reached.any(dim=0), crossing, math.nan) + 0.0
+    low = sign * torch.where(reached.any(dim=0), crossing, math.nan) + 0.0
+    return low, tilt.strength_for_kl(kappa, sign)
 
 
-def _reach(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
+def _reach(tilt: Tilt, mask: Tensor, sign: int) -> Tensor:
     """Return a strength [n] beyond which P(C) moves one way for good.
 
     E_alpha[s | A] rises with alpha, so once it passes the largest slope of the other set it stays
     ahead. Where the two extremes tie, the strength at which everything else is rounding.
     """
-    inside, outside = _extremes(tilt, mask, side)
-    behind_top = torch.maximum(inside, outside)[:, None] - side * tilt.slope
+    inside, outside = _extremes(tilt, mask, sign)
+    behind_top = torch.maximum(inside, outside)[:, None] - sign * tilt.slope
     tied, extreme = inside == outside, behind_top == 0
 
     def undecided(alpha: Tensor) -> Tensor:
-        log_p = tilt.log_probs(side * alpha)
+        log_p = tilt.log_probs(sign * alpha)
         rest = log_p.exp().masked_fill(extreme, 0.0).sum(-1)
         overtaken = torch.zeros_like(tied)
         for own in (mask, ~mask):
@@ -120,14 +105,14 @@ def _reach(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
     return alpha
 
 
-def _extremes(tilt: Tilt, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    signed = side * tilt.slope
+def _extremes(tilt: Tilt, mask: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    signed = sign * tilt.slope
     return signed[:, mask].max(-1).values, signed[:, ~mask].max(-1).values
 
 
-def _limit_log_odds(tilt: Tilt, mask: Tensor, side: int) -> Tensor:
+def _limit_log_odds(tilt: Tilt, mask: Tensor, sign: int) -> Tensor:
     """Return the log-odds of C [n] at infinite strength: those of the extreme tokens at 0."""
-    signed = side * tilt.slope
+    signed = sign * tilt.slope
     extreme = signed == signed.max(dim=-1, keepdim=True).values
     inside = tilt.log_p0.masked_fill(~(extreme & mask), -math.inf).logsumexp(-1)
     return inside - tilt.log_p0.masked_fill(~(extreme & ~mask), -math.inf).logsumexp(-1)
