@@ -251,7 +251,7 @@ def test_holds_are_what_two_runs_patched_by_hand_give(lm: LanguageModel) -> None
 def test_shares_leave_the_size_of_the_stream_and_nothing_else(lm: LanguageModel) -> None:
     """Above one steered layer: what is read is the unsteered stream over the steered one's size."""
     vector, layer = vector_for(lm, (1,)), 2
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     streams = entering(lm, vector, ["qk+ov+svv+mlp_direct"])
     seen = values_and_mlp_inputs(lm, vector, layer)
     rows = batch_of(lm).attention_mask.bool()
@@ -282,7 +282,7 @@ def values_and_mlp_inputs(
     both = spread(batch_of(lm), 2)
     factors = torch.tensor([0.0] * len(PROMPTS) + [1.0] * len(PROMPTS))
     with holding(lm, vector, ["qk+ov+svv+mlp_direct"], factors), ExitStack() as stack:
-        value = heads_of(lm).layers[layer].value
+        value = heads_of(lm)[layer].value
         rows = value.rows.flatten()
         hook = value.module.register_forward_hook(
             lambda m, a, out: seen.update(values=out[..., rows])

@@ -43,7 +43,7 @@ def by_row(module: nn.Module, gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("role", ["query", "key", "value"])
 def test_rows_are_those_that_gradients_reach(lm: LanguageModel, role: str) -> None:
     layer = 1
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     projection: Projection = getattr(found, role)
     weight = weight_of(projection.module)
     was = weight.requires_grad
@@ -66,7 +66,7 @@ def test_rows_are_those_that_gradients_reach(lm: LanguageModel, role: str) -> No
 
 
 def test_roles_do_not_share_rows(lm: LanguageModel) -> None:
-    for layer in heads_of(lm).layers:
+    for layer in heads_of(lm):
         roles = (layer.query, layer.key, layer.value)
         used = [(id(role.module), int(row)) for role in roles for row in role.rows.flatten()]
         assert len(set(used)) == len(used)
@@ -75,7 +75,7 @@ def test_roles_do_not_share_rows(lm: LanguageModel) -> None:
 @torch.no_grad()
 def test_a_head_s_rows_and_columns_are_its_values_and_its_output(lm: LanguageModel) -> None:
     layer = 2
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     entered: dict[str, Any] = {}
     handles = [
         lm.sites.attention[layer].register_forward_pre_hook(
@@ -94,43 +94,39 @@ def test_a_head_s_rows_and_columns_are_its_values_and_its_output(lm: LanguageMod
     total = torch.zeros_like(entered["left"])
     bias = getattr(found.output, "bias", None)
     for head in range(found.n_heads):
-        kv = found.kv_of(head)
-        value = entered["x"] @ found.value.weight(kv).T
+        kv = head // (found.n_heads // found.n_kv_heads)
+        value = entered["x"] @ found.value.weights()[kv].T
         biases = found.value.biases()
         value = value if biases is None else value + biases[kv]
         torch.testing.assert_close(value, call.value[:, kv], rtol=1e-4, atol=1e-5)
         mine = call.probabilities()[:, head] @ value
         torch.testing.assert_close(mine, mixed[:, :, head], rtol=1e-4, atol=1e-5)
-        total += mine @ found.out_weight(head).T
-        torch.testing.assert_close(found.out_weight(head), found.out_weights()[head].float())
-        torch.testing.assert_close(found.value.weight(kv), found.value.weights()[kv].float())
+        total += mine @ found.out_weights()[head].T
     total = total if bias is None else total + bias
     torch.testing.assert_close(total, entered["left"], rtol=1e-4, atol=1e-4)
 
 
 def test_where_norms_stand(lm: LanguageModel) -> None:
-    layer = heads_of(lm).layers[1]
+    layer = heads_of(lm)[1]
     names = {
         name: None if part is None else path(lm, part)
         for name, part in (
             ("norm", layer.norm),
             ("mlp_norm", layer.mlp_norm),
             ("attention_post", layer.attention_post),
-            ("mlp_post", layer.mlp_post),
         )
     }
-    usual = ("input_layernorm", "post_attention_layernorm", None, None)
+    usual = ("input_layernorm", "post_attention_layernorm", None)
     gemma = (
         "input_layernorm",
         "pre_feedforward_layernorm",
         "post_attention_layernorm",
-        "post_feedforward_layernorm",
     )
     expected = {
         "tiny-gemma2": gemma,
         "tiny-gemma3": gemma,
-        "tiny-olmo2": (None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
-        "tiny-gpt2": ("ln_1", "ln_2", None, None),
+        "tiny-olmo2": (None, None, "post_attention_layernorm"),
+        "tiny-gpt2": ("ln_1", "ln_2", None),
     }.get(lm.name, usual)
     assert tuple(names.values()) == expected
 
@@ -141,7 +137,7 @@ def path(lm: LanguageModel, module: nn.Module) -> str:
 
 @torch.no_grad()
 def test_norms_in_closed_form(lm: LanguageModel) -> None:
-    layer = heads_of(lm).layers[1]
+    layer = heads_of(lm)[1]
     generator = torch.Generator().manual_seed(1)
     parts = torch.randn(3, 5, lm.d_model, generator=generator)
     stream = parts.sum(0)
@@ -171,7 +167,7 @@ def test_other_functions_are_no_norm() -> None:
 def test_heads_are_remembered_and_the_model_left_alone(llama: LanguageModel) -> None:
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.model.modules())
     assert heads_of(llama) is heads_of(llama)
-    again = find_heads(llama).layers
+    again = find_heads(llama)
     assert len(again) == llama.n_layers and isinstance(again[0], HeadLayer)
     now = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.model.modules())
     assert now == hooks

@@ -44,7 +44,7 @@ def mixed_heads(
             stream's own size.
     """
     (batch,) = lm.batches([lm.encode(prompt) for prompt in PROMPTS])
-    found, patterns, seen = heads_of(lm).layers[layer], list[Tensor](), dict[str, Tensor]()
+    found, patterns, seen = heads_of(lm)[layer], list[Tensor](), dict[str, Tensor]()
     form = None if found.norm is None else read_norm(found.norm, lm.d_model, "a norm")
 
     def keep(call: AttentionCall) -> None:
@@ -92,7 +92,7 @@ def test_the_direct_effect_on_every_head_is_proportional(lm: LanguageModel) -> N
     """Through the model's own modules, on real prompts: cosine 1, a positive factor."""
     vector, layer = vector_for(lm), 2
     push = push_before(lm, vector, layer, "attention")
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     whole, rows, sizes = mixed_heads(lm, vector, layer, None)
     without, _, _ = mixed_heads(lm, vector, layer, push)
     firsts = (rows.long().cumsum(1) == 1) & rows  # these attend to themselves alone
@@ -131,7 +131,7 @@ def test_scales_are_the_sizes_that_norms_divide_by(lm: LanguageModel) -> None:
     assert set(scales) == set(reading_layers(lm, vector)) == {2, 3}
     (batch,) = lm.batches([lm.encode(prompt) for prompt in PROMPTS])
     rows, wanted = batch.attention_mask.bool(), 1.0
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     for norm, last in ((found.norm, False), (found.attention_post, True)):
         if norm is None:
             continue

@@ -50,16 +50,15 @@ class AttentionCall:
     scaling: float
     softcap: float | None
 
-    def probabilities(self, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+    def probabilities(self) -> Tensor:
         """Return softmax(mask + cap(scaling q k)), `[batch, heads, queries, keys]`."""
-        query = self.query if query is None else query
-        key = self._per_head(self.key if key is None else key)
-        scores = query @ key.transpose(2, 3) * self.scaling
+        key = self._per_head(self.key)
+        scores = self.query @ key.transpose(2, 3) * self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.mask is not None:
             scores = scores + self.mask[..., : key.shape[-2]]
-        return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        return scores.softmax(-1, dtype=torch.float32).to(self.query.dtype)
 
     def mix(self, probabilities: Tensor, value: Tensor | None = None) -> Tensor:
         """Return the values weighted by probabilities, `[batch, queries, heads, head_dim]`."""
@@ -84,8 +83,7 @@ def attending(lm: LanguageModel, handler: Handler) -> Iterator[None]:
     contexts are nested, the inner handler is asked. Gradients flow.
 
     Raises:
-        TrimtabError: The model's attention does not go through the library's registry, or has terms
-            that are not known here.
+        TrimtabError: In a call, attention with terms that are not known here.
     """
     config = text_config(lm.model)
     layers = {module: layer for layer, module in enumerate(lm.sites.attention)}

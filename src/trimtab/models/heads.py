@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
 FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj")
-_KNOWN: WeakKeyDictionary[nn.Module, Heads] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[HeadLayer, ...]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,6 @@ class Projection:
 
     module: nn.Module
     rows: Tensor
-
-    def weight(self, head: int) -> Tensor:
-        """Return a head's rows, float32 `[head_dim, d_model]`."""
-        return _matrix(self.module)[self.rows[head]].float()
 
     def weights(self) -> Tensor:
         """Return every head's rows, `[heads, head_dim, d_model]`, in the model's own dtype."""
@@ -66,7 +62,6 @@ class HeadLayer:
         norm: between the block's input and the attention; None where it reads the stream itself.
         mlp_norm: between the middle of the block (its input, in a parallel model) and the MLP.
         attention_post: norm on what the attention adds; None without.
-        mlp_post: norm on what the MLP adds; None without.
     """
 
     query: Projection
@@ -76,7 +71,6 @@ class HeadLayer:
     norm: nn.Module | None
     mlp_norm: nn.Module | None
     attention_post: nn.Module | None
-    mlp_post: nn.Module | None
 
     @property
     def n_heads(self) -> int:
@@ -93,30 +87,14 @@ class HeadLayer:
         """Width of one head's values."""
         return self.value.rows.shape[1]
 
-    def kv_of(self, head: int) -> int:
-        """Return the key-value head that a head reads."""
-        return head // (self.n_heads // self.n_kv_heads)
-
-    def out_weight(self, head: int) -> Tensor:
-        """Return a head's columns of the output projection, float32 `[d_model, head_dim]`."""
-        width = self.head_dim
-        return _matrix(self.output)[:, head * width : (head + 1) * width].float()
-
     def out_weights(self) -> Tensor:
         """Return all columns by head, `[heads, d_model, head_dim]`, in the model's own dtype."""
         matrix = _matrix(self.output)
         return matrix.unflatten(1, (self.n_heads, self.head_dim)).permute(1, 0, 2)
 
 
-@dataclass(frozen=True, eq=False)
-class Heads:
-    """Every layer's attention, taken apart."""
-
-    layers: tuple[HeadLayer, ...]
-
-
-def heads_of(lm: LanguageModel) -> Heads:
-    """Return the heads of a model, found at first use by one tiny forward.
+def heads_of(lm: LanguageModel) -> tuple[HeadLayer, ...]:
+    """Return the attention of every layer taken apart, found at first use by one tiny forward.
 
     Raises:
         TrimtabError: an attention whose projections are not known, or that the numbers contradict.
@@ -127,106 +105,65 @@ def heads_of(lm: LanguageModel) -> Heads:
     return found
 
 
-@dataclass(eq=False)
-class _Seen:
-    """What one layer's modules did in the probe."""
-
-    call: AttentionCall | None = None
-    entered: Tensor | None = None
-    left: Tensor | None = None
-    mixed: Tensor | None = None
-
-
 @torch.no_grad()
-def find_heads(lm: LanguageModel) -> Heads:
+def find_heads(lm: LanguageModel) -> tuple[HeadLayer, ...]:
     """Take every attention apart and check it; see `heads_of`, which remembers."""
-    seen = [_Seen() for _ in range(lm.n_layers)]
-    outputs: dict[nn.Module, Tensor] = {}
-    norms: list[list[tuple[nn.Module, Tensor]]] = [[] for _ in seen]
-
-    def look(call: AttentionCall) -> None:
-        seen[call.layer].call = call
+    calls: dict[int, AttentionCall] = {}
+    entered: dict[nn.Module, Tensor] = {}
+    left: dict[nn.Module, Tensor] = {}
 
     # What is hooked here only may be what it is taken for: nothing is assumed of its tensors.
-    def keep_output(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        found = first_tensor(output)
-        if found is not None:
-            outputs[module] = found
-
-    def attention(layer: int, args: tuple, kwargs: dict, output: object) -> None:
-        seen[layer].entered, seen[layer].left = input_tensor(args, kwargs), first_tensor(output)
-
-    def child(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        found = first_tensor(output)
-        if found is not None:
-            norms[layer].append((module, found))
-
-    def writer(layer: int, args: tuple, kwargs: dict) -> None:
-        seen[layer].mixed = args[0] if args else None
+    def keep(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        for kept, found in ((entered, input_tensor(args, kwargs)), (left, first_tensor(output))):
+            if found is not None:
+                kept[module] = found
 
     batch = next(iter(lm.batches([lm.encode("Hello there")])))
     with Hooks() as hooks:
-        for layer, module in enumerate(lm.sites.attention):
-            hooks.calls(module, after=partial(attention, layer))
-            for part in module.children():
-                hooks.calls(part, after=partial(keep_output, part))
-            for part in lm.sites.blocks[layer].children():
-                hooks.calls(part, after=partial(child, layer, part))
-            out = lm.sites.attention_writer[layer]
-            if out is None:
-                raise _unknown(lm, layer, "no output projection")
-            hooks.calls(out, before=partial(writer, layer))
-        with attending(lm, look):
+        for block, attention in zip(lm.sites.blocks, lm.sites.attention, strict=True):
+            for part in (*block.children(), *attention.children()):
+                hooks.calls(part, after=partial(keep, part))
+        with attending(lm, lambda call: calls.update({call.layer: call})):
             lm.forward(batch)
-    return Heads(
-        tuple(_layer(lm, layer, seen[layer], outputs, norms[layer]) for layer in range(len(seen)))
-    )
+    return tuple(_layer(lm, layer, calls, entered, left) for layer in range(lm.n_layers))
 
 
 def _layer(
     lm: LanguageModel,
     layer: int,
-    seen: _Seen,
-    outputs: dict[nn.Module, Tensor],
-    parts: list[tuple[nn.Module, Tensor]],
+    calls: dict[int, AttentionCall],
+    entered: dict[nn.Module, Tensor],
+    left: dict[nn.Module, Tensor],
 ) -> HeadLayer:
-    call, module = seen.call, lm.sites.attention[layer]
-    if call is None or seen.entered is None or seen.mixed is None or seen.left is None:
+    module, out = lm.sites.attention[layer], lm.sites.attention_writer[layer]
+    if out is None:
+        raise _unknown(lm, layer, "no output projection")
+    call = calls.get(layer)
+    if call is None or not {module, out} <= entered.keys():
         raise _unknown(lm, layer, "attention that does not go through the library's registry")
     heads, kv_heads, width = call.query.shape[1], call.value.shape[1], call.value.shape[3]
-    roles = next(
-        (
-            found
-            for found in _layouts(lm, layer, module, heads, kv_heads, width)
-            if torch.equal(_values(found[2], outputs), call.value)
-        ),
-        None,
-    )
+    layouts = _layouts(lm, layer, module, heads, kv_heads, width)
+    roles = next((r for r in layouts if torch.equal(_values(r[2], left), call.value)), None)
     if roles is None:
         raise _unknown(lm, layer, "values that are not rows of its value projection")
-    query, key, value = roles
-    out = lm.sites.attention_writer[layer]
-    assert out is not None  # find_heads has refused it
     _check_linear(lm, layer, out)
-    if seen.mixed.shape[-1] != heads * width:
-        raise _unknown(lm, layer, f"{seen.mixed.shape[-1]} mixed values for {heads} heads")
-    by_head = seen.mixed.unflatten(-1, (heads, width))
-    norm = next((part for part, left in parts if left is seen.entered), None)
+    mixed = entered[out]
+    if mixed.shape[-1] != heads * width:
+        raise _unknown(lm, layer, f"{mixed.shape[-1]} mixed values for {heads} heads")
+    parts = lm.sites.blocks[layer].children()
     found = HeadLayer(
-        query,
-        key,
-        value,
-        out,
-        norm,
-        _other(lm.sites.middle[layer], lm.sites.mlp[layer]),
-        _other(lm.sites.attention_added[layer], module),
-        _other(lm.sites.mlp_added[layer], lm.sites.mlp[layer]),
+        *roles,
+        output=out,
+        norm=next((part for part in parts if left.get(part) is entered[module]), None),
+        mlp_norm=_other(lm.sites.middle[layer], lm.sites.mlp[layer]),
+        attention_post=_other(lm.sites.attention_added[layer], module),
     )
-    total = torch.einsum("bshw,hdw->bsd", by_head.float(), found.out_weights().float())
+    by_head = mixed.unflatten(-1, (heads, width)).float()
+    total = torch.einsum("bshw,hdw->bsd", by_head, found.out_weights().float())
     bias = getattr(out, "bias", None)
-    total = total if bias is None else total + bias.float()
-    wrong = float((total - seen.left.float()).abs().max() / seen.left.abs().max().clamp_min(1e-9))
-    if not wrong <= (1e-4 if seen.left.dtype == torch.float32 else 5e-2):
+    total, true = total if bias is None else total + bias.float(), left[module]
+    wrong = float((total - true.float()).abs().max() / true.abs().max().clamp_min(1e-9))
+    if not wrong <= (1e-4 if true.dtype == torch.float32 else 5e-2):
         raise _unknown(lm, layer, f"heads that do not add up to its output (off by {wrong:.1e})")
     return found
 

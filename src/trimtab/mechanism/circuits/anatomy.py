@@ -103,7 +103,7 @@ def anatomy_of(lm: LanguageModel) -> tuple[LayerAnatomy, ...]:
                 attention_post=_form(lm, layer.attention_post, index),
                 multiplier=lm.sites.residual_multiplier,
             )
-            for index, layer in enumerate(heads_of(lm).layers)
+            for index, layer in enumerate(heads_of(lm))
         )
     return found
 

@@ -152,7 +152,7 @@ def build_graph(lm: LanguageModel, vector: VectorSteering) -> Graph:
             found=lm.sites.refused.get("attn_out", "no final norm"),
             advice="use a model whose blocks add attention and MLP to one stream",
         )
-    layers = heads_of(lm).layers
+    layers = heads_of(lm)
     return layout(
         [(layer.n_heads, layer.n_kv_heads) for layer in layers],
         [(vector.site, layer) for layer in vector.layers],

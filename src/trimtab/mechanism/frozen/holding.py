@@ -154,7 +154,7 @@ class _Held:
 
     def install(self, hooks: Hooks) -> None:
         """Put the hooks on values and MLPs in place."""
-        found = heads_of(self.lm).layers
+        found = heads_of(self.lm)
         if self.names & {"svv", "mlp_direct"}:
             hooks.calls(self.lm.sites.trunk, before=self.coverage.prepare)
         for layer in range(self.first, self.lm.n_layers):

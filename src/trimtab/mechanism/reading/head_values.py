@@ -47,7 +47,7 @@ def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
     Raises:
         TrimtabError: a model whose heads or norms cannot be found.
     """
-    found = heads_of(lm).layers[layer]
+    found = heads_of(lm)[layer]
     forms = anatomy_of(lm)[layer]
     read = _passed(forms.norm, push.float().cpu())
     values = torch.einsum("...d,kwd->...kw", read, found.value.weights().float().cpu())
