@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2.exceptions import TemplateError
 
+from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.tokenize import tokenize, tokenize_around
 
@@ -48,11 +49,7 @@ class Insert:
     separator: str = " "
 
     def __post_init__(self) -> None:
-        """Check the slot."""
-        if self.slot not in SLOTS:
-            raise TrimtabError(
-                f"the slot {self.slot!r}", "no such slot", f"use one of {', '.join(SLOTS)}"
-            )
+        choice("slot", self.slot, SLOTS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Encoded:
 
     Attributes:
         text: The rendered text.
-        ids: Its tokens, tokenized once.
+        ids: Its tokens.
         prompt_length: Tokens before the answer's first.
         instruction_end: Position of the first token after the last user text; equal to
             `prompt_length` where there is no chat template.
@@ -105,11 +102,8 @@ def render(
         if insert.ids:
             text = _SLOT.format(number)
             soft[text] = insert.ids
-        if insert.slot == "system":
-            system = text if system is None else f"{system}\n\n{text}"
-        else:
-            messages = _insert(messages, insert, text)
-    templated = bool(getattr(tokenizer, "chat_template", None))
+        messages, system = _insert(messages, system, insert, text)
+    templated = _templated(tokenizer)
     text, user_end = _whole(tokenizer, messages, system)
     prompt_end = len(text)
     if completion is not None:
@@ -147,24 +141,14 @@ class Surroundings:
 def surroundings(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None, insert: Insert
 ) -> Surroundings:
-    """Tokenize a prompt around a slot whose content is yet to be chosen.
-
-    Args:
-        tokenizer: As for `render`.
-        prompt: As for `render`.
-        system: As for `render`.
-        insert: Says which slot, and the separator; its text and ids do not matter.
+    """Tokenize a prompt, given as for `render`, around a slot whose content is yet to be chosen.
 
     Raises:
         TrimtabError: As `render`; or the separator shares a token with what follows it.
     """
     marker = _SLOT.format(0)
-    messages = _messages(prompt)
-    if insert.slot == "system":
-        system = marker if system is None else f"{system}\n\n{marker}"
-    else:
-        messages = _insert(messages, insert, marker)
-    templated = bool(getattr(tokenizer, "chat_template", None))
+    messages, system = _insert(_messages(prompt), system, insert, marker)
+    templated = _templated(tokenizer)
     text, user_end = _whole(tokenizer, messages, system)
     start = text.index(marker)
     end = start + len(marker)
@@ -185,12 +169,27 @@ def _whole(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], system: str | None
 ) -> tuple[str, int]:
     """The text of a conversation, and where the last user text ends in it."""
-    if not getattr(tokenizer, "chat_template", None):
-        text = _plain(messages, system)
-        return text, len(text)
-    messages = _place_system(tokenizer, messages, system)
-    text = _apply(tokenizer, messages)
-    return text, _user_end(tokenizer, messages, text)
+    parts = [] if system is None else [system]
+    if messages[0]["role"] == "system":
+        parts.append(messages[0]["content"])
+        messages = messages[1:]
+    if _templated(tokenizer):
+        if parts:
+            messages = _place_system(tokenizer, messages, "\n\n".join(parts))
+        text = _apply(tokenizer, messages)
+        return text, _user_end(tokenizer, messages, text)
+    if [message["role"] for message in messages] != ["user"]:
+        raise TrimtabError(
+            f"a conversation of {len(messages)} turns",
+            "a tokenizer without a chat template",
+            "give one user turn as a string, or set tokenizer.chat_template",
+        )
+    text = "\n\n".join([*parts, messages[0]["content"]])
+    return text, len(text)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -202,25 +201,37 @@ def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return False
 
 
-def _insert(messages: list[Message], insert: Insert, text: str) -> list[Message]:
-    """Put text in front of the last user text, or behind it."""
-    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-    if last is None:
+def _insert(
+    messages: list[Message], system: str | None, insert: Insert, text: str
+) -> tuple[list[Message], str | None]:
+    """Put text behind the system text, in front of the last user text, or behind it."""
+    if insert.slot == "system":
+        return messages, text if system is None else f"{system}\n\n{text}"
+    places = _user_places(messages)
+    if not places:
         raise TrimtabError(
             f"a {insert.slot} of the last user text",
             "a conversation without a user message",
             "add a user message, or use the slot 'system'",
         )
-    parts = [text, messages[last]["content"]]
+    parts = [text, messages[places[-1]]["content"]]
     content = insert.separator.join(parts if insert.slot == "prefix" else reversed(parts))
-    return [*messages[:last], {"role": "user", "content": content}, *messages[last + 1 :]]
+    return _with_user(messages, places[-1], content), system
+
+
+def _user_places(messages: list[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "user"]
+
+
+def _with_user(messages: list[Message], place: int, content: str) -> list[Message]:
+    return [*messages[:place], {"role": "user", "content": content}, *messages[place + 1 :]]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after an answer ("<|im_end|>"), else the eos token."""
     eos = tokenizer.eos_token
     eos = eos if isinstance(eos, str) else ""
-    if not getattr(tokenizer, "chat_template", None):
+    if not _templated(tokenizer):
         return eos
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARKER}]
     text = _apply(tokenizer, messages, answer=False)
@@ -254,21 +265,6 @@ def _messages(prompt: Prompt) -> list[Message]:
     return [dict(message) for message in prompt]
 
 
-def _plain(messages: list[Message], system: str | None) -> str:
-    """The text of a prompt for a model without a chat template."""
-    parts = [] if system is None else [system]
-    if messages[0]["role"] == "system":
-        parts.append(messages[0]["content"])
-        messages = messages[1:]
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        raise TrimtabError(
-            f"a conversation of {len(messages)} turns",
-            "a tokenizer without a chat template",
-            "give one user turn as a string, or set tokenizer.chat_template",
-        )
-    return "\n\n".join([*parts, messages[0]["content"]])
-
-
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], answer: bool = True) -> str:
     """The template's text for a conversation."""
     try:
@@ -283,16 +279,9 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], answer: 
 
 
 def _place_system(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], system: str | None
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], content: str
 ) -> list[Message]:
     """Put the system text where this template shows it to the model."""
-    parts = [] if system is None else [system]
-    if messages[0]["role"] == "system":
-        parts.append(messages[0]["content"])
-        messages = messages[1:]
-    if not parts:
-        return messages
-    content = "\n\n".join(parts)
     candidate = [{"role": "system", "content": content}, *messages]
     try:
         # Some templates raise on a system message, others drop it without a word: look for the text
@@ -301,10 +290,9 @@ def _place_system(
             return candidate
     except TrimtabError:
         pass
-    for i, message in enumerate(messages):
-        if message["role"] == "user":
-            folded = {"role": "user", "content": f"{content}\n\n{message['content']}"}
-            return [*messages[:i], folded, *messages[i + 1 :]]
+    if places := _user_places(messages):
+        folded = f"{content}\n\n{messages[places[0]]['content']}"
+        return _with_user(messages, places[0], folded)
     raise TrimtabError(
         f"system text {content!r}",
         "a template without a system role, and no user message to put it in",
@@ -314,15 +302,15 @@ def _place_system(
 
 def _user_end(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str) -> int:
     """The character after the last user text; the whole length when there is none."""
-    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-    if last is None:
+    places = _user_places(messages)
+    if not places:
         return len(text)
     # Searching for the user's words would be fooled by a short one ("a") that the template's own
     # tail contains.
-    marked = [*messages[:last], {"role": "user", "content": _MARKER}, *messages[last + 1 :]]
+    marked = _with_user(messages, places[-1], _MARKER)
     _, found, tail = _apply(tokenizer, marked).rpartition(_MARKER)
     if found and text.endswith(tail):
         return len(text) - len(tail)
-    content = messages[last]["content"].strip()
+    content = messages[places[-1]]["content"].strip()
     start = text.rfind(content)
     return len(text) if start < 0 else start + len(content)
