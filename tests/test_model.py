@@ -57,7 +57,6 @@ def test_batches(llama: LanguageModel):
             assert real.int().diff().min() >= 0  # padding on the left
             assert int(batch.prompt_length[row]) == item.prompt_length
             assert int(batch.instruction_end[row]) == item.instruction_end
-            assert batch.position_ids[row][real].tolist() == list(range(len(item.ids)))
     assert len(list(llama.batches(encoded, max_tokens=1))) == 50
     moved = batches[0].to("meta")
     assert moved.input_ids.is_meta and moved.rows.is_meta

@@ -45,12 +45,13 @@ def answered(lm: LanguageModel, prompts: list[str]) -> Batch:
 def in_pieces(lm: LanguageModel, batch: Batch, cuts: list[int]) -> Tensor:
     """Logits of a batch fed in pieces through a KV cache."""
     cache, parts, start = None, [], 0
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     with lm.calling(batch):
         for stop in [*cuts, batch.input_ids.shape[1]]:
             output = lm.model(
                 input_ids=batch.input_ids[:, start:stop],
                 attention_mask=batch.attention_mask[:, :stop],
-                position_ids=batch.position_ids[:, start:stop],
+                position_ids=positions[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
             )

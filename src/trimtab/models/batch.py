@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,42 +37,16 @@ class Batch:
         """Return some of the rows, by index or mask."""
         return Batch(*(getattr(self, item.name)[rows] for item in fields(self)))
 
-    @property
-    def position_ids(self) -> Tensor:
-        """Absolute positions `[batch, seq]`; the first token is 0, and so is padding."""
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
 
-
-def make_batches(
-    encoded: Sequence[Encoded], pad_id: int, max_tokens: int = 8192, max_rows: int = 128
-) -> Iterator[Batch]:
-    """Group prompts of similar length, longest first: a batch that is too large shows at once.
-
-    Args:
-        encoded: The prompts.
-        pad_id: Token to pad with; masked, so any will do.
-        max_tokens: Most tokens of a batch, padding counted; a single longer prompt is a batch of
-            its own.
-        max_rows: Most prompts of a batch.
-    """
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].ids))
-    start = 0
-    while start < len(order):
-        width = len(encoded[order[start]].ids)
-        count = max(1, min(max_rows, max_tokens // width))
-        yield _pad(encoded, order[start : start + count], width, pad_id)
-        start += count
-
-
-def _pad(encoded: Sequence[Encoded], rows: list[int], width: int, pad_id: int) -> Batch:
-    chosen = [encoded[row] for row in rows]
-    gaps = [width - len(item.ids) for item in chosen]
+def padded(encoded: Sequence[Encoded], rows: Sequence[int], width: int, pad_id: int) -> Batch:
+    """One batch `width` wide; `rows` are the prompts' places in the caller's sequence."""
+    gaps = [width - len(item.ids) for item in encoded]
     return Batch(
         input_ids=torch.tensor(
-            [[pad_id] * gap + item.ids for gap, item in zip(gaps, chosen, strict=True)]
+            [[pad_id] * gap + item.ids for gap, item in zip(gaps, encoded, strict=True)]
         ),
         attention_mask=torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
-        prompt_length=torch.tensor([item.prompt_length for item in chosen]),
-        instruction_end=torch.tensor([item.instruction_end for item in chosen]),
+        prompt_length=torch.tensor([item.prompt_length for item in encoded]),
+        instruction_end=torch.tensor([item.instruction_end for item in encoded]),
         rows=torch.tensor(rows),
     )

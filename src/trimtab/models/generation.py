@@ -5,80 +5,46 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded, end_of_turn
 
-
-class Generating(Protocol):
-    """What is needed of a language model (`trimtab.models.model`)."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    def batches(self, encoded: Sequence[Encoded], /) -> Iterator[Batch]:
-        """Group prompts."""
-        ...
-
-    def calling(self, batch: Batch, /) -> AbstractContextManager[None]:
-        """Say which batch is fed."""
-        ...
-
-
-@torch.no_grad()
-def answer(
-    lm: Generating,
-    encoded: Sequence[Encoded],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    use_cache: bool,
-) -> list[str]:
-    """Answer each prompt; the text stops before the first token that ends an answer.
-
-    Args:
-        lm: The model.
-        encoded: Prompts without completions.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 for greedy.
-        seed: Of the sampling.
-        use_cache: Whether to keep keys and values.
-
-    Returns:
-        Answers in the order of the prompts.
-    """
-    found = answer_ids(lm, encoded, max_new_tokens, temperature, seed, use_cache)
-    stops = end_ids(lm)
-    return [decode(lm.tokenizer, ids, stops) for ids in found]
+if TYPE_CHECKING:
+    from trimtab.models.model import LanguageModel
 
 
 @torch.no_grad()
 def answer_ids(
-    lm: Generating,
+    lm: LanguageModel,
     encoded: Sequence[Encoded],
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Answer each prompt, as `answer`, in tokens; one that ended has its end token last."""
+    """Answer each prompt, as `LanguageModel.generate`, in tokens; one that ended has its end last."""
     answers: list[list[int]] = [[] for _ in encoded]
     if max_new_tokens == 0:
         return answers
     stops = end_ids(lm)
     generate = cast("Callable[..., torch.Tensor]", lm.model.generate)
-    settings = _settings(lm, stops, max_new_tokens, use_cache)
+    settings = _Complete(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id(lm.tokenizer),
+        use_cache=use_cache,
+        return_dict_in_generate=False,
+    )
     sampling = [_Sampling(temperature, seed)] if temperature > 0 else []
     with quiet():
         for batch in lm.batches(encoded):
@@ -94,20 +60,6 @@ def answer_ids(
                 end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
                 answers[row] = ids[:end]
     return answers
-
-
-def _settings(
-    lm: Generating, stops: list[int], max_new_tokens: int, use_cache: bool
-) -> GenerationConfig:
-    """Every setting that shapes the text."""
-    return _Complete(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops or None,
-        pad_token_id=pad_id(lm.tokenizer),
-        use_cache=use_cache,
-        return_dict_in_generate=False,
-    )
 
 
 class _Complete(GenerationConfig):
@@ -155,7 +107,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def end_ids(lm: Generating) -> list[int]:
+def end_ids(lm: LanguageModel) -> list[int]:
     """Tokens that end an answer: the model's, the tokenizer's, the chat template's."""
     listed = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     ends = list(listed) if isinstance(listed, (list, tuple)) else [listed]

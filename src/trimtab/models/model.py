@@ -11,11 +11,11 @@ from typing import cast, overload
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
-from trimtab.models.batch import Batch, make_batches
+from trimtab.models.batch import Batch, padded
 from trimtab.models.chat import Encoded, Insert, Message, Prompt, render
 from trimtab.models.fingerprint import fingerprint
 from trimtab.models.opened import opened, values
@@ -183,8 +183,14 @@ class LanguageModel:
         Returns:
             Batches on the model's device; `rows` says where each prompt stood.
         """
-        for batch in make_batches(encoded, generation.pad_id(self.tokenizer), max_tokens, max_rows):
-            yield batch.to(self.device)
+        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].ids))
+        start = 0
+        while start < len(order):
+            width = len(encoded[order[start]].ids)
+            rows = order[start : start + max(1, min(max_rows, max_tokens // width))]
+            chosen = [encoded[row] for row in rows]
+            yield padded(chosen, rows, width, generation.pad_id(self.tokenizer)).to(self.device)
+            start += len(rows)
 
     def calling(self, batch: Batch) -> AbstractContextManager[None]:
         """Tell steering where the prompts end in the calls of the model made inside.
@@ -202,22 +208,8 @@ class LanguageModel:
             batch: From `batches`.
             logits_to_keep: Only this many last positions; 0 for all.
         """
-        arguments: dict[str, object] = {}
-        accepted = self.forward_arguments
-        if "position_ids" in accepted:
-            # From the mask: a model with absolute position embeddings counts padding otherwise.
-            arguments["position_ids"] = batch.position_ids
-        if logits_to_keep and "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = logits_to_keep
         self.check_length(batch.input_ids.shape[1])
-        with self.calling(batch):
-            output = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                **arguments,
-            )
-        return output.logits[:, -logits_to_keep:] if logits_to_keep else output.logits
+        return feed(self, batch, batch.input_ids, batch.attention_mask, None, logits_to_keep)
 
     @torch.no_grad()
     def next_logits(self, prompts: Prompt | Sequence[Prompt]) -> Tensor:
@@ -226,16 +218,12 @@ class LanguageModel:
         Returns:
             float32 `[prompts, vocab]` on the CPU, in the caller's order.
         """
-        listed, _ = _listed(prompts)
-        encoded = [self.encode(prompt) for prompt in listed]
-        result: Tensor | None = None
+        encoded = [self.encode(prompt) for prompt in _listed(prompts)[0]]
+        rows: dict[int, Tensor] = {}
         for batch in self.batches(encoded):
             logits = self.forward(batch, logits_to_keep=1)[:, -1].float().cpu()
-            if result is None:
-                result = logits.new_empty(len(listed), logits.shape[-1])
-            result[batch.rows.cpu()] = logits
-        assert result is not None  # _listed refuses an empty list
-        return result
+            rows.update(zip(batch.rows.tolist(), logits, strict=True))
+        return torch.stack([rows[place] for place in range(len(encoded))])
 
     @overload
     def generate(
@@ -303,7 +291,9 @@ class LanguageModel:
         encoded = [self.encode(item) for item in listed]
         for item in encoded:
             self.check_length(len(item.ids) + max_new_tokens)
-        answers = generation.answer(self, encoded, max_new_tokens, temperature, seed, use_cache)
+        stops = generation.end_ids(self)
+        found = generation.answer_ids(self, encoded, max_new_tokens, temperature, seed, use_cache)
+        answers = [generation.decode(self.tokenizer, ids, stops) for ids in found]
         return answers[0] if single else answers
 
     @cached_property
@@ -330,6 +320,34 @@ class LanguageModel:
                 if module.num_embeddings == limit:
                     return module.num_embeddings
         return None
+
+
+def feed(
+    lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int
+) -> Tensor:
+    """Feed tokens behind a cache, which grows by them; None for no cache.
+
+    Args:
+        lm: The model.
+        batch: The prompts that the tokens belong to.
+        ids: `[batch, seq]`.
+        mask: 1 for a token, 0 for padding, those in the cache before these `[batch, cached + seq]`.
+        cache: Keys and values of the tokens before.
+        keep: Last positions to give logits of, `[batch, keep, vocab]`; 0 for all.
+    """
+    arguments: dict[str, object] = {}
+    if "position_ids" in lm.forward_arguments:
+        # From the mask: a model with absolute position embeddings counts padding otherwise.
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if keep and "logits_to_keep" in lm.forward_arguments:
+        arguments["logits_to_keep"] = keep
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    with lm.calling(batch):
+        output = lm.model(
+            input_ids=ids, attention_mask=mask, use_cache=cache is not None, **arguments
+        )
+    return output.logits[:, -keep:]
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

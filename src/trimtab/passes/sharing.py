@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from trimtab.models.batch import Batch
+from trimtab.models.model import LanguageModel, feed
 from trimtab.models.replay import KeptCache, KeptLayer, Recording, Stopped, recorded, replayed
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
     from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
     from trimtab.steering.vector import VectorSteering
 
 
@@ -34,36 +34,11 @@ def shared_depth(vector: VectorSteering) -> int:
 def call(
     lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int
 ) -> Tensor | None:
-    """Feed tokens behind a cache.
-
-    Args:
-        lm: The model.
-        batch: The prompts that the tokens belong to.
-        ids: `[batch, seq]`.
-        mask: 1 for a token, 0 for padding, those in the cache before these `[batch, cached + seq]`.
-        cache: Grows by the tokens.
-        keep: Last positions to give logits of.
-
-    Returns:
-        float32 logits `[batch, keep, vocab]`, or None where the cache has ended the pass.
-    """
-    arguments: dict[str, object] = {}
-    if "position_ids" in lm.forward_arguments:
-        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if "logits_to_keep" in lm.forward_arguments:
-        arguments["logits_to_keep"] = keep
+    """Feed tokens behind a cache, see `feed`; None where the cache has ended the pass."""
     try:
-        with lm.calling(batch):
-            output = lm.model(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **arguments,
-            )
+        return feed(lm, batch, ids, mask, cache, keep).float()
     except Stopped:
         return None
-    return output.logits[:, -keep:].float()
 
 
 @dataclass(eq=False)

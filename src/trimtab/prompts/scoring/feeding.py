@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.models.batch import Batch
+from trimtab.models.batch import padded
 from trimtab.models.chat import Encoded
 from trimtab.models.generation import pad_id
 from trimtab.models.hooking import Hooks
@@ -52,7 +52,8 @@ class Feeder:
         fed = max(keep, 1, *(n - h for n, h in zip(lengths, held, strict=True)))
         ends = [max(0, n - fed) for n in lengths]
         width = max(ends) + fed
-        batch = _batch(items, width, pad_id(self.lm.tokenizer)).to(self.lm.device)
+        pad = pad_id(self.lm.tokenizer)
+        batch = padded(items, range(len(items)), width, pad).to(self.lm.device)
         ids = batch.input_ids[:, width - fed :]
         self.lm.check_length(width)
         self._count(ids.numel())
@@ -112,16 +113,3 @@ def _whole_rows(lm: LanguageModel) -> Iterator[None]:
 def beginning(ids: Sequence[int]) -> Encoded:
     """The first tokens of a prompt, whose end is further on than any of them."""
     return Encoded("", list(ids), _FURTHER_ON + 1, _FURTHER_ON)
-
-
-def _batch(items: Sequence[Encoded], width: int, pad: int) -> Batch:
-    gaps = [width - len(item.ids) for item in items]
-    return Batch(
-        input_ids=torch.tensor(
-            [[pad] * gap + item.ids for gap, item in zip(gaps, items, strict=True)]
-        ),
-        attention_mask=torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
-        prompt_length=torch.tensor([item.prompt_length for item in items]),
-        instruction_end=torch.tensor([item.instruction_end for item in items]),
-        rows=torch.arange(len(items)),
-    )
