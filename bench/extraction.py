@@ -58,10 +58,9 @@ def padded(lm: LanguageModel, texts: list[str], layers: tuple[int, ...], size: i
     return torch.cat(rows)
 
 
-def ours(lm: LanguageModel, texts: list[str], layers: tuple[int, ...], collect: bool) -> Tensor:
-    """Return the values, or their mean when nothing else is kept."""
-    found = capture(lm, [lm.encode(text) for text in texts], layers, collect=collect)
-    return found.mean if found.values is None else found.values[:, :, 0]
+def ours(lm: LanguageModel, texts: list[str], layers: tuple[int, ...]) -> Tensor:
+    """Return the values."""
+    return capture(lm, [lm.encode(text) for text in texts], layers)[:, :, 0]
 
 
 def main() -> None:
@@ -73,12 +72,11 @@ def main() -> None:
         # The last block's hidden state is left out: transformers gives it after the final norm.
         layers = tuple(layer for layer in default_layers(lm.n_layers) if layer < lm.n_layers - 1)
         exact = one_at_a_time(lm, texts, layers)
-        difference = (ours(lm, texts, layers, True) - exact.cpu()).abs().max()
+        difference = (ours(lm, texts, layers) - exact.cpu()).abs().max()
         runs = {
             BASELINE: lambda lm=lm, layers=layers: one_at_a_time(lm, texts, layers),
             "padded_batches": lambda lm=lm, layers=layers: padded(lm, texts, layers),
-            "capture_values": lambda lm=lm, layers=layers: ours(lm, texts, layers, True),
-            "capture_statistics": lambda lm=lm, layers=layers: ours(lm, texts, layers, False),
+            "capture_values": lambda lm=lm, layers=layers: ours(lm, texts, layers),
         }
         results.append(
             {

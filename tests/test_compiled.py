@@ -58,8 +58,7 @@ def test_the_hooks_logits_and_answers(
     vector = tt.VectorSteering.from_directions(plain, {1: c}, alpha=3.0, site=site)
 
     def results(lm: LanguageModel) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-        read = capture(lm, [lm.encode(p) for p in PROMPTS], [1]).values
-        assert read is not None
+        read = capture(lm, [lm.encode(p) for p in PROMPTS], [1])
         return lm.next_logits(PROMPTS), lm.generate(PROMPTS, max_new_tokens=2), read
 
     with vector.on(plain):

@@ -48,8 +48,7 @@ def vector(lm: LanguageModel) -> VectorSteering:
 
 def states(lm: LanguageModel, part, side: str) -> torch.Tensor:
     encoded = [lm.encode(example.prompt) for example in getattr(part, side)]
-    values = capture(lm, encoded, [LAST]).values
-    assert values is not None
+    values = capture(lm, encoded, [LAST])
     return values[:, 0, 0].double()
 
 

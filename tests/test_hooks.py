@@ -37,8 +37,7 @@ def logits(lm: LanguageModel, prompts: list[str] = PROMPTS) -> Tensor:
 def read(lm: LanguageModel, kind: str, layer: int) -> Tensor:
     """Values of a site at the last prompt positions, `[prompts, 3, d_model]`."""
     encoded = [lm.encode(prompt) for prompt in PROMPTS]
-    values = capture(lm, encoded, [layer], positions=3, site=kind).values
-    assert values is not None
+    values = capture(lm, encoded, [layer], positions=3, site=kind)
     return values[:, 0]
 
 

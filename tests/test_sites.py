@@ -19,8 +19,7 @@ def read(lm: LanguageModel, kind: str) -> torch.Tensor:
     """`[prompts, layers, positions, d_model]` of one kind of site at the last three positions."""
     encoded = [lm.encode(prompt) for prompt in PROMPTS]
     layers = [0] if kind == "embed" else list(range(lm.n_layers))
-    values = capture(lm, encoded, layers, positions=3, site=kind).values
-    assert values is not None
+    values = capture(lm, encoded, layers, positions=3, site=kind)
     return values
 
 
@@ -56,8 +55,7 @@ def test_against_the_librarys_own_hidden_states(lm: LanguageModel):
     ids = torch.tensor([encoded.ids])
     with torch.no_grad():
         states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
-    values = capture(lm, [encoded], range(lm.n_layers), positions=len(encoded.ids)).values
-    assert values is not None
+    values = capture(lm, [encoded], range(lm.n_layers), positions=len(encoded.ids))
     # The last of the library's states is after the final norm: no resid_post.
     for layer in range(lm.n_layers - 1):
         torch.testing.assert_close(values[0, layer], states[layer + 1][0], rtol=1e-5, atol=1e-5)

@@ -213,8 +213,7 @@ def test_a_projection_is_that_of_a_steered_forward(llama, slot):
     found = raise_projection(llama, rows, (1, direction), 2, generator=seeded(), steps=5)
     with found.lever(llama, slot).on(llama):
         encoded = [llama.encode(request) for request in REQUESTS]
-        values = capture(llama, encoded, [1]).values
-    assert values is not None
+        values = capture(llama, encoded, [1])
     wanted = (values[:, 0, 0] @ (direction / direction.norm())).mean()
     assert found.projection[1] == pytest.approx(float(wanted), abs=1e-4)
 

@@ -86,8 +86,7 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     width = abs(position) if isinstance(position, int) else position
     progress: Progress | None = task.progress
     read = capture(task.lm, encoded, asked, positions=width, site=task.site, progress=progress)
-    assert read.values is not None  # collected by default
-    values = read.values.double()  # [examples, layers, positions, d_model]
+    values = read.double()  # [examples, layers, positions, d_model]
     n = len(behavior.toward)
     if isinstance(position, int):
         at = 0 if position < 0 else _most_telling(values[:n], values[n:])
@@ -97,7 +96,7 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
         values = values.mean(2)
         read_at = {
             "last": "prompt[-1]",
-            "post_instruction": f"mean of the {read.values.shape[2]} post_instruction tokens",
+            "post_instruction": f"mean of the {read.shape[2]} post_instruction tokens",
             "answer": f"mean over the answer ({note})",
         }[position]
     return Contrast(

@@ -194,8 +194,7 @@ def _read(task: Task, part: Behavior, layers: Sequence[int]) -> dict[int, Contra
     encoded = [task.lm.encode(example.prompt) for example in (*part.toward, *part.away)]
     width = abs(at) if isinstance(at, int) else at
     read = capture(task.lm, encoded, layers, positions=width, site=task.site)
-    assert read.values is not None  # collected by default
-    values, n = read.values.double(), len(part.toward)
+    values, n = read.double(), len(part.toward)
     count = values.shape[2]
     chosen = [0] if isinstance(at, int) and at < 0 else range(count)
     return {

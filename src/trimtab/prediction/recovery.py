@@ -133,6 +133,5 @@ def recovery(
 def _stream(lm: LanguageModel, prompts: Sequence[Prompt]) -> Tensor:
     """The stream after every layer at the last prompt token, float64 `[n, layers, d_model]`."""
     encoded = [lm.encode(prompt) for prompt in prompts]
-    values = capture(lm, encoded, range(lm.n_layers), positions="last").values
-    assert values is not None  # collected
+    values = capture(lm, encoded, range(lm.n_layers), positions="last")
     return values[:, :, 0].double()

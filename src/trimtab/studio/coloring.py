@@ -57,8 +57,7 @@ def projections(
     whole = replace(encoded, ids=encoded.ids[:stop], prompt_length=stop, completion_end=None)
     layer = layer_read(vector)
     read = capture(lm, [whole], [layer], positions=stop - start, site=vector.site)
-    assert read.values is not None  # capture collects unless told otherwise
-    along = read.values[0, 0] @ vector.directions[layer]
+    along = read[0, 0] @ vector.directions[layer]
     texts = [str(lm.tokenizer.decode([i])) for i in encoded.ids[start:stop]]
     return list(zip(texts, along.tolist(), strict=True))
 

@@ -257,10 +257,9 @@ def _read(
     for count in sorted(set(counts)):
         places = [i for i, n in enumerate(counts) if n == count]
         read = capture(lm, [encoded[i] for i in places], layers, positions=count)
-        assert read.values is not None  # collected by default
         for row, place in enumerate(places):
             for column, layer in enumerate(layers):
-                found[layer][place] = read.values[row, column]
+                found[layer][place] = read[row, column]
     return found
 
 

@@ -252,8 +252,7 @@ def _bases(
 
 
 def _states(lm: LanguageModel, encoded: Sequence[Encoded], layer: int) -> Tensor:
-    values = capture(lm, encoded, [layer]).values
-    assert values is not None  # collected by default
+    values = capture(lm, encoded, [layer])
     return values[:, 0, 0].double()
 
 

@@ -130,10 +130,9 @@ def pair_differences(
     """
     n = min(len(part.toward), len(part.away), *([] if max_pairs is None else [max_pairs]))
     sides = [
-        capture(lm, [lm.encode(example.prompt) for example in side[:n]], layers).values
+        capture(lm, [lm.encode(example.prompt) for example in side[:n]], layers)
         for side in (part.toward, part.away)
     ]
-    assert sides[0] is not None and sides[1] is not None  # collected by default
     gap = (sides[0] - sides[1])[:, :, 0].double()
     return {layer: gap[:, k] for k, layer in enumerate(layers)}
 
