@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def worthwhile(lm: LanguageModel) -> bool:
@@ -21,7 +16,8 @@ def worthwhile(lm: LanguageModel) -> bool:
     On GPUs, and on processors that multiply bfloat16 in tiles; never where the model has two bytes
     a weight already, nor inside a steering context, whose hooks belong to the model.
     """
-    if lm.model.dtype not in (torch.float32, torch.float64) or _hooked(lm.model):
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    if hooked or lm.model.dtype not in (torch.float32, torch.float64):
         return False
     if lm.device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -38,21 +34,3 @@ def bfloat16_copy(lm: LanguageModel) -> LanguageModel:
     model = copy.deepcopy(lm.model, copies)
     model.config.dtype = torch.bfloat16
     return LanguageModel(model, lm.tokenizer, f"{lm.name} (draft)")
-
-
-def check_vocabulary(lm: LanguageModel, draft: LanguageModel) -> None:
-    """Refuse a draft model that means other tokens by the same ids.
-
-    Raises:
-        TrimtabError: Its tokenizer has another vocabulary.
-    """
-    if draft.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise TrimtabError(
-            f"{draft.name} as a draft of {lm.name}",
-            "a tokenizer with another vocabulary",
-            "use a model of the same family, or none: a bfloat16 copy is made where that helps",
-        )
-
-
-def _hooked(model: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

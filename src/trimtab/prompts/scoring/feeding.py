@@ -38,14 +38,23 @@ class Feeder:
         self.lm = lm
         self._count = count
 
-    def feed(
+    def logits(
         self, items: Sequence[Encoded], keys: Keys | None, sequences: Sequence[int], keep: int
-    ) -> tuple[Tensor | None, Keys | None]:
-        """Feed what kept keys do not hold.
+    ) -> Tensor:
+        """The float32 logits of the last `keep` positions."""
+        logits, _ = self._feed(items, keys, sequences, keep)
+        assert logits is not None  # such a pass runs to the end
+        return logits[:, -keep:].float()
 
-        Returns:
-            float32 logits of the last `keep` positions; or, where that is 0, everybody's keys.
-        """
+    def keys(self, items: Sequence[Encoded], base: Keys | None, sequences: Sequence[int]) -> Keys:
+        """Everybody's keys."""
+        _, cache = self._feed(items, base, sequences, 0)
+        return Keys.of(cache, [len(item.ids) for item in items])
+
+    def _feed(
+        self, items: Sequence[Encoded], keys: Keys | None, sequences: Sequence[int], keep: int
+    ) -> tuple[Tensor | None, KeptCache]:
+        """Feed what kept keys do not hold; without logits to keep, the last block does not run."""
         lengths = [len(item.ids) for item in items]
         held = [keys.lengths[s] if keys else 0 for s in sequences]
         # Every row feeds its last `fed` tokens: rows that lack fewer feed some again.
@@ -58,19 +67,15 @@ class Feeder:
         self.lm.check_length(width)
         self._count(ids.numel())
         with _whole_rows(self.lm):
-            if keep and not max(ends):
-                return self.lm.forward(batch, keep)[:, -keep:].float(), None
             cache = KeptCache()
+            if keep and not max(ends):
+                return self.lm.forward(batch, keep), cache
             if keys is not None and max(ends):
                 cache = keys.cache(sequences, ends, width)
             if not keep:
                 # Nobody reads what the last block makes of its keys.
                 cache.stop_after = self.lm.n_layers - 1
-            logits = call(self.lm, batch, ids, batch.attention_mask, cache, max(1, keep))
-        if not keep:
-            return None, Keys.of(cache, lengths)
-        assert logits is not None  # such a pass runs to the end
-        return logits[:, -keep:], None
+            return call(self.lm, batch, ids, batch.attention_mask, cache, max(1, keep)), cache
 
     def keys_hold(self, item: Encoded) -> bool:
         """Whether this model gives the same when it goes on from kept keys: tried on one text."""
@@ -80,15 +85,14 @@ class Feeder:
             return False
         half = len(item.ids) // 2
         rest = len(item.ids) - half
-        whole, _ = self.feed([item], None, [0], keep=rest)
+        whole = self.logits([item], None, [0], rest)
         try:
-            _, keys = self.feed([beginning(item.ids[:half])], None, [0], keep=0)
-            parts, _ = self.feed([item], keys, [0], keep=rest)
+            keys = self.keys([beginning(item.ids[:half])], None, [0])
+            parts = self.logits([item], keys, [0], rest)
         except _REFUSALS as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             return False
-        assert whole is not None and parts is not None  # asked for
         exact = self.lm.model.dtype in (torch.float32, torch.float64)
         apart = (whole - parts).abs().max() / whole.abs().max().clamp(min=1e-6)
         return bool(apart < (1e-3 if exact else 0.1))

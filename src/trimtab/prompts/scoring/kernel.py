@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.scoring import race
-from trimtab.prompts.scoring.counts import Counts, Tally
-from trimtab.prompts.scoring.draft import bfloat16_copy, check_vocabulary, worthwhile
+from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
 from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row
+from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
@@ -29,6 +30,50 @@ if TYPE_CHECKING:
 MAX_TOKENS = 4096
 # Estimates of a race are worth keeping for as long as a search stays where it is.
 _ESTIMATES = 100_000
+
+
+@dataclass(frozen=True)
+class Counts(Printable):
+    """What a kernel has been asked and what that has cost.
+
+    Attributes:
+        asked: Candidates that callers wanted a loss of.
+        duplicates: Those equal to another one of their call.
+        memo_hits: Those whose exact loss was known.
+        scored: Candidates of which anything was computed, in whatever round.
+        exact: Candidates scored on every row and token.
+        calls: Forward passes of the model; one batch is one call.
+        tokens: Token positions fed in them, padding counted.
+        draft_calls: Forward passes of the draft model.
+        draft_tokens: Token positions fed to it.
+        gradients: Gradients; their passes are not among `calls`.
+        seconds: Spent in the kernel.
+    """
+
+    asked: int = 0
+    duplicates: int = 0
+    memo_hits: int = 0
+    scored: int = 0
+    exact: int = 0
+    calls: int = 0
+    tokens: int = 0
+    draft_calls: int = 0
+    draft_tokens: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
+
+    def __sub__(self, earlier: Counts) -> Counts:
+        return self.plus(**{f.name: -getattr(earlier, f.name) for f in fields(self)})
+
+    def plus(self, **more: float) -> Counts:
+        """The same with some raised."""
+        return replace(self, **{name: getattr(self, name) + by for name, by in more.items()})
+
+    def table(self) -> Table:
+        """One row per count that is not 0."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows = tuple((name.replace("_", " "), number(n)) for name, n in counts.items() if n)
+        return Table("search kernel", ("count", "value"), rows)
 
 
 class Kernel:
@@ -42,6 +87,7 @@ class Kernel:
         rows: What a loss is averaged over.
         objective: What is lowered.
         savings: Whether any work is saved.
+        counts: What has been asked and spent so far.
     """
 
     def __init__(
@@ -76,20 +122,19 @@ class Kernel:
         self.savings = savings
         for row in self.rows:
             self.objective.keep(row)
-        if draft is not None:
-            check_vocabulary(lm, draft)
-        self._tally = Tally()
+        if draft is not None and draft.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            raise TrimtabError(
+                f"{draft.name} as a draft of {lm.name}",
+                "a tokenizer with another vocabulary",
+                "use a model of the same family, or none: a bfloat16 copy is made where that helps",
+            )
+        self.counts = Counts()
         self._room = Room(max_tokens)
         self._passes = self._passes_of(lm, "")
         self._draft: Passes | None = None
         self._given_draft = draft
         self._exact: dict[Slot, float] = {}
         self._estimates: dict[race.Round, dict[Slot, float]] = {}
-
-    @property
-    def counts(self) -> Counts:
-        """What has been asked and spent so far."""
-        return self._tally.counts
 
     @property
     def max_tokens(self) -> int:
@@ -110,9 +155,7 @@ class Kernel:
             TrimtabError: An empty candidate, or one that is too long for the model.
         """
         with self._timed():
-            asked = self._asked(slots)
-            different = self._different(asked)
-            self._tally.add(scored=sum(slot not in self._exact for slot in different))
+            asked, different = self._asked(slots)
             known = dict(zip(different, self._score_exactly(different), strict=True))
             return torch.tensor([known[slot] for slot in asked], dtype=torch.float64)
 
@@ -131,9 +174,7 @@ class Kernel:
             no others are below the bar.
         """
         with self._timed():
-            asked = self._asked(slots)
-            different = self._different(asked)
-            self._tally.add(scored=sum(slot not in self._exact for slot in different))
+            asked, different = self._asked(slots)
             # Known losses do not spare a candidate the race: a search that was interrupted, and
             # knows fewer, is to go the same way.
             left = self._raced(different, keep)
@@ -146,7 +187,7 @@ class Kernel:
     def gradient(self, slot: Sequence[int]) -> tuple[float, Tensor]:
         """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`."""
         with self._timed():
-            chosen = self._asked([slot], count=False)[0]
+            (chosen,) = _slots([slot])
             columns = max(len(row.ids(chosen)) for row in self.rows)
 
             def work(rows: Sequence[Row]) -> tuple[float, float, Tensor]:
@@ -156,14 +197,14 @@ class Kernel:
             # A backward pass keeps what a forward pass may forget.
             parts = list(self._room.over(self.rows, work, 4 * columns))
             weights = sum(weight for weight, _, _ in parts)
-            self._tally.add(gradients=1)
+            self._count(gradients=1)
             loss = sum(weight * loss for weight, loss, _ in parts) / weights
             return loss, torch.stack([part * (w / weights) for w, _, part in parts]).sum(0)
 
     def _score_exactly(self, slots: list[Slot]) -> list[float]:
         """Exact losses, remembered ones among them."""
         fresh = [slot for slot in slots if slot not in self._exact]
-        self._tally.add(memo_hits=len(slots) - len(fresh), exact=len(fresh))
+        self._count(memo_hits=len(slots) - len(fresh), exact=len(fresh))
         losses = self._passes.losses(fresh, self.rows).tolist()
         if not self.savings:
             return losses
@@ -202,24 +243,20 @@ class Kernel:
 
     def _passes_of(self, lm: LanguageModel, kind: str) -> Passes:
         def count(tokens: int) -> None:
-            self._tally.add(**{f"{kind}calls": 1, f"{kind}tokens": tokens})
+            self._count(**{f"{kind}calls": 1, f"{kind}tokens": tokens})
 
         return Passes(lm, self.objective, self.savings, self._room, count)
 
-    def _asked(self, slots: Sequence[Sequence[int]], count: bool = True) -> list[Slot]:
-        asked = [tuple(int(token) for token in slot) for slot in slots]
-        if not all(asked):
-            raise TrimtabError("the loss of a slot", "no tokens", "give at least one token")
-        if count:
-            self._tally.add(asked=len(asked))
-        return asked
+    def _asked(self, slots: Sequence[Sequence[int]]) -> tuple[list[Slot], list[Slot]]:
+        """All candidates, and the different ones among them."""
+        asked = _slots(slots)
+        different = list(dict.fromkeys(asked)) if self.savings else asked
+        fresh = sum(slot not in self._exact for slot in different)
+        self._count(asked=len(asked), duplicates=len(asked) - len(different), scored=fresh)
+        return asked, different
 
-    def _different(self, asked: list[Slot]) -> list[Slot]:
-        if not self.savings:
-            return asked
-        different = list(dict.fromkeys(asked))
-        self._tally.add(duplicates=len(asked) - len(different))
-        return different
+    def _count(self, **more: float) -> None:
+        self.counts = self.counts.plus(**more)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -227,4 +264,11 @@ class Kernel:
         try:
             yield
         finally:
-            self._tally.add(seconds=time.perf_counter() - started)
+            self._count(seconds=time.perf_counter() - started)
+
+
+def _slots(given: Sequence[Sequence[int]]) -> list[Slot]:
+    slots = [tuple(int(token) for token in slot) for slot in given]
+    if not all(slots):
+        raise TrimtabError("the loss of a slot", "no tokens", "give at least one token")
+    return slots

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trimtab.models.replay import KeptCache, KeptLayer
 
@@ -37,34 +38,14 @@ class Keys:
         """All sequences in one."""
         if len(many) == 1:
             return many[0]
-        width = max(keys.columns for keys in many)
-        layers = []
-        for layer in range(len(many[0].pairs)):
-            sides = [
-                torch.cat([_widened(keys.pairs[layer][side], width) for keys in many])
-                for side in (0, 1)
-            ]
-            layers.append((sides[0], sides[1]))
-        return cls(tuple(layers), tuple(length for keys in many for length in keys.lengths))
+        width = max(max(keys.lengths) for keys in many)
 
-    @property
-    def columns(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths)
+        def joined(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in parts])
 
-    def one(self, sequence: int) -> Keys:
-        """One of the sequences, without padding."""
-        length = self.lengths[sequence]
-        return Keys(
-            tuple(
-                (
-                    _last(k[sequence : sequence + 1], length),
-                    _last(v[sequence : sequence + 1], length),
-                )
-                for k, v in self.pairs
-            ),
-            (length,),
-        )
+        layers = zip(*(keys.pairs for keys in many), strict=True)
+        pairs = tuple((joined(k for k, _ in each), joined(v for _, v in each)) for each in layers)
+        return cls(pairs, tuple(length for keys in many for length in keys.lengths))
 
     def without_last(self, tokens: int) -> Keys:
         """The same sequences without their last tokens."""
@@ -102,11 +83,3 @@ class Keys:
             return picked.transpose(1, 2)
 
         return KeptCache([KeptLayer.of(taken(k), taken(v), room) for k, v in self.pairs])
-
-
-def _widened(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
-
-
-def _last(x: Tensor, length: int) -> Tensor:
-    return x[..., x.shape[-2] - length :, :]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -29,19 +29,13 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
 Slot: TypeAlias = "tuple[int, ...]"
-_FURTHER_ON = 1 << 30
-# What a model says that wants another cache.
-_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Passes:
     """The forward passes of one model for a search over the slot of some rows.
 
-    Attributes:
-        lm: The model; its weights and steering stay as they are for this object's life.
-        objective: What is lowered.
-        room: How much fits in a call.
-        cached: Whether passes go on from kept keys and values; None until the first losses.
+    The model's weights and steering stay as they are for this object's life. `cached` says whether
+    passes go on from kept keys and values; None until the first losses.
     """
 
     def __init__(
@@ -53,7 +47,6 @@ class Passes:
         count: Callable[[int], None],
     ) -> None:
         """`count` is called with the token positions of every call."""
-        self.lm = lm
         self.objective = objective
         self.room = room
         self.cached: bool | None = None if savings else False
@@ -104,7 +97,7 @@ class Passes:
 
         def work(part: Sequence[int]) -> Tensor:
             beginnings = [beginning(before + slots[c]) for c in part]
-            _, keys = self._feeder.feed(beginnings, base, [0] * len(part), keep=0)
+            keys = self._feeder.keys(beginnings, base, [0] * len(part))
             position = {c: i for i, c in enumerate(part)}
             return self._score(slots, part, rows, keys, lambda c, r: position[c])
 
@@ -132,8 +125,7 @@ class Passes:
         def work(part: Sequence[tuple[int, int]]) -> Tensor:
             items = [rows[r].encoded(slots[c]) for c, r in part]
             taken = [sequence(c, r) for c, r in part]
-            logits, _ = self._feeder.feed(items, keys, taken, keep=max(keep[r] for _, r in part))
-            assert logits is not None  # asked for
+            logits = self._feeder.logits(items, keys, taken, max(keep[r] for _, r in part))
             return self.objective.values(logits, [rows[r] for _, r in part]).double().cpu()
 
         for group in self._rows_of_one_size(fed, len(members)):
@@ -192,27 +184,21 @@ class Passes:
             if held == len(trunk):
                 return keys
         items = [beginning(before + trunk) for before in befores]
-        found: list[Keys] = []
-        for made in self.room.over(
+        made = self.room.over(
             range(len(items)),
-            lambda part: self._feeder.feed([items[i] for i in part], keys, part, keep=0)[1],
+            lambda part: self._feeder.keys([items[i] for i in part], keys, part),
             max(len(item.ids) for item in items),
-        ):
-            assert made is not None  # not asked for logits
-            found.append(made)
-        result = Keys.stack(found)
+        )
+        result = Keys.stack(list(made))
         self._trunk = befores, trunk, result
         return result
 
     def _heads_of(self, befores: tuple[Slot, ...]) -> Keys | None:
         if not all(befores):
             return None
-        new = [before for before in befores if before not in self._heads]
-        if new:
-            for before in new:
-                _, keys = self._feeder.feed([beginning(before)], None, [0], keep=0)
-                assert keys is not None  # not asked for logits
-                self._heads[before] = keys
+        for before in befores:
+            if before not in self._heads:
+                self._heads[before] = self._feeder.keys([beginning(before)], None, [0])
         return Keys.stack([self._heads[before] for before in befores])
 
 
@@ -232,9 +218,4 @@ def common_trunk(slots: Sequence[Slot]) -> Slot:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many first tokens are equal."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
