@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimtab.models.model import LanguageModel
+from trimtab.prompts.scoring.kernel import Counts, Kernel
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row
 
 
-@dataclass
-class PlainCounts:
-    calls: int = 0
-    gradients: int = 0
-
-
-class PlainScorer:
+class PlainScorer(Kernel):
     """All candidates of one length on all rows, in one batch, every time."""
 
     def __init__(self, lm: LanguageModel, rows: Sequence[Row]) -> None:
-        self.lm, self.rows, self.objective = lm, list(rows), CrossEntropy()
-        self.counts = PlainCounts()
+        self.lm, self.rows, self.objective = lm, tuple(rows), CrossEntropy()
+        self.counts = Counts()
 
     @torch.no_grad()
     def losses(self, slots: Sequence[Sequence[int]]) -> Tensor:
@@ -34,7 +28,7 @@ class PlainScorer:
         keep = max(len(row.target) for row in laid)
         values = torch.zeros(len(laid), dtype=torch.float64)
         for batch in self.lm.batches(encoded, 1 << 15, 1 << 10):
-            self.counts.calls += 1
+            self.counts = self.counts.plus(calls=1)
             logits = self.lm.forward(batch, keep).float()
             chosen = [laid[i] for i in batch.rows.tolist()]
             values[batch.rows] = self.objective.values(logits, chosen).double()
@@ -52,5 +46,5 @@ class PlainScorer:
         return [(i, losses[i]) for i in order if bar is None or losses[i] < bar]
 
     def gradient(self, slot: Sequence[int]) -> tuple[float, Tensor]:
-        self.counts.gradients += 1
+        self.counts = self.counts.plus(gradients=1)
         return onehot_gradient(self.lm, self.rows, slot, self.objective)

@@ -10,7 +10,7 @@ import torch
 from plain_scorer import PlainScorer
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.discrete.descent import Descent, legal_of
+from trimtab.prompts.discrete.descent import Descent
 from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.discrete.walk import Buffer
 from trimtab.prompts.scoring.kernel import Kernel
@@ -268,15 +268,15 @@ def test_candidates_are_refilled_from_deeper_in_the_ranking(bound: Bound) -> Non
     assert 12 < len(legal) < len(ranked)
     # The first ones of the order are not legal.
     ranked = [slot for slot in ranked if slot not in legal][:20] + legal
-    assert legal_of(bound, ranked, 12) == legal[:12]
-    assert legal_of(bound, ranked, 12, without=legal[:3]) == legal[3:15]
+    assert bound.first_legal(ranked, 12) == legal[:12]
+    assert bound.first_legal(ranked, 12, without=legal[:3]) == legal[3:15]
 
 
 def test_the_buffer_keeps_the_best_different_ones() -> None:
     buffer = Buffer(2, [(3.0, (1,)), (1.0, (2,)), (2.0, (3,)), (1.0, (2,))])
-    assert buffer.entries == [(1.0, (2,)), (2.0, (3,))] and buffer.worst() == 2.0
+    assert buffer.entries == [(1.0, (2,)), (2.0, (3,))]
     assert buffer.pop({(2,)}) == (2.0, (3,)) and buffer.pop({(2,)}) is None
-    assert buffer.worst() == float("inf") and buffer.to_list() == [[1.0, [2]]]
+    assert buffer.entries == [(1.0, (2,))]
 
 
 def test_every_architecture_goes_down(lm: LanguageModel) -> None:

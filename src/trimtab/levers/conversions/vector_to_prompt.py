@@ -158,7 +158,7 @@ def vector_to_prompt(
     found = hotflip(
         kernel, bound, near.ids, steps=steps, top_k=top_k, generator=generator, progress=progress,
     )  # fmt: skip
-    random = _random(bound, k, generator)
+    random = bound.random_slot(k, generator)
     tested = setting.prompts(setting.test)[: train.max_prompts]
     held = induced(lm, vector, tested, max(vector.layers), slot)
 
@@ -216,13 +216,6 @@ def pull_back(
 def _middle(lm: LanguageModel, bound: Bound) -> Tensor:
     """The mean embedding of the allowed tokens `[d_model]`."""
     return token_embeddings(lm)[bound.allowed.to(lm.device)].float().mean(0).cpu()
-
-
-def _random(bound: Bound, k: int, generator: torch.Generator, tries: int = 256) -> tuple[int, ...]:
-    pool = bound.allowed.nonzero().flatten()
-    drawn = pool[torch.randint(len(pool), (tries, k), generator=generator)].tolist()
-    legal = bound.legal(drawn)
-    return tuple(next((s for s, fine in zip(drawn, legal, strict=True) if fine), drawn[0]))
 
 
 def _lever(text: str, slot: str, vector: VectorSteering) -> PromptSteering:

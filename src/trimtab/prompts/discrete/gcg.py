@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 
-from trimtab.prompts.discrete.descent import (
-    Descent,
-    Diary,
-    Scorer,
-    Slot,
-    checked_start,
-    draw_seed,
-    legal_of,
-    ranked,
-    replaced,
-    seeded,
-)
+from trimtab.prompts.discrete.descent import Descent, Slot, ranked, replaced, seeded
 from trimtab.prompts.discrete.walk import Walk
+from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
 from trimtab.results.journal import Notes
 
-_REFILL = 16
-
 
 def gcg(
-    kernel: Scorer,
+    kernel: Kernel,
     bound: Bound,
     start: Sequence[int],
     *,
@@ -51,33 +38,11 @@ def gcg(
     candidates have to be legal in context and are drawn again until `width` are, no candidate is
     scored twice in a step, and an infeasible start is repaired first.
 
-    Args:
-        kernel: Scores slots and gives gradients.
-        bound: What a slot may hold.
-        start: Token ids.
-        steps: How many steps.
-        width: Candidates a step.
-        top_k: Tokens a place to draw from.
-        generator: Randomness; one number is drawn.
-        buffer: Slots kept; 0 always goes on from the newest.
-        journal: Where steps are written; the same call resumes from it.
-        run: Name of this descent in a journal that several share.
-        progress: Called with (steps done, steps in all).
-
-    Raises:
-        TrimtabError: The start cannot be made legal; the journal holds other work.
+    `buffer` slots are kept; with 0 it always goes on from the newest. All other arguments, and the
+    errors, are those of `hotflip`.
     """
-    slot = checked_start(bound, start)
-    work = {
-        "method": "gcg",
-        "start": list(slot),
-        "seed": draw_seed(generator),
-        "steps": steps,
-        "width": width,
-        "top_k": top_k,
-        "buffer": buffer,
-    }
-    walk = _GCG(kernel, bound, slot, Diary(journal, run, work), work, progress)
+    settings = {"steps": steps, "width": width, "top_k": top_k, "buffer": buffer}
+    walk = _GCG(kernel, bound, start, generator, journal, run, progress, **settings)
     for _ in walk.rounds():
         walk.go_to_the_best_drawn()
     return walk.descent()
@@ -93,12 +58,12 @@ class _GCG(Walk):
         now = self._leader()
         gradient = self.kernel.gradient(now)[1]
         drawn = _drawn(self.bound, now, gradient, self.top_k, seeded(self.seed, self.step + 1))
-        candidates = legal_of(self.bound, islice(drawn, _REFILL * self.width), self.width)
+        candidates = self.bound.first_legal(drawn, self.width)
         if not candidates:
             self.stop("exhausted")
             return
         self.step += 1
-        loss, slot = self.meter.best(candidates)[0]
+        loss, slot = self.best_of(candidates)[0]
         self.move(slot, loss)
         self.flips += self._leader() == slot
         self.curve.append(self.best_loss)

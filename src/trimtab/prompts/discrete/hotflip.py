@@ -7,20 +7,9 @@ from itertools import combinations, product
 
 import torch
 
-from trimtab.prompts.discrete.descent import (
-    LEAST_GAIN,
-    Descent,
-    Diary,
-    Scorer,
-    Slot,
-    checked_start,
-    draw_seed,
-    legal_of,
-    ranked,
-    replaced,
-    seeded,
-)
-from trimtab.prompts.discrete.walk import Walk
+from trimtab.prompts.discrete.descent import Descent, Slot, ranked, replaced, seeded
+from trimtab.prompts.discrete.walk import LEAST_GAIN, Walk
+from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
 from trimtab.results.journal import Notes
@@ -31,7 +20,7 @@ _TRIES = 8
 
 
 def hotflip(
-    kernel: Scorer,
+    kernel: Kernel,
     bound: Bound,
     start: Sequence[int],
     *,
@@ -77,27 +66,16 @@ def hotflip(
     Raises:
         TrimtabError: The start cannot be made legal; the journal holds other work.
     """
-    slot = checked_start(bound, start)
-    seed = draw_seed(generator)
-    work = {
-        "method": "hotflip",
-        "start": list(slot),
-        "seed": seed,
-        "steps": steps,
-        "top_k": top_k,
-        "width": width,
-        "swaps": swaps,
-        "buffer": buffer,
-        "patience": patience,
-    }
-    walk = _HotFlip(kernel, bound, slot, Diary(journal, run, work), work, progress)
+    settings = {"steps": steps, "width": width, "top_k": top_k, "buffer": buffer}
+    settings |= {"swaps": swaps, "patience": patience}
+    walk = _HotFlip(kernel, bound, start, generator, journal, run, progress, **settings)
     for _ in walk.rounds():
         if flips := walk.singles():
             walk.flip(flips)
         elif swaps and not walk.swapped and len(walk.slot) > 1:
             walk.swap()
         else:
-            walk.restart()
+            walk.restart(patience)
     return walk.descent()
 
 
@@ -110,7 +88,7 @@ class _HotFlip(Walk):
         """The next legal replacements of one token, from where the last step left off."""
         if self.ranking is None:
             self.ranking = self._ranking()
-        return legal_of(self.bound, self.ranking, self.width, without={self.slot, *self.left})
+        return self.bound.first_legal(self.ranking, self.width, {self.slot, *self.left})
 
     def _ranking(self) -> Iterator[Slot]:
         """The best predicted replacement of each place, then the second best of each, ..."""
@@ -124,7 +102,7 @@ class _HotFlip(Walk):
 
     def flip(self, candidates: list[Slot]) -> None:
         """Score replacements of one token, and remember the best of each place for `swap`."""
-        found = self.meter.best(candidates, keep=KEPT)
+        found = self.best_of(candidates, keep=KEPT)
         for loss, slot in found:
             place = next(i for i, token in enumerate(slot) if token != self.slot[i])
             held = [*self.near.get(place, []), (loss, slot[place])]
@@ -142,13 +120,9 @@ class _HotFlip(Walk):
                 # Losses add up to first order, so that sorts the pairs.
                 wanted.append((one + other, replaced(replaced(slot, i, a), j, b)))
         wanted.sort()
-        candidates = legal_of(
-            self.bound,
-            (candidate for _, candidate in wanted),
-            4 * self.width,
-            without={slot, *self.left},
-        )
-        found = self.meter.best(candidates, bar=self.loss)
+        pairs = (candidate for _, candidate in wanted)
+        candidates = self.bound.first_legal(pairs, 4 * self.width, {slot, *self.left})
+        found = self.best_of(candidates, bar=self.loss)
         self.swapped = True
         self.step += 1
         self._take(found, "swap")
@@ -166,10 +140,10 @@ class _HotFlip(Walk):
         if better:
             self.note(event)
 
-    def restart(self) -> None:
+    def restart(self, patience: int) -> None:
         """Go on from the buffer, or from random changes of the best slot."""
         self.left.append(self.slot)
-        if self.idle >= self.work["patience"]:
+        if self.idle >= patience:
             self.stop("patience")
             return
         following = self.buffer.pop(self.left) if self.idle % 2 == 0 else None
@@ -187,7 +161,6 @@ class _HotFlip(Walk):
     def _kick(self) -> tuple[float, Slot] | None:
         """The best of `width` legal slots with random changes of the best one."""
         generator = seeded(self.seed, self.step)
-        tokens = self.bound.allowed.nonzero()[:, 0]
         length = len(self.best)
         fewest, most = min(2, length), max(min(2, length), (length + 1) // 2)
 
@@ -195,17 +168,13 @@ class _HotFlip(Walk):
             changes = int(torch.randint(fewest, most + 1, (1,), generator=generator))
             slot = self.best
             for place in torch.randperm(length, generator=generator)[:changes].tolist():
-                pick = int(torch.randint(len(tokens), (1,), generator=generator))
-                slot = replaced(slot, place, int(tokens[pick]))
+                pick = int(torch.randint(len(self.bound.pool), (1,), generator=generator))
+                slot = replaced(slot, place, int(self.bound.pool[pick]))
             return slot
 
-        candidates = legal_of(
-            self.bound,
-            (drawn() for _ in range(_TRIES * self.width)),
-            self.width,
-            without={self.best, *self.left},
-        )
-        return next(iter(self.meter.best(candidates)), None)
+        kicked = (drawn() for _ in range(_TRIES * self.width))
+        candidates = self.bound.first_legal(kicked, self.width, {self.best, *self.left})
+        return next(iter(self.best_of(candidates)), None)
 
     def leave(self) -> None:
         """Rank the replacements of the next slot again."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.discrete.descent import Meter, Slot, ranked, replaced, seeded
+from trimtab.prompts.discrete.descent import Slot, ranked, replaced, seeded
+from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound
+
+Best = Callable[[list[Slot]], list[tuple[float, Slot]]]
 
 _WIDEST = 4096  # candidates a position, whatever the vocabulary
 _WEIGHED = 256  # equals whose text is tokenized to tell them apart
 
 
-def repair(meter: Meter, bound: Bound, slot: Slot, top_k: int, seed: int) -> Iterator[Slot]:
+def repair(
+    kernel: Kernel, best_of: Best, bound: Bound, slot: Slot, top_k: int, seed: int
+) -> Iterator[Slot]:
     """Lower the violations of a slot step by step; yields the slot after each step.
 
     A step replaces one token: by the candidate of fewest violations, of those the one of least
@@ -24,19 +29,20 @@ def repair(meter: Meter, bound: Bound, slot: Slot, top_k: int, seed: int) -> Ite
     then several tokens are drawn again at once. (violations, tokens astray) falls with every step,
     so it ends. A slot that is legal yields nothing.
 
-    Args:
-        meter: Scores.
-        bound: What is to hold.
-        slot: Where to begin.
-        top_k: Candidates a position of the first pool, half by gradient and half at random.
-        seed: The randomness of a step is a function of this and of the slot.
+    `best_of` gives the best of some candidates as (loss, slot). The first pool holds `top_k`
+    candidates a position, half by gradient and half at random; the randomness of a step is a
+    function of the seed and the slot.
 
     Raises:
         TrimtabError: No candidate violates less; names what is left.
     """
     (left,) = bound.violations([slot])
     while left:
-        following = _step(meter, bound, slot, left, top_k, seed)
+        lower = (
+            _lower(best_of, bound, slot, left, candidates, max(2, top_k))
+            for candidates in _pools(bound, slot, kernel.gradient(slot)[1], top_k, seed)
+        )
+        following = next((better for better in lower if better is not None), None)
         if following is None:
             kinds = ", ".join(f"{kind} {count}" for kind, count in bound.explain(slot).items())
             raise TrimtabError(
@@ -49,29 +55,22 @@ def repair(meter: Meter, bound: Bound, slot: Slot, top_k: int, seed: int) -> Ite
         yield slot
 
 
-def _step(meter: Meter, bound: Bound, slot: Slot, left: int, top_k: int, seed: int) -> Slot | None:
-    _, gradient = meter.scorer.gradient(slot)
+def _pools(
+    bound: Bound, slot: Slot, gradient: Tensor, top_k: int, seed: int
+) -> Iterator[list[Slot]]:
+    """Single replacements from ever more tokens, then ever more tokens drawn again at once."""
     generator = seeded(seed, slot)
-    allowed = int(bound.allowed.sum())
-    width = scored = max(2, top_k)
-    while True:
-        better = _lower(
-            meter, bound, slot, left, _singles(bound, slot, gradient, width, generator), scored
-        )
-        if better is not None or width >= min(allowed, _WIDEST):
-            break
+    width = max(2, top_k)
+    yield _singles(bound, slot, gradient, width, generator)
+    while width < min(len(bound.pool), _WIDEST):
         width *= 4
+        yield _singles(bound, slot, gradient, width, generator)
     for changes in range(2, len(slot) + 1):
-        if better is not None:
-            break
-        better = _lower(
-            meter, bound, slot, left, _draws(bound, slot, changes, 16 * top_k, generator), scored
-        )
-    return better
+        yield _draws(bound, slot, changes, 16 * top_k, generator)
 
 
 def _lower(
-    meter: Meter, bound: Bound, slot: Slot, left: int, candidates: list[Slot], scored: int
+    best_of: Best, bound: Bound, slot: Slot, left: int, candidates: list[Slot], scored: int
 ) -> Slot | None:
     """The candidate of fewest violations, if it improves; candidates come best first.
 
@@ -95,14 +94,14 @@ def _lower(
         group = [item for item, far in zip(group, strayed, strict=True) if far == nearest]
     elif least > left:
         return None
-    return meter.best(group[:scored])[0][1]
+    return best_of(group[:scored])[0][1]
 
 
 def _singles(
     bound: Bound, slot: Slot, gradient: Tensor, width: int, generator: torch.Generator
 ) -> list[Slot]:
     """One replacement each: half by the gradient, half at random, the best of each place first."""
-    tokens = bound.allowed.nonzero()[:, 0]
+    tokens = bound.pool
     columns = []
     for position, scores in enumerate(gradient):
         chosen = ranked(bound, scores, min(width, _WIDEST) // 2)
@@ -117,7 +116,7 @@ def _draws(
     bound: Bound, slot: Slot, changes: int, count: int, generator: torch.Generator
 ) -> list[Slot]:
     """Slots with so many random places drawn again from the allowed tokens."""
-    tokens = bound.allowed.nonzero()[:, 0]
+    tokens = bound.pool
     found = []
     for _ in range(count):
         places = torch.randperm(len(slot), generator=generator)[:changes].tolist()

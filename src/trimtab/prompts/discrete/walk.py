@@ -1,28 +1,34 @@
-"""One descent over slots: repair, steps until it stops, a diary that it can be taken up from."""
+"""One descent over slots: repair, steps until it stops, a journal that it can be taken up from."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from trimtab.prompts.discrete.descent import LEAST_GAIN, Descent, Diary, Meter, Scorer, Slot
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.prompts.discrete.descent import Descent, Slot
 from trimtab.prompts.discrete.repair import repair
+from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
+from trimtab.results.journal import Notes
+
+# Less is rounding: the same slot in another batch differs by about this much in float32.
+LEAST_GAIN = 1e-6
 
 
 class Buffer:
     """The best slots scored and not gone on from: at most `size` different ones, the best first.
 
-    Attributes:
-        size: How many are kept.
-        entries: (loss, ids), ascending; equal losses in the order of the ids.
+    `entries` are (loss, ids), ascending; equal losses in the order of the ids.
     """
 
     def __init__(self, size: int, entries: Iterable[tuple[float, Sequence[int]]] = ()) -> None:
-        """Start with some entries."""
         self.size = size
-        self.entries: list[tuple[float, tuple[int, ...]]] = []
+        self.entries: list[tuple[float, Slot]] = []
         for loss, ids in entries:
             self.push(loss, ids)
 
@@ -32,9 +38,7 @@ class Buffer:
         if all(held != entry[1] for _, held in self.entries):
             self.entries = sorted([*self.entries, entry])[: self.size]
 
-    def pop(
-        self, without: Collection[tuple[int, ...]] = ()
-    ) -> tuple[float, tuple[int, ...]] | None:
+    def pop(self, without: Collection[Slot] = ()) -> tuple[float, Slot] | None:
         """Take out the best one that is not in `without`; None where there is none left."""
         for entry in self.entries:
             if entry[1] not in without:
@@ -42,19 +46,11 @@ class Buffer:
                 return entry
         return None
 
-    def worst(self) -> float:
-        """The loss a newcomer has to beat; infinite while there is room."""
-        return self.entries[-1][0] if len(self.entries) >= self.size else float("inf")
-
-    def to_list(self) -> list[list[object]]:
-        """As JSON: [[loss, [ids]], ...]."""
-        return [[loss, list(ids)] for loss, ids in self.entries]
-
 
 class Walk:
     """What every descent does alike; a subclass makes the steps, and its function the loop.
 
-    An entry of the diary holds all that the next step depends on. Steps that changed nothing need
+    An entry of the journal holds all that the next step depends on. Steps that changed nothing need
     not write one: they are done again, or stand in the curve as the loss before them.
 
     Attributes:
@@ -69,25 +65,40 @@ class Walk:
 
     def __init__(
         self,
-        kernel: Scorer,
+        kernel: Kernel,
         bound: Bound,
-        start: Slot,
-        diary: Diary,
-        work: dict[str, Any],
+        start: Sequence[int],
+        generator: torch.Generator,
+        journal: Notes | None,
+        run: str,
         progress: Progress | None,
+        **settings: int,
     ) -> None:
-        """Prepare a walk; `work` holds every setting, `buffer` slots kept to go on from."""
-        self.kernel, self.bound, self.diary, self.progress = kernel, bound, diary, progress
-        self.start, self.seed, self.steps = start, work["seed"], work["steps"]
-        self.top_k, self.width = work["top_k"], work["width"]
-        self.meter, self.buffer = Meter(kernel), Buffer(work["buffer"])
+        """Take up what the run wrote into a journal that others may share, or begin.
+
+        `settings` are those of the method, `steps`, `width`, `top_k` and `buffer` among them.
+
+        Raises:
+            TrimtabError: The start is empty, or holds what is no token of the model; or the journal
+                holds a run of this name that does other work.
+        """
+        self.start = _checked(bound, start)
+        # One draw, whatever follows: the caller's next draw does not depend on a resumed descent.
+        self.seed = int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+        self.kernel, self.bound, self.progress = kernel, bound, progress
+        self.steps, self.width, self.top_k = (settings[n] for n in ("steps", "width", "top_k"))
+        self.buffer = Buffer(settings["buffer"])
         self.repairs = self.flips = self.swaps = self.restarts = self.idle = self.step = 0
-        self.slot, self.loss = start, float("inf")
-        self.best, self.best_loss = start, float("inf")
+        self.scored, self._calls_before = 0, -self._calls_of_kernel()
+        self.slot, self.loss = self.start, float("inf")
+        self.best, self.best_loss = self.start, float("inf")
         self.left: list[Slot] = []  # never gone to again
         self.curve: list[float] = []
-        self.stopped, self.work = "", work
+        self.stopped, self._began = "", time.perf_counter()
         self.leave()
+        self._journal, self._run = Notes() if journal is None else journal, run
+        work = {"method": self.method, "start": list(self.start), "seed": self.seed, **settings}
+        self._take_up({"run": run, "event": "start", **work})
 
     def leave(self) -> None:
         """Forget what is true of one slot alone; called at the start and by every move."""
@@ -105,8 +116,7 @@ class Walk:
         self.note("stop")
 
     def rounds(self) -> Iterator[None]:
-        """Take up the diary, or repair; then give way to each step, until it is stopped."""
-        self._resume()
+        """Repair where that was not done; then give way to each step, until it is stopped."""
         if not self.curve:
             self._repair()
         while not self.stopped:
@@ -117,27 +127,39 @@ class Walk:
             if self.progress is not None:
                 self.progress(self.step, self.steps)
 
+    def best_of(
+        self, slots: Sequence[Slot], bar: float | None = None, keep: int = 1
+    ) -> list[tuple[float, Slot]]:
+        """The best candidates as (loss, slot)."""
+        self.scored += len(slots)
+        found = self.kernel.best(slots, bar=bar, keep=keep) if slots else []
+        return [(loss, slots[index]) for index, loss in found]
+
     def note(self, event: str) -> None:
-        """Write where it stands."""
+        """Write where it stands; it is on the disk when this returns."""
         begun = bool(self.curve)
-        self.diary.add(
-            event,
-            step=self.step,
-            ids=list(self.slot),
-            loss=self.loss if begun else None,
-            violations=self.bound.violations([self.slot])[0],
-            best=list(self.best),
-            best_loss=self.best_loss if begun else None,
-            seed=self.seed,
-            counts=[self.repairs, self.flips, self.swaps, self.restarts, self.idle],
-            cost=[self.meter.scored, self.meter.calls],
-            buffer=self.buffer.to_list(),
-            left=[list(slot) for slot in self.left],
-            stopped=self.stopped,
+        self._journal.add(
+            {
+                "run": self._run,
+                "event": event,
+                "step": self.step,
+                "ids": self.slot,
+                "loss": self.loss if begun else None,
+                "violations": self.bound.violations([self.slot])[0],
+                "best": self.best,
+                "best_loss": self.best_loss if begun else None,
+                "seed": self.seed,
+                "counts": [self.repairs, self.flips, self.swaps, self.restarts, self.idle],
+                "cost": [self.scored, self._calls()],
+                "buffer": self.buffer.entries,
+                "left": self.left,
+                "stopped": self.stopped,
+            }
         )
 
     def _repair(self) -> None:
-        for slot in repair(self.meter, self.bound, self.slot, self.top_k, self.seed):
+        legal = repair(self.kernel, self.best_of, self.bound, self.slot, self.top_k, self.seed)
+        for slot in legal:
             self.slot = slot
             self.repairs += 1
             self.note("repair")
@@ -145,24 +167,43 @@ class Walk:
         self.curve.append(self.best_loss)
         self.note("descend")
 
-    def _resume(self) -> None:
-        """Stand where the last entry stood."""
-        if not self.diary.entries:
+    def _take_up(self, first: dict[str, Any]) -> None:
+        """Stand where the last entry of the run stands; write its first one where there is none."""
+        entries = [entry for entry in self._journal.entries if entry.get("run") == self._run]
+        if not entries:
+            self._journal.add(first)
             return
-        for entry in self.diary.entries:
+        if entries[0] != first:
+            other = [name for name in first if entries[0].get(name) != first[name]]
+            raise TrimtabError(
+                f"to go on with the run {self._run!r} of a journal",
+                f"a run with other {', '.join(other) or 'settings'}",
+                "give the run another name, or the journal another file",
+            )
+        for entry in entries[1:]:
             missing = entry["step"] + 1 - len(self.curve)
             if entry["loss"] is not None and missing > 0:
                 self.curve += self.curve[-1:] * (missing - 1) + [entry["best_loss"]]
-        last = self.diary.entries[-1]
+        if len(entries) == 1:
+            return
+        last = entries[-1]
         self.step, self.stopped = last["step"], last["stopped"]
         self.repairs, self.flips, self.swaps, self.restarts, self.idle = last["counts"]
-        self.meter = Meter(self.kernel, *last["cost"])
-        self.buffer = Buffer(self.buffer.size, ((loss, ids) for loss, ids in last["buffer"]))
+        self.scored, calls = last["cost"]
+        self._calls_before += calls
+        self.buffer = Buffer(self.buffer.size, last["buffer"])
         self.left = [tuple(ids) for ids in last["left"]]
         self.slot = tuple(last["ids"])
         if last["loss"] is not None:
             self.loss, self.best_loss = last["loss"], last["best_loss"]
             self.best = tuple(last["best"])
+
+    def _calls_of_kernel(self) -> int:
+        return self.kernel.counts.calls + self.kernel.counts.gradients
+
+    def _calls(self) -> int:
+        """Calls of the model, across interruptions."""
+        return self._calls_before + self._calls_of_kernel()
 
     def descent(self) -> Descent:
         """Return where it went."""
@@ -179,8 +220,20 @@ class Walk:
             flips=self.flips,
             swaps=self.swaps,
             restarts=self.restarts,
-            scored=self.meter.scored,
-            model_calls=self.meter.calls,
-            seconds=self.meter.seconds,
+            scored=self.scored,
+            model_calls=self._calls(),
+            seconds=time.perf_counter() - self._began,
             stopped=self.stopped,
         )
+
+
+def _checked(bound: Bound, start: Sequence[int]) -> Slot:
+    slot = tuple(int(token) for token in start)
+    wrong = [token for token in slot if not 0 <= token < len(bound.allowed)]
+    if not slot or wrong:
+        raise TrimtabError(
+            f"a descent from {list(slot)}",
+            f"no token {wrong[0]} in the model" if wrong else "no tokens",
+            "give one token id or more",
+        )
+    return slot

@@ -27,7 +27,7 @@ def tokens_per_candidate(task: Task) -> float:
         found = hotflip(
             kernel,
             task.bound,
-            task.random_slot(generator),
+            task.bound.random_slot(task.k, generator),
             steps=RATE_STEPS,
             top_k=task.settings.top_k,
             generator=generator,
@@ -52,7 +52,7 @@ def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
     seconds = 0.0
     while best is None or (scored < budget and rounds < ROUNDS):
         tag = f".{rounds}" if rounds else ""
-        start = task.random_slot(task.generator(f"hotflip_random start{tag}", restart))
+        start = task.random_slot(f"hotflip_random start{tag}", restart)
         found = descent_stage(task, "hotflip_random", restart, start, task.settings.flip_steps, tag)
         tokens, calls = tokens + found.tokens, calls + found.calls
         seconds, rounds = seconds + found.seconds, rounds + 1
@@ -75,7 +75,7 @@ def gcg_random(task: Task, restart: int) -> Attempt:
         found = gcg(
             kernel,
             task.bound,
-            task.random_slot(task.generator("gcg start", restart)),
+            task.random_slot("gcg start", restart),
             steps=settings.gcg_steps,
             width=settings.gcg_width,
             top_k=max(settings.top_k, settings.gcg_width),
@@ -88,7 +88,7 @@ def gcg_random(task: Task, restart: int) -> Attempt:
 
 def random_tokens(task: Task, restart: int) -> Attempt:
     """Random allowed tokens: the null of every other arm."""
-    return _as_it_is(task, "random", restart, task.random_slot(task.generator("random", restart)))
+    return _as_it_is(task, "random", restart, task.random_slot("random", restart))
 
 
 def reference_itself(task: Task) -> Attempt:

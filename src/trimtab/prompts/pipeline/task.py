@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.prompts.discrete.descent import seeded
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.projections.project import PROJECTIONS, slot_losses
 from trimtab.prompts.scoring.kernel import Kernel
@@ -136,21 +136,11 @@ class Task:
 
     def generator(self, arm: str, restart: int) -> torch.Generator:
         """The generator of one arm in one restart: none depends on what ran before it."""
-        text = f"{self.settings.seed}:{arm}:{restart}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return seeded(self.settings.seed, f"{arm}:{restart}")
 
-    def random_slot(self, generator: torch.Generator, tries: int = 256) -> tuple[int, ...]:
-        """Draw allowed tokens, a legal sequence where one is met in a few draws."""
-        pool = self.bound.allowed.nonzero().flatten()
-        drawn = torch.randint(len(pool), (tries, self.k), generator=generator)
-        slots = [tuple(line) for line in pool[drawn].tolist()]
-        for start in range(0, tries, 16):
-            part = slots[start : start + 16]
-            for slot, fine in zip(part, self.bound.legal(part), strict=True):
-                if fine:
-                    return slot
-        return slots[0]
+    def random_slot(self, arm: str, restart: int) -> tuple[int, ...]:
+        """Draw a prompt of allowed tokens."""
+        return self.bound.random_slot(self.k, self.generator(arm, restart))
 
     def cut(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Repeat or cut ids to k."""

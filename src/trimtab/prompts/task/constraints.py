@@ -7,8 +7,9 @@ counted, so that a repair has something to lower (`Bound.violations`). A slot is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ CHARSETS = ("ascii", "printable", "any")
 BROKEN = "\ufffd"  # what bytes that are no character decode to
 KINDS = ("tokens", "charset", "words", "overlap", "edits", "chars", "round_trip")
 _MEMORY = 200_000  # slots remembered
+_TRIES = 256  # draws of a random slot
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Bound:
         rows: Where a slot stands.
         allowed: True for tokens that break nothing alone, bool `[vocab]` on the CPU; as long as the
             model's embedding.
+        pool: The allowed tokens' ids `[allowed]`, ascending.
     """
 
     def __init__(self, constraints: Constraints, lm: LanguageModel, rows: Sequence[Row]) -> None:
@@ -121,7 +124,8 @@ class Bound:
             for token, text in enumerate(texts)
         ]
         self.allowed: Tensor = torch.tensor(fine + [False] * (size - known))
-        if not bool(self.allowed.any()):
+        self.pool = self.allowed.nonzero()[:, 0]
+        if not len(self.pool):
             raise TrimtabError(
                 "a prompt within the constraints", "no token that is allowed", "ban less"
             )
@@ -137,6 +141,34 @@ class Bound:
         for i, good in zip(candidates, self._back([slots[i] for i in candidates]), strict=True):
             fine[i] = good
         return fine
+
+    def first_legal(
+        self,
+        candidates: Iterable[tuple[int, ...]],
+        count: int,
+        without: Collection[tuple[int, ...]] = (),
+        depth: int = 16,
+    ) -> list[tuple[int, ...]]:
+        """The first `count` legal candidates of an order: what is filtered out is refilled from below.
+
+        Looks at no more than `depth` times `count`.
+        """
+        found: list[tuple[int, ...]] = []
+        order, seen = iter(candidates), set(without)
+        for _ in range(depth):
+            chunk = list(islice(order, count))
+            new = [slot for slot in dict.fromkeys(chunk) if slot not in seen]
+            seen.update(new)
+            found += [slot for slot, fine in zip(new, self.legal(new), strict=True) if fine]
+            if len(found) >= count or not chunk:
+                break
+        return found[:count]
+
+    def random_slot(self, length: int, generator: torch.Generator) -> tuple[int, ...]:
+        """Draw allowed tokens, a legal sequence where one is met in a few draws."""
+        drawn = torch.randint(len(self.pool), (_TRIES, length), generator=generator)
+        slots = [tuple(line) for line in self.pool[drawn].tolist()]
+        return next(iter(self.first_legal(slots, 1, depth=_TRIES)), slots[0])
 
     def violations(self, slots: Sequence[Sequence[int]]) -> list[int]:
         """How much each slot violates; 0 is legal.
