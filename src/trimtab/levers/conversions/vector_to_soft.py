@@ -1,11 +1,8 @@
 """Vector to soft prompt: vectors in the slot that leave the stream as the steering leaves it.
 
 With r the states of the steered model and h those with k free vectors in the slot, over the tokens of
-the template behind the request and of the answer, at one layer,
-
-    minimize mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
-
-as in state matching (prompts/soft/states.py), where r comes from a reference prompt.
+the template behind the request and of the answer, at one layer, `state_loss` is lowered, as in state
+matching (prompts/soft/states.py), where r comes from a reference prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +19,8 @@ from trimtab.levers.conversions.conversion import Conversion, Setting
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.sites import Site
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Soft, descend, starting_vectors
-from trimtab.prompts.soft.states import NEAR, cosines, states
+from trimtab.prompts.soft.soft import Soft, descend, start_from
+from trimtab.prompts.soft.states import closed, cosines, state_loss, states
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, switched
 from trimtab.results import Progress
@@ -148,20 +145,13 @@ def vector_to_soft(
     tested = setting.prompts(setting.test)[: train.max_prompts]
     target = induced(lm, vector, setting.prompts(train), at, slot)
     held = induced(lm, vector, tested, at, slot)
-    generator = torch.Generator().manual_seed(setting.seed)
-    start, named = starting_vectors(lm, k, "random_tokens", generator)
-
-    def loss(vectors: Tensor) -> Tensor:
-        return _loss(_states(lm, target, vectors), target.steered)
-
+    start = start_from(lm, k, torch.Generator().manual_seed(setting.seed))
     soft = descend(
         lm,
         start,
-        loss,
-        lambda vectors: float(loss(vectors)),
+        lambda vectors: state_loss(_states(lm, target, vectors), target.steered)[0],
         steps=steps,
         learning_rate=learning_rate,
-        init=named,
         progress=progress,
     )
     lever = soft.lever(lm, slot)
@@ -170,7 +160,7 @@ def vector_to_soft(
         soft=soft,
         layer=at,
         matched=match(lm, held, soft.vectors),
-        null=match(lm, held, start),
+        null=match(lm, held, start.vectors),
         recovered=setting.recovered(vector, lever),
     )
 
@@ -201,12 +191,11 @@ def match(lm: LanguageModel, target: Target, vectors: Tensor) -> Matched:
     """Compare the states with vectors in the slot with the induced ones."""
     found = _states(lm, target, vectors.to(lm.device))
     before, wanted = target.unsteered, target.steered
-    left = (found - wanted).square().sum()
     return Matched(
         cosine=float(cosines(found, wanted).mean()),
         shift=float(cosines(found - before, wanted - before).mean()),
-        closed=float(1 - left / (before - wanted).square().sum().clamp(min=NEAR)),
-        loss=float(_loss(found, wanted)),
+        closed=closed(before, found, wanted),
+        loss=float(state_loss(found, wanted)[0]),
     )
 
 
@@ -235,8 +224,3 @@ def _states(lm: LanguageModel, target: Target, vectors: Tensor) -> Tensor:
         pieces.append(found[end - _width(row) : end])
         start = end
     return torch.cat(pieces)
-
-
-def _loss(found: Tensor, wanted: Tensor) -> Tensor:
-    size = wanted.square().sum(-1).mean().clamp(min=NEAR)
-    return (found - wanted).square().sum(-1).mean() / size + 1 - cosines(found, wanted).mean()

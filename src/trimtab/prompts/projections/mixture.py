@@ -11,8 +11,9 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
-from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
+from trimtab.prompts.projections.registry import ProjectionTask, register
 from trimtab.prompts.soft.embeddings import soft_loss
+from trimtab.prompts.soft.soft import drawing
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ def anneal(
             "use steps from 1, a final temperature in (0, 1], and positive numbers",
         )
     logits = (sharpness * task.cosines(task.vectors)).requires_grad_(True)
-    draw = drawing(task, batch_size)
+    draw = drawing(task.rows, batch_size, task.generator)
     entropies: list[float] = []
     losses: list[float] = []
     corners: dict[tuple[int, ...], None] = {}

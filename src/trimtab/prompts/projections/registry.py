@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Soft, allowed_tokens, batches
+from trimtab.prompts.soft.soft import Soft, allowed_tokens
 from trimtab.prompts.task.rows import Row
 from trimtab.results import Progress
 from trimtab.results.registry import Named, Registry
@@ -106,14 +106,6 @@ class Projection(Named):
 
 PROJECTIONS: Registry[Projection] = Registry("projection", make=Projection)
 register = PROJECTIONS.register
-
-
-def drawing(task: ProjectionTask, batch_size: int | None) -> Callable[[], Sequence[Row]]:
-    """Return a function that gives the rows of the next step."""
-    if batch_size is None or batch_size >= len(task.rows):
-        return lambda: task.rows
-    order = batches(len(task.rows), batch_size, task.generator)
-    return lambda: [task.rows[i] for i in next(order)]
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
-from trimtab.prompts.projections.registry import ProjectionTask, drawing, register
+from trimtab.prompts.projections.registry import ProjectionTask, register
 from trimtab.prompts.soft.embeddings import soft_loss
-from trimtab.prompts.soft.soft import embedding_scale
+from trimtab.prompts.soft.soft import drawing, embedding_scale
 
 
 @register("straight_through")
@@ -36,7 +36,7 @@ def straight_through(
     """
     copy = task.vectors.clone().requires_grad_(True)
     met: dict[tuple[int, ...], float] = {}
-    draw = drawing(task, batch_size)
+    draw = drawing(task.rows, batch_size, task.generator)
 
     def gradients(step: int) -> tuple[Tensor, ...]:
         places = task.cosines(copy.detach()).argmax(-1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.task.rows import Row
@@ -29,22 +31,25 @@ def token_embeddings(lm: LanguageModel, ids: Sequence[int] | None = None) -> Ten
     return embedding(wanted.to(lm.device)[None])[0]
 
 
-def soft_loss(
-    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective
-) -> Tensor:
-    """Return the loss of a soft slot over rows, differentiable in its vectors.
-
-    Args:
-        lm: The model.
-        rows: One padded batch of them.
-        vectors: `[k, d_model]`, in the units of `inputs_embeds`.
-        objective: What is lowered.
-    """
-    keep = max(objective.keep(row) for row in rows)
+@contextmanager
+def standing(lm: LanguageModel, rows: Sequence[Row], vectors: Tensor) -> Iterator[Batch]:
+    """All rows in one padded batch, with vectors `[k, d_model]` in the slot for calls made inside."""
     with soft_tokens(lm, vectors) as slot:
         encoded = [row.encoded(slot) for row in rows]
         longest = max(len(item.ids) for item in encoded)
         (batch,) = lm.batches(encoded, longest * len(rows), len(rows))
+        yield batch
+
+
+def soft_loss(
+    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective
+) -> Tensor:
+    """Return the loss over rows of vectors `[k, d_model]` in their slot, differentiable in them.
+
+    The vectors are in the units of `inputs_embeds`; the rows are one batch.
+    """
+    keep = max(objective.keep(row) for row in rows)
+    with standing(lm, rows, vectors) as batch:
         logits = lm.forward(batch, logits_to_keep=keep).float()
     ordered = [rows[i] for i in batch.rows.tolist()]
     weights = torch.tensor([objective.weight(row) for row in ordered], device=logits.device)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
-
-INITS = ("random_tokens", "reference")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,6 @@ def train_soft(
     objective: Objective | None = None,
     batch_size: int | None = None,
     allowed: Tensor | None = None,
-    progress: Progress | None = None,
 ) -> Soft:
     """Minimize the objective over k free vectors in the slot of every row, by Adam.
 
@@ -111,58 +108,72 @@ def train_soft(
         rows: what is trained on.
         k: vectors in the slot.
         generator: draws the start and the minibatches.
-        init: `random_tokens`, the embeddings of random allowed tokens; `reference`, those of
-            `reference`; or token ids. Ids are repeated or cut to k.
+        init: see `start_from`, also for `reference` and `allowed`.
         reference: ids for `init="reference"`.
         steps: of Adam, the rate falling to 0 linearly.
         learning_rate: per coordinate, in units of the embeddings' root mean square.
         objective: cross-entropy when absent.
         batch_size: rows a step; all when absent.
-        allowed: `[vocab]`, the tokens to draw from; all but special ones when absent.
-        progress: called with steps done and steps in all.
-
-    Raises:
-        TrimtabError: no rows, an unusable number, or a loss that is not finite.
+        allowed: `[vocab]`, the tokens to draw from.
     """
-    aim = CrossEntropy() if objective is None else objective
-    start, named = starting_vectors(lm, k, init, generator, allowed, reference)
-    chosen = list(rows)
-    if not chosen:
-        raise TrimtabError("a soft prompt", "no rows to train on", "give at least one request")
-    whole = batch_size is None or batch_size >= len(chosen)
-    draws = None if whole else batches(len(chosen), int(batch_size or 1), generator)
-
-    def loss(vectors: Tensor) -> Tensor:
-        picked = chosen if draws is None else [chosen[i] for i in next(draws)]
-        return soft_loss(lm, picked, vectors, aim)
-
-    def exact(vectors: Tensor) -> float:
-        return float(soft_loss(lm, chosen, vectors, aim))
-
-    every = 1 if whole else max(1, math.ceil(2 * len(chosen) / int(batch_size or 1)))
+    aim = objective or CrossEntropy()
+    start = start_from(lm, k, generator, init, reference, allowed)
+    draw = drawing(rows, batch_size, generator)
+    # Minibatches are compared on all rows every second time that each row was seen.
+    whole = batch_size is None or batch_size >= len(rows)
     return descend(
         lm,
         start,
-        loss,
-        exact,
+        lambda vectors: soft_loss(lm, draw(), vectors, aim),
         steps=steps,
         learning_rate=learning_rate,
-        every=None if whole else every,
-        init=named,
-        progress=progress,
+        exact=None if whole else lambda vectors: soft_loss(lm, rows, vectors, aim),
+        every=1 if batch_size is None else math.ceil(2 * len(rows) / batch_size),
     )
+
+
+class Start(NamedTuple):
+    """What a training starts from: float32 vectors `[k, d_model]` and what they are called."""
+
+    vectors: Tensor
+    name: str
+
+
+def start_from(
+    lm: LanguageModel,
+    k: int,
+    generator: torch.Generator,
+    init: str | Sequence[int] = "random_tokens",
+    reference: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Start:
+    """Return embeddings to start from, on the model's device.
+
+    `init` is `random_tokens`, those of tokens drawn from the `allowed` ones; `reference`, those of
+    the reference's ids; or ids. Ids are repeated or cut to k.
+    """
+    if k < 1:
+        raise TrimtabError(f"a soft prompt of {k} vectors", "no length", "give a number from 1")
+    table = token_embeddings(lm)
+    if init == "random_tokens":
+        pool = allowed_tokens(lm, allowed).nonzero().flatten()
+        ids = pool[torch.randint(len(pool), (k,), generator=generator)].tolist()
+        return Start(table[ids].detach().float(), "random tokens")
+    given = reference if init == "reference" else init
+    ids = [int(given[i % len(given)]) for i in range(k)]
+    name = "reference" if init == "reference" else "given tokens"
+    return Start(table[ids].detach().float(), name)
 
 
 def descend(
     lm: LanguageModel,
-    start: Tensor,
+    start: Start,
     loss: Callable[[Tensor], Tensor],
-    exact: Callable[[Tensor], float],
     *,
     steps: int,
     learning_rate: float,
-    init: str,
-    every: int | None = None,
+    exact: Callable[[Tensor], Tensor] | None = None,
+    every: int = 1,
     hold: Callable[[Tensor], Tensor] | None = None,
     enough: Callable[[], bool] | None = None,
     progress: Progress | None = None,
@@ -171,13 +182,12 @@ def descend(
 
     Args:
         lm: the model, frozen meanwhile.
-        start: float32 `[k, d_model]`.
-        loss: differentiable loss of the vectors.
-        exact: their loss on everything, without a gradient.
+        start: where it begins.
+        loss: what is lowered, differentiable in the vectors.
         steps: at most.
         learning_rate: per coordinate, in units of the embeddings' root mean square.
-        init: name of the start.
-        every: steps between measurements of `exact`; None where `loss` is exact itself.
+        exact: the loss on everything where `loss` is of a part; measured every `every` steps.
+        every: steps between measurements of `exact`.
         hold: brings the vectors back to where they may be, after each step.
         enough: asked after each loss whether to stop there.
         progress: called with steps done and steps in all.
@@ -192,29 +202,33 @@ def descend(
             "use a count of steps from 0 and a positive rate",
         )
     began = time.perf_counter()
+    w = start.vectors.detach().to(lm.device, torch.float32).clone().requires_grad_(True)
+    best, best_step, best_loss = w.detach().clone(), 0, math.inf
+    curve: list[float] = []
+
+    def consider(value: float, step: int) -> float:
+        nonlocal best, best_loss, best_step
+        if value < best_loss:
+            best, best_loss, best_step = w.detach().clone(), value, step
+        return value
+
+    @torch.no_grad()
+    def measure(step: int) -> float:
+        return consider(float((exact or loss)(w.detach())), step)
+
+    def gradients(step: int) -> tuple[Tensor, ...] | None:
+        value = loss(w)
+        curve.append(float(value.detach()))
+        if exact is None:
+            consider(curve[-1], step)
+        elif step and step % every == 0:
+            measure(step)
+        if enough is not None and enough():
+            return None
+        return torch.autograd.grad(value, w)
+
     with frozen(lm.model):
-        w = start.detach().to(lm.device, torch.float32).clone().requires_grad_(True)
-        best, best_step, curve = w.detach().clone(), 0, list[float]()
-        with torch.no_grad():
-            best_loss = start_loss = _finite(exact(w.detach()), 0)
-
-        def consider(value: float, step: int) -> None:
-            nonlocal best, best_loss, best_step
-            if value < best_loss:
-                best, best_loss, best_step = w.detach().clone(), value, step
-
-        def gradients(step: int) -> tuple[Tensor, ...] | None:
-            value = loss(w)
-            curve.append(_finite(float(value.detach()), step))
-            if every is None:
-                consider(curve[-1], step)
-            elif step and step % every == 0:
-                with torch.no_grad():
-                    consider(exact(w.detach()), step)
-            if enough is not None and enough():
-                return None
-            return torch.autograd.grad(value, w)
-
+        start_loss = measure(0)
         taken = adam(
             [w],
             gradients,
@@ -224,9 +238,8 @@ def descend(
             after=None if hold is None else lambda: w.data.copy_(hold(w.detach())),
             progress=progress,
         )
-        with torch.no_grad():
-            if taken:
-                consider(exact(w.detach()), taken)
+        if taken:
+            measure(taken)
     return Soft(
         vectors=best.cpu(),
         loss=best_loss,
@@ -235,68 +248,33 @@ def descend(
         steps=taken,
         best_step=best_step,
         seconds=time.perf_counter() - began,
-        init=init,
+        init=start.name,
     )
 
 
-def starting_vectors(
-    lm: LanguageModel,
-    k: int,
-    init: str | Sequence[int],
-    generator: torch.Generator,
-    allowed: Tensor | None = None,
-    reference: Sequence[int] = (),
-) -> tuple[Tensor, str]:
-    """Return float32 embeddings `[k, d_model]` to start from, and what they are called.
-
-    Raises:
-        TrimtabError: no k, an unknown start, or ids outside the vocabulary.
-    """
-    if isinstance(k, bool) or k < 1:
-        raise TrimtabError(f"a soft prompt of {k} vectors", "no length", "give a number from 1")
-    table = token_embeddings(lm)
-    if init == "random_tokens":
-        pool = allowed_tokens(lm, allowed).nonzero().flatten()
-        drawn = torch.randint(len(pool), (k,), generator=generator)
-        ids = pool[drawn].tolist()
-        name = "random tokens"
-    else:
-        given = list(reference) if init == "reference" else init
-        if isinstance(given, str) or not given or not all(0 <= i < table.shape[0] for i in given):
-            raise TrimtabError(
-                f"a soft prompt that starts from {init!r}",
-                "no ids" if not given else f"{given!r}",
-                "use random_tokens, reference with its ids in reference=, or token ids",
-            )
-        ids = [int(given[i % len(given)]) for i in range(k)]
-        name = "reference" if init == "reference" else "given tokens"
-    return table[ids].detach().float(), name
-
-
 def allowed_tokens(lm: LanguageModel, allowed: Tensor | None = None) -> Tensor:
-    """Return the tokens that may be used, bool `[vocab]`: those given, or all but special ones.
-
-    Raises:
-        TrimtabError: nothing is allowed, or a mask of another length.
-    """
+    """Return the tokens that may be used, bool `[vocab]`: those given, or all but special ones."""
+    if allowed is not None:
+        return allowed.detach().cpu().bool()
     size = token_embeddings(lm).shape[0]
-    if allowed is None:
-        mask = torch.arange(size) < len(lm.tokenizer)
-        mask[[i for i in lm.tokenizer.all_special_ids if i < size]] = False
-    else:
-        mask = allowed.detach().cpu().bool()
-    if mask.shape != (size,) or not bool(mask.any()):
-        raise TrimtabError(
-            "tokens for a prompt",
-            f"a mask of shape {list(mask.shape)} with {int(mask.sum())} tokens allowed",
-            f"allow at least one of the model's {size} tokens",
-        )
+    mask = torch.arange(size) < len(lm.tokenizer)
+    mask[[i for i in lm.tokenizer.all_special_ids if i < size]] = False
     return mask
 
 
 def embedding_scale(lm: LanguageModel) -> float:
     """Return the root mean square of the embeddings' coordinates, the unit of learning rates."""
     return max(float(token_embeddings(lm).detach().float().square().mean().sqrt()), 1e-8)
+
+
+def drawing(
+    rows: Sequence[Row], size: int | None, generator: torch.Generator
+) -> Callable[[], Sequence[Row]]:
+    """Return a function that gives the rows of the next step: `size` of them, all when None."""
+    if size is None or size >= len(rows):
+        return lambda: rows
+    order = batches(len(rows), size, generator)
+    return lambda: [rows[i] for i in next(order)]
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -309,13 +287,3 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[
             waiting += torch.randperm(count, generator=generator).tolist()
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def _finite(value: float, step: int) -> float:
-    if not math.isfinite(value):
-        raise TrimtabError(
-            "a trained soft prompt",
-            f"a loss that is not finite at step {step}",
-            "load the model in float32 or bfloat16, or lower the learning_rate",
-        )
-    return value

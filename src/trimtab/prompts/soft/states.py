@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.checks import layer_within
-from trimtab.errors import TrimtabError
 from trimtab.models.generation import answer_ids, decode, end_ids
 from trimtab.models.hooking import Hooks
 from trimtab.models.replay import Stopped
 from trimtab.models.sites import Site
-from trimtab.prompts.scoring.objective import CrossEntropy, Objective
-from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, starting_vectors
+from trimtab.prompts.scoring.objective import CrossEntropy
+from trimtab.prompts.soft.embeddings import soft_loss, standing, token_embeddings
+from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, start_from
 from trimtab.prompts.task.rows import Row, slot_text
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
@@ -47,7 +46,7 @@ class StateMatch(Printable):
         recovered: 1 - |h - h_ref|^2 / |h_start - h_ref|^2, the share of the difference closed.
         ids: the nearest allowed tokens.
         text: theirs.
-        loss: of the vectors under the objective; None for rows without answers.
+        loss: cross-entropy with the vectors; None for rows without answers.
         loss_projected: of the nearest tokens.
         continuation: greedy answer to the first row's request with the vectors in the slot.
         continuation_projected: the same with the nearest tokens.
@@ -87,18 +86,6 @@ class StateSweep(Printable):
     reference_text: str
     reference_loss: float | None
 
-    def __iter__(self) -> Iterator[StateMatch]:
-        """Yield the matches, first layer first."""
-        return iter(self.matches)
-
-    def __len__(self) -> int:
-        """Count the layers."""
-        return len(self.matches)
-
-    def __getitem__(self, index: int) -> StateMatch:
-        """Return a match by its place."""
-        return self.matches[index]
-
     def table(self) -> Table:
         """Return one line per layer."""
         columns = (
@@ -107,15 +94,10 @@ class StateSweep(Printable):
         )
         rows = tuple(
             (
-                str(m.layer),
-                str(m.soft.steps),
-                number(m.soft.seconds, 1),
+                *(str(m.layer), str(m.soft.steps), number(m.soft.seconds, 1)),
                 number(m.cosine_start, 3),
-                number(m.cosine, 4),
-                number(m.cosine_min, 4),
-                number(m.recovered, 4),
-                number(m.loss, 3),
-                repr(m.text),
+                *(number(x, 4) for x in (m.cosine, m.cosine_min, m.recovered)),
+                *(number(m.loss, 3), repr(m.text)),
                 number(m.loss_projected, 3),
                 m.continuation,
             )
@@ -141,90 +123,74 @@ def match_states(
     learning_rate: float = 0.2,
     until: float = 0.997,
     allowed: Tensor | None = None,
-    objective: Objective | None = None,
     answer_tokens: int = 24,
-    progress: Progress | None = None,
 ) -> StateMatch:
     """Train k vectors until the states at one layer are those that the reference induces.
 
-    Minimized over all tokens after the slot (separator, request, assistant head, answer), with
-    h and r the states that leave block `layer`, with the vectors and with the reference:
-
-        mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r))
-
-    The forward pass ends at `layer`. With another k than the reference's, tokens are compared with
-    themselves, at positions shifted by the difference.
+    Lowered is `state_loss` over all tokens after the slot (separator, request, assistant head,
+    answer), with h and r the states that leave block `layer`, with the vectors and with the
+    reference. The forward pass ends at `layer`. With another k than the reference's, tokens are
+    compared with themselves, at positions shifted by the difference.
 
     Args:
         lm: the model; its weights stay as they are.
-        rows: what stands around the slot; the answers are fed as well.
+        rows: what stands around the slot; the answers are fed as well, and scored.
         reference: token ids of the reference.
         layer: 0-based.
         generator: draws the start.
         k: vectors; as many as the reference has tokens when absent.
-        init: as in `train_soft`.
+        init: as in `start_from`.
         steps: at most.
         learning_rate: per coordinate, in units of the embeddings' root mean square.
         until: stop once the mean cosine is this large.
         allowed: `[vocab]`, tokens to start from and to project to.
-        objective: to score vectors and tokens; cross-entropy where rows have answers.
         answer_tokens: length of the sample answers; 0 for none.
-        progress: called with steps done and steps in all.
 
     Raises:
-        TrimtabError: no rows, no reference, a layer out of depth, a loss that is not finite.
+        TrimtabError: a layer out of depth, or a loss that is not finite.
     """
-    if not rows or not reference:
-        raise TrimtabError(
-            f"states of {len(rows)} rows with a reference of {len(reference)} tokens",
-            "nothing to match",
-            "give at least one row and one reference token",
-        )
     at = layer_within(layer, lm.n_layers)
-    mask = allowed_tokens(lm, allowed)
-    start, named = starting_vectors(lm, k or len(reference), init, generator, mask, reference)
+    start = start_from(lm, k or len(reference), generator, init, reference, allowed)
     sites = [Site("resid_post", at)]
+
+    def read(vectors: Tensor) -> Tensor:
+        return states(lm, rows, vectors, sites)[0]
+
     with torch.no_grad():
-        (wanted,) = states(lm, rows, token_embeddings(lm, reference), sites)
-        (first,) = states(lm, rows, start.to(lm.device), sites)
-    size = wanted.square().sum(-1).mean().clamp(min=NEAR)
+        wanted, first = read(token_embeddings(lm, reference)), read(start.vectors)
     mean = -1.0
 
     def loss(vectors: Tensor) -> Tensor:
         nonlocal mean
-        (found,) = states(lm, rows, vectors, sites)
-        near = cosines(found, wanted)
-        mean = float(near.detach().mean())
-        return (found - wanted).square().sum(-1).mean() / size + (1 - near).mean()
+        lowered, near = state_loss(read(vectors), wanted)
+        mean = float(near.detach())
+        return lowered
 
     soft = descend(
         lm,
         start,
         loss,
-        lambda vectors: float(loss(vectors)),
         steps=steps,
         learning_rate=learning_rate,
-        init=named,
         enough=lambda: mean >= until,
-        progress=progress,
     )
+    vectors = soft.vectors.to(lm.device)
+    ids = nearest_tokens(lm, vectors, allowed_tokens(lm, allowed))
+    tokens = token_embeddings(lm, ids)
     with torch.no_grad():
-        (last,) = states(lm, rows, soft.vectors.to(lm.device), sites)
+        last = read(vectors)
     near = cosines(last, wanted)
-    ids = nearest_tokens(lm, soft.vectors, mask)
-    aim = CrossEntropy() if objective is None and rows[0].target else objective
-    vectors, tokens = soft.vectors.to(lm.device), token_embeddings(lm, ids)
     return StateMatch(
         layer=at,
         soft=soft,
         cosine_start=float(cosines(first, wanted).mean()),
         cosine=float(near.mean()),
         cosine_min=float(near.min()),
-        recovered=_closed(first, last, wanted),
+        recovered=closed(first, last, wanted),
         ids=ids,
         text=slot_text(lm, ids),
-        loss=_loss(lm, rows, vectors, aim),
-        loss_projected=_loss(lm, rows, tokens, aim),
+        loss=_loss(lm, rows, vectors),
+        loss_projected=_loss(lm, rows, tokens),
         continuation=_continuation(lm, rows[0], vectors, answer_tokens),
         continuation_projected=_continuation(lm, rows[0], tokens, answer_tokens),
     )
@@ -236,39 +202,23 @@ def match_every_layer(
     reference: Sequence[int],
     *,
     generator: torch.Generator,
-    k: int | None = None,
     layers: Sequence[int] | None = None,
-    objective: Objective | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> StateSweep:
-    """Match the reference's states at each layer in turn, each from the same start.
+    """Run `match_states` with its options at each layer (all by default), each from the same start.
 
-    Args:
-        lm: the model.
-        rows: as in `match_states`.
-        reference: token ids of the reference.
-        generator: draws the start.
-        k: vectors; as many as the reference has tokens when absent.
-        layers: all when absent.
-        objective: to score with; cross-entropy where rows have answers.
-        progress: called with layers done and layers in all.
-        **options: of `match_states`.
-
-    Raises:
-        TrimtabError: as `match_states`.
+    `progress` is called with layers done and layers in all.
     """
-    chosen = tuple(range(lm.n_layers)) if layers is None else tuple(layers)
+    chosen = range(lm.n_layers) if layers is None else layers
     seed = int(torch.randint(2**31, (1,), generator=generator))
     matches = []
     for layer in chosen:
         same = torch.Generator().manual_seed(seed)
-        options |= {"k": k, "objective": objective}
         matches.append(match_states(lm, rows, reference, layer, generator=same, **options))
         if progress is not None:
             progress(len(matches), len(chosen))
-    aim = CrossEntropy() if objective is None and rows[0].target else objective
-    own = _loss(lm, rows, token_embeddings(lm, reference), aim)
+    own = _loss(lm, rows, token_embeddings(lm, reference))
     return StateSweep(tuple(matches), tuple(reference), slot_text(lm, reference), own)
 
 
@@ -281,26 +231,18 @@ def states(
 ) -> tuple[Tensor, ...]:
     """Return the values of sites at the tokens after the slot, float32 `[tokens, d_model]` each.
 
-    Rows stand in the order given. The forward pass ends at the last site that it comes to;
-    gradients flow to the vectors.
-
-    Args:
-        lm: the model.
-        rows: one padded batch of them.
-        vectors: `[k, d_model]` in the slot.
-        sites: what is read.
-        last: only the last prompt token of each row, `[rows, d_model]`.
+    Rows stand in the order given; with `last`, only the last prompt token of each, `[rows, d_model]`.
+    The forward pass ends at the last site that it comes to; gradients flow to the vectors.
     """
-    with soft_tokens(lm, vectors) as slot:
-        encoded = [row.encoded(slot) for row in rows]
-        longest = max(len(item.ids) for item in encoded)
-        (batch,) = lm.batches(encoded, longest * len(rows), len(rows))
+    with standing(lm, rows, vectors) as batch:
         streams = _read(lm, batch, sites)
+    longest = batch.input_ids.shape[1]
     spans: dict[int, tuple[int, int, int]] = {}
-    for place, row in enumerate(batch.rows.tolist()):
-        # Rows are padded on the left: all end in the last column.
-        end = longest - len(encoded[row].ids) + encoded[row].prompt_length
-        spans[row] = (place, end - 1, end) if last else (place, end - len(rows[row].after), longest)
+    for place, at in enumerate(batch.rows.tolist()):
+        row = rows[at]
+        # Rows are padded on the left, so all end in the last column; the last target is not fed.
+        end = longest - max(0, len(row.target) - 1)
+        spans[at] = (place, end - 1, end) if last else (place, end - len(row.after), longest)
     ordered = [spans[row] for row in range(len(rows))]
     return tuple(
         torch.cat([stream[place, start:end] for place, start, end in ordered]).float()
@@ -341,16 +283,23 @@ def cosines(found: Tensor, wanted: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(found, wanted, dim=-1, eps=NEAR)
 
 
-def _closed(first: Tensor, last: Tensor, wanted: Tensor) -> float:
-    before = float((first - wanted).square().sum())
-    return 1 - float((last - wanted).square().sum()) / max(before, NEAR)
+def state_loss(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean |h - r|^2 / mean |r|^2 + mean (1 - cos(h, r)), and the mean cosine."""
+    size = wanted.square().sum(-1).mean().clamp(min=NEAR)
+    near = cosines(found, wanted).mean()
+    return (found - wanted).square().sum(-1).mean() / size + 1 - near, near
+
+
+def closed(first: Tensor, last: Tensor, wanted: Tensor) -> float:
+    """Return 1 - |last - wanted|^2 / |first - wanted|^2, the share of a difference that is gone."""
+    left, before = ((x - wanted).square().sum() for x in (last, first))
+    return float(1 - left / before.clamp(min=NEAR))
 
 
 @torch.no_grad()
-def _loss(
-    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective | None
-) -> float | None:
-    return None if objective is None else float(soft_loss(lm, rows, vectors, objective))
+def _loss(lm: LanguageModel, rows: Sequence[Row], vectors: Tensor) -> float | None:
+    """The cross-entropy of the rows' answers; None for rows without."""
+    return float(soft_loss(lm, rows, vectors, CrossEntropy())) if rows[0].target else None
 
 
 def _continuation(lm: LanguageModel, row: Row, vectors: Tensor, tokens: int) -> str:
