@@ -218,7 +218,11 @@ class LanguageModel:
         Returns:
             float32 `[prompts, vocab]` on the CPU, in the caller's order.
         """
-        encoded = [self.encode(prompt) for prompt in _listed(prompts)[0]]
+        return self.logits_after([self.encode(prompt) for prompt in _listed(prompts)[0]])
+
+    @torch.no_grad()
+    def logits_after(self, encoded: Sequence[Encoded]) -> Tensor:
+        """Logits of the token behind each of one or more encoded prompts, as in `next_logits`."""
         rows: dict[int, Tensor] = {}
         for batch in self.batches(encoded):
             logits = self.forward(batch, logits_to_keep=1)[:, -1].float().cpu()

@@ -10,7 +10,6 @@ from trimtab.prompts.pipeline.attempt import Attempt, costing
 from trimtab.prompts.pipeline.stages import descended, descent_stage
 from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.projections.project import slot_losses
-from trimtab.prompts.scoring.objective import CrossEntropy
 
 ROUNDS = 50  # descents of one restart at most, whatever the budget
 RATE_STEPS = 4
@@ -98,6 +97,6 @@ def reference_itself(task: Task) -> Attempt:
 
 def _as_it_is(task: Task, arm: str, restart: int, ids: tuple[int, ...]) -> Attempt:
     with costing(task.lm) as cost:
-        loss = float(slot_losses(task.lm, task.rows, [ids], CrossEntropy())[0])
+        loss = float(slot_losses(task.lm, task.rows, [ids])[0])
     attempt = task.attempt(arm, restart, ids, loss)
     return replace(attempt, tokens=cost.tokens, calls=cost.calls, seconds=cost.seconds)

@@ -82,7 +82,7 @@ def conclude(
 def tested(task: Task, rows: Sequence[Row], found: Found) -> tuple[Attempt, ...]:
     """Return the attempts with their losses on the test rows."""
     slots = [a.ids for a in found.attempts if a.ids]
-    losses = iter(slot_losses(task.lm, rows, slots, CrossEntropy()).tolist())
+    losses = iter(slot_losses(task.lm, rows, slots).tolist())
     return tuple(
         replace(
             a, test=next(losses) if a.ids else soft_slot_loss(task.lm, rows, found.softs[a.restart])

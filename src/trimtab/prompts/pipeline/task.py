@@ -132,7 +132,7 @@ class Task:
 
     def kernel(self) -> Kernel:
         """A kernel of its own for every attempt, so that costs and memory are that attempt's."""
-        return Kernel(self.lm, self.rows, CrossEntropy(), draft=self.draft)
+        return Kernel(self.lm, self.rows, draft=self.draft)
 
     def generator(self, arm: str, restart: int) -> torch.Generator:
         """The generator of one arm in one restart: none depends on what ran before it."""
@@ -148,8 +148,7 @@ class Task:
 
     def validated(self, ids: Sequence[int]) -> float:
         """The loss of a prompt on the validation rows."""
-        losses = slot_losses(self.lm, self.validation, [tuple(ids)], CrossEntropy())
-        return float(losses[0])
+        return float(slot_losses(self.lm, self.validation, [ids])[0])
 
     def validated_soft(self, soft: Soft) -> float:
         """The loss of a soft prefix on the validation rows."""

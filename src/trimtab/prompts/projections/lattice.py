@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.models.chat import Encoded
 from trimtab.prompts.projections.registry import ProjectionTask, register
+from trimtab.prompts.scoring.feeding import beginning
 
 
 @register("lattice")
@@ -52,7 +52,9 @@ def lattice(
         if prior:
             step = step - prior * _log_prior(task, beam)[:, ids].double()
         total = (cost[:, None] + step).flatten()
-        best = total.topk(min(_wide(task, width), len(total)), largest=False)
+        # A wider beam where sequences may turn out illegal at the end.
+        wide = width if task.legal is None else 4 * width
+        best = total.topk(min(wide, len(total)), largest=False)
         cost = best.values
         beam = [
             (*beam[place // len(ids)], int(ids[place % len(ids)]))
@@ -61,12 +63,6 @@ def lattice(
     return task.best(beam, keep)
 
 
-def _wide(task: ProjectionTask, width: int) -> int:
-    """A wider beam where sequences may turn out illegal at the end."""
-    return width if task.legal is None else 4 * width
-
-
-@torch.no_grad()
 def _log_prior(task: ProjectionTask, beam: Sequence[tuple[int, ...]]) -> Tensor:
     """Return log p of the next token after each partial slot, float32 `[beam, vocab]`.
 
@@ -74,19 +70,8 @@ def _log_prior(task: ProjectionTask, beam: Sequence[tuple[int, ...]]) -> Tensor:
     enough.
     """
     contexts = list(dict.fromkeys(row.before for row in task.rows))[:4]
-    total: Tensor | None = None
-    for context in contexts:
-        encoded = [
-            Encoded("", [*context, *slot], len(context) + len(slot), len(context) + len(slot))
-            for slot in beam
-        ]
-        found: Tensor | None = None
-        for batch in task.lm.batches(encoded):
-            logits = task.lm.forward(batch, logits_to_keep=1)[:, -1].float().log_softmax(-1).cpu()
-            if found is None:
-                found = logits.new_empty(len(beam), logits.shape[-1])
-            found[batch.rows.cpu()] = logits
-        assert found is not None  # a beam is never empty
-        total = found if total is None else total + found
-    assert total is not None  # a task has rows
-    return total / len(contexts)
+    found = [
+        task.lm.logits_after([beginning((*context, *slot)) for slot in beam]).log_softmax(-1)
+        for context in contexts
+    ]
+    return torch.stack(found).sum(0) / len(contexts)

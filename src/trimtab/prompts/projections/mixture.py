@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,25 +11,9 @@ from trimtab.errors import TrimtabError
 from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
 from trimtab.prompts.projections.registry import ProjectionTask, register
+from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import drawing
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """Where an annealed mixture went.
-
-    Attributes:
-        probabilities: float32 `[k, allowed]`, of the last step.
-        entropies: mean entropy per position at each step, in nats.
-        losses: of the mixture at each step, on that step's rows.
-        corners: the distinct most likely tokens, the last ones last.
-    """
-
-    probabilities: Tensor = field(repr=False)
-    entropies: tuple[float, ...]
-    losses: tuple[float, ...]
-    corners: tuple[tuple[int, ...], ...]
 
 
 @register("mixture")
@@ -45,7 +28,15 @@ def mixture(
     batch_size: int | None = None,
     keep: int = 8,
 ) -> tuple[int, ...]:
-    """Anneal a mixture to a corner, and return the best of the last corners; see `anneal`.
+    """Train logits z `[k, allowed]`: slot = softmax(z / T) E, T falling, entropy ever dearer.
+
+        minimize  loss(p E) + c * mean entropy(p),   p = softmax(z / T)
+        T: 1 -> `temperature` geometrically, c: 0 -> `penalty` linearly, z_0 = sharpness * cosines
+
+    What comes out is the best of the last corners met, a corner being the likeliest tokens.
+
+    Source: GBDA, Guo et al. 2021 (arXiv 2104.13733), without its Gumbel noise; the entropy as in
+    projected gradient descent on relaxed one-hots, Geisler et al. 2024 (arXiv 2402.09154).
 
     Args:
         task: what to project.
@@ -56,36 +47,6 @@ def mixture(
         penalty: of the entropy at the end, in nats of loss per nat; 0 at the start.
         batch_size: rows a step; all when absent.
         keep: so many of the last corners are scored on all rows.
-    """
-    found = anneal(
-        task,
-        steps=steps,
-        learning_rate=learning_rate,
-        sharpness=sharpness,
-        temperature=temperature,
-        penalty=penalty,
-        batch_size=batch_size,
-    )
-    return task.best(found.corners[::-1], keep)
-
-
-def anneal(
-    task: ProjectionTask,
-    *,
-    steps: int,
-    learning_rate: float,
-    sharpness: float,
-    temperature: float,
-    penalty: float,
-    batch_size: int | None = None,
-) -> Mixture:
-    """Train logits z `[k, allowed]`: slot = softmax(z / T) E, T falling, entropy ever dearer.
-
-        minimize  loss(p E) + c * mean entropy(p),   p = softmax(z / T)
-        T: 1 -> `temperature` geometrically, c: 0 -> `penalty` linearly, z_0 = sharpness * cosines
-
-    Source: GBDA, Guo et al. 2021 (arXiv 2104.13733), without its Gumbel noise; the entropy as in
-    projected gradient descent on relaxed one-hots, Geisler et al. 2024 (arXiv 2402.09154).
 
     Raises:
         TrimtabError: a number out of range.
@@ -99,23 +60,15 @@ def anneal(
         )
     logits = (sharpness * task.cosines(task.vectors)).requires_grad_(True)
     draw = drawing(task.rows, batch_size, task.generator)
-    entropies: list[float] = []
-    losses: list[float] = []
-    corners: dict[tuple[int, ...], None] = {}
-    p = logits.detach().softmax(-1)
+    corners: list[tuple[int, ...]] = []
 
     def gradients(step: int) -> tuple[Tensor, ...]:
-        nonlocal p
         share = step / max(1, steps - 1)
         log_p = (logits / math.pow(temperature, share)).log_softmax(-1)
         p = log_p.exp()
         entropy = -(p * log_p).sum(-1).mean()
-        loss = soft_loss(task.lm, draw(), p @ task.embeddings, task.objective)
-        entropies.append(float(entropy.detach()))
-        losses.append(float(loss.detach()))
-        corner = task.ids(p.detach().argmax(-1))
-        corners.pop(corner, None)
-        corners[corner] = None
+        loss = soft_loss(task.lm, draw(), p @ task.embeddings, CrossEntropy())
+        corners.append(task.ids(p.argmax(-1)))
         return torch.autograd.grad(loss + penalty * share * entropy, logits)
 
     with frozen(task.lm.model):
@@ -126,6 +79,5 @@ def anneal(
             steps=steps,
             learning_rate=learning_rate,
             decay=False,
-            progress=task.progress,
         )
-    return Mixture(p.detach(), tuple(entropies), tuple(losses), tuple(corners))
+    return task.best(corners[::-1], keep)

@@ -19,10 +19,8 @@ from trimtab.prompts.projections.registry import (
     register,
     slot_losses,
 )
-from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.soft import Soft, allowed_tokens
 from trimtab.prompts.task.rows import Row, slot_text
-from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 
 if TYPE_CHECKING:
@@ -85,40 +83,35 @@ def project(
     *,
     generator: torch.Generator,
     allowed: Tensor | None = None,
-    objective: Objective | None = None,
     legal: Legal | None = None,
-    progress: Progress | None = None,
     **options: Any,
 ) -> Projected:
     """Project a soft prompt to allowed tokens, and score them.
 
     Args:
         lm: the model.
-        rows: what the objective is read on.
+        rows: what the cross-entropy is read on.
         soft: the vectors.
         method: one of `PROJECTIONS`; see docs/methods/projection.md.
         generator: of whatever is random.
         allowed: bool `[vocab]`; all but special tokens when absent.
-        objective: cross-entropy when absent.
         legal: as in `ProjectionTask`, such as `Bound.legal`.
-        progress: called with steps done and steps in all.
         **options: of the method.
 
     Raises:
-        TrimtabError: an unknown method or option, or nothing allowed.
+        TrimtabError: an unknown method or option.
     """
     projection = PROJECTIONS[method]
     began = time.perf_counter()
-    aim = CrossEntropy() if objective is None else objective
     mask = allowed_tokens(lm, allowed)
-    task = ProjectionTask(lm, tuple(rows), aim, soft, mask, generator, legal, progress)
+    task = ProjectionTask(lm, tuple(rows), soft, mask, generator, legal)
     ids = projection(task, **options)
     seconds = time.perf_counter() - began
     return Projected(
         method=method,
         ids=ids,
         text=slot_text(lm, ids),
-        loss=float(slot_losses(lm, task.rows, [ids], aim)[0]),
+        loss=float(slot_losses(lm, task.rows, [ids])[0]),
         soft_loss=soft.loss,
         legal=None if legal is None else bool(legal([ids])[0]),
         seconds=seconds,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from trimtab.prompts.scoring.objective import Objective
+from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import token_embeddings
-from trimtab.prompts.soft.soft import Soft, allowed_tokens
+from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.rows import Row
-from trimtab.results import Progress
 from trimtab.results.registry import Named, Registry
 
 if TYPE_CHECKING:
@@ -23,40 +24,33 @@ Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
 SCORED_TOKENS = 8192  # of a batch of candidates
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ProjectionTask:
     """What a projection is given.
 
     Attributes:
         lm: the model.
-        rows: what the objective is read on.
-        objective: the loss.
+        rows: what the cross-entropy is read on.
         soft: the vectors to project.
         allowed: bool `[vocab]`; only these tokens may come out.
         generator: of whatever is random.
         legal: says of each of a list of slots whether it may be used as a whole; preferred where
             there is a choice. None: every one.
-        progress: called with steps done and steps in all.
     """
 
     lm: LanguageModel
     rows: tuple[Row, ...]
-    objective: Objective
     soft: Soft
     allowed: Tensor
     generator: torch.Generator
     legal: Legal | None = None
-    progress: Progress | None = None
     pool: Tensor = field(init=False, repr=False)
     embeddings: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Look the allowed tokens up: ids `[allowed]`, float32 embeddings `[allowed, d_model]`."""
-        object.__setattr__(self, "allowed", allowed_tokens(self.lm, self.allowed))
-        pool = self.allowed.nonzero().flatten()
-        table = token_embeddings(self.lm)
-        object.__setattr__(self, "pool", pool)
-        object.__setattr__(self, "embeddings", table[pool.to(table.device)].detach().float())
+        self.pool = self.allowed.nonzero().flatten()
+        self.embeddings = token_embeddings(self.lm, self.pool.tolist()).detach().float()
 
     @property
     def vectors(self) -> Tensor:
@@ -65,30 +59,19 @@ class ProjectionTask:
 
     def cosines(self, vectors: Tensor) -> Tensor:
         """Cosines of vectors `[k, d_model]` with the allowed tokens' embeddings `[k, allowed]`."""
-        return unit(vectors) @ unit(self.embeddings).T
+        return normalize(vectors.float(), dim=-1) @ normalize(self.embeddings, dim=-1).T
 
     def ids(self, places: Tensor) -> tuple[int, ...]:
         """The token ids at places among the allowed ones."""
         return tuple(self.pool[places.cpu()].tolist())
 
-    def legal_first(self, slots: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The distinct slots, legal ones in front, else in their order."""
-        distinct = list(dict.fromkeys(slots))
-        if self.legal is None:
-            return distinct
-        verdicts = dict(zip(distinct, self.legal(distinct), strict=True))
-        return sorted(distinct, key=lambda slot: not verdicts[slot])
-
     def best(self, slots: Sequence[tuple[int, ...]], keep: int) -> tuple[int, ...]:
         """The slot of lowest loss among the first `keep`: legal ones, or any where none is."""
-        distinct = self.legal_first(slots)[: max(1, keep)]
-        if self.legal is not None and len(distinct) > 1:
-            verdicts = self.legal(distinct)
-            distinct = [s for s, good in zip(distinct, verdicts, strict=True) if good] or distinct
-        if len(distinct) == 1:
-            return distinct[0]
-        losses = slot_losses(self.lm, self.rows, distinct, self.objective)
-        return distinct[int(losses.argmin())]
+        distinct = list(dict.fromkeys(slots))
+        if self.legal is not None:
+            distinct = list(compress(distinct, self.legal(distinct))) or distinct
+        distinct = distinct[: max(1, keep)]
+        return distinct[int(slot_losses(self.lm, self.rows, distinct).argmin())]
 
 
 class Projection(Named):
@@ -109,13 +92,9 @@ register = PROJECTIONS.register
 
 
 @torch.no_grad()
-def slot_losses(
-    lm: LanguageModel,
-    rows: Sequence[Row],
-    slots: Sequence[Sequence[int]],
-    objective: Objective,
-) -> Tensor:
-    """Return the loss of each slot over all rows, float64 `[slots]`, in padded batches."""
+def slot_losses(lm: LanguageModel, rows: Sequence[Row], slots: Sequence[Sequence[int]]) -> Tensor:
+    """Return the cross-entropy of each slot over all rows, float64 `[slots]`, in padded batches."""
+    objective = CrossEntropy()
     pairs = [(slot, row) for slot in slots for row in rows]
     keep = max(objective.keep(row) for row in rows)
     encoded = [row.encoded(slot) for slot, row in pairs]
@@ -126,8 +105,3 @@ def slot_losses(
         losses[at] = objective.values(logits, [pairs[i][1] for i in at]).double().cpu()
     weights = torch.tensor([objective.weight(row) for row in rows], dtype=torch.float64)
     return (losses.view(len(slots), len(rows)) * weights).sum(-1) / weights.sum()
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Return vectors of length 1 along the last axis."""
-    return nn.functional.normalize(vectors.float(), dim=-1)

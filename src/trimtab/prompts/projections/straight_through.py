@@ -8,6 +8,7 @@ from torch import Tensor
 from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
 from trimtab.prompts.projections.registry import ProjectionTask, register
+from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import drawing, embedding_scale
 
@@ -41,7 +42,7 @@ def straight_through(
     def gradients(step: int) -> tuple[Tensor, ...]:
         places = task.cosines(copy.detach()).argmax(-1)
         at = task.embeddings[places].clone().requires_grad_(True)
-        loss = soft_loss(task.lm, draw(), at, task.objective)
+        loss = soft_loss(task.lm, draw(), at, CrossEntropy())
         ids = task.ids(places)
         met[ids] = min(met.get(ids, float("inf")), float(loss.detach()))
         return torch.autograd.grad(loss, at)
@@ -55,7 +56,6 @@ def straight_through(
             learning_rate=learning_rate * embedding_scale(task.lm),
             decay=False,
             weight_decay=weight_decay,
-            progress=task.progress,
         )
     met.setdefault(task.ids(task.cosines(copy.detach()).argmax(-1)), float("inf"))
     return task.best(sorted(met, key=met.__getitem__), keep)
