@@ -16,8 +16,8 @@ from trimtab.evaluation.divergence import token_kl
 from trimtab.evaluation.readout import gap, readout_tokens
 from trimtab.prompts.gap.gap_search import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.gap.readings import Reader
-from trimtab.prompts.gap.sort_sum_stop import need, sort_sum_stop
-from trimtab.prompts.gap.steps import Found, GapStep
+from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
+from trimtab.prompts.gap.steps import Found, GapStep, need
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import lay_out

@@ -267,15 +267,12 @@ def _held_out(
 def _null(reader: Reader, bound: Bound, length: int, draws: int, seed: int) -> tuple[float, int]:
     """The share of prompts that random legal tokens close, in the mean."""
     generator = torch.Generator().manual_seed(seed)
-    allowed = bound.allowed.nonzero()[:, 0]
-    slots: list[list[int]] = []
-    for _ in range(200 * draws):
-        if len(slots) == draws:
-            break
-        places = torch.randint(len(allowed), (length,), generator=generator)
-        slot = allowed[places].tolist()
-        if bound.legal([slot])[0]:
-            slots.append(slot)
+
+    def drawn() -> tuple[int, ...]:
+        places = torch.randint(len(bound.pool), (length,), generator=generator)
+        return tuple(bound.pool[places].tolist())
+
+    slots = bound.first_legal((drawn() for _ in range(200 * draws)), draws, depth=200)
     if not slots:
         return float("nan"), 0
     gaps = reader.objective.sign * reader.read(slots).gaps

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.evaluation.divergence import token_kl
+from trimtab.prompts.scoring.feeding import beginning
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.rows import Row
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
+class Reading(NamedTuple):
     """One entry per slot and row, float64 `[slots, rows]` on the CPU.
 
     Attributes:
@@ -32,8 +31,11 @@ class Reading:
     shifts: Tensor
     masses: Tensor
 
+    def only(self, slot: int) -> Reading:
+        """The reading of one slot, `[1, rows]`."""
+        return Reading(*(values[slot : slot + 1] for values in self))
 
-@dataclass(eq=False)
+
 class Reader:
     """Reads slots on some rows beside the same prompts without a slot.
 
@@ -45,20 +47,12 @@ class Reader:
         bare: the reading of the prompts as they are, `[1, rows]`.
     """
 
-    lm: LanguageModel
-    rows: Sequence[Row]
-    objective: GapLoss
-    sequences: int = 0
-    bare: Reading = field(init=False)
-    _log_p: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, lm: LanguageModel, rows: Sequence[Row], objective: GapLoss) -> None:
         """Read the prompts as they are."""
-        plain = [self.lm.encode(row.request) for row in self.rows]
-        self._log_p = self._log_probs(plain)
+        self.lm, self.rows, self.objective, self.sequences = lm, rows, objective, 0
+        self._log_p = self._log_probs([lm.encode(row.request) for row in rows])
         self.bare = self._reading(self._log_p[None])
 
-    @torch.no_grad()
     def read(self, slots: Sequence[Sequence[int]], count: int | None = None) -> Reading:
         """Return what each slot does on each row, or on the first `count` of them."""
         rows = self.rows[:count]
@@ -67,23 +61,14 @@ class Reader:
         size = max(1, 2**25 // (len(rows) * self._log_p.shape[-1]))
         for start in range(0, len(slots), size):
             part = slots[start : start + size]
-            items = [row.encoded(slot) for slot in part for row in rows]
-            log_p = self._log_probs(items)
+            log_p = self._log_probs([row.encoded(slot) for slot in part for row in rows])
             found.append(self._reading(log_p.reshape(len(part), len(rows), -1)))
-        parts = [[getattr(r, name) for r in found] for name in ("gaps", "shifts", "masses")]
-        return Reading(*(torch.cat(part) for part in parts))
+        return Reading(*map(torch.cat, zip(*found, strict=True)))
 
-    @torch.no_grad()
     def next_token(self, slot: Sequence[int]) -> Tensor:
         """Return log-probabilities of the token behind `before + slot`, `[rows, vocab]`."""
-        items = [row.encoded(slot) for row in self.rows]
-        cut = [
-            type(item)("", item.ids[: len(row.before) + len(slot)], 0, 0)
-            for item, row in zip(items, self.rows, strict=True)
-        ]
-        return self._log_probs(cut)
+        return self._log_probs([beginning((*row.before, *slot)) for row in self.rows])
 
-    @torch.no_grad()
     def slot_nll(self, slot: Sequence[int]) -> float:
         """Return the mean -log p of the slot's own tokens in their place, in nats."""
         total = 0.0
@@ -99,15 +84,7 @@ class Reader:
             masses=log_p[..., wanted].logsumexp(-1).double(),
         )
 
-    @torch.no_grad()
     def _log_probs(self, items: Sequence[Encoded]) -> Tensor:
         """Log-probabilities of the token behind each prompt, float32 `[prompts, vocab]`."""
-        result: Tensor | None = None
         self.sequences += len(items)
-        for batch in self.lm.batches(items):
-            log_p = self.lm.forward(batch, logits_to_keep=1)[:, -1].float().log_softmax(-1).cpu()
-            if result is None:
-                result = log_p.new_empty(len(items), log_p.shape[-1])
-            result[batch.rows.cpu()] = log_p
-        assert result is not None  # there is at least one prompt
-        return result
+        return self.lm.logits_after(items).log_softmax(-1)

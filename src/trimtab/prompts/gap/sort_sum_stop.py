@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.prompts.gap.steps import Found, GapStep, concluded
+from trimtab.prompts.gap.readings import Reader, Reading
+from trimtab.prompts.gap.steps import Found, GapStep, Slot, grow
+from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
 
-if TYPE_CHECKING:
-    from trimtab.prompts.gap.readings import Reader, Reading
-    from trimtab.prompts.task.constraints import Bound
-
-Slot = tuple[int, ...]
+Scores = tuple[Tensor, Tensor, Tensor]
 
 
 def sort_sum_stop(
@@ -68,43 +62,39 @@ def sort_sum_stop(
     Raises:
         TrimtabError: A goal that is no share, or no tokens allowed.
     """
-    if not 0 < goal <= 1 or max_tokens < 1:
-        raise TrimtabError(
-            f"a gap search with goal {goal} and {max_tokens} tokens",
-            "no share from 0 to 1, or no tokens",
-            "use a goal such as 0.9 and one token or more",
-        )
-    sign = reader.objective.sign
-    fed = reader.sequences - len(reader.rows)  # the prompts as they are count too
-    slot: Slot = ()
-    now = reader.bare
-    steps: list[GapStep] = []
-    stopped = ""
-    while not stopped:
-        open_ = need(sign * now.gaps[0], goal) + margin
-        if open_ <= 0 and slot:
-            stopped = "closed"
-        elif len(slot) == max_tokens:
-            stopped = f"{max_tokens} tokens used"
-        else:
-            order = _scored(
-                reader, bound, slot, now, least_probability, most_candidates,
-                screen_rows, kept_candidates, (shift_weight, mass_weight),
-            )  # fmt: skip
-            chosen = _summed(bound, slot, order, open_, max_tokens - len(slot))
-            made, slot, now = _measured(reader, slot, now, chosen, margin)
-            steps += made
-            if not any(step.kept for step in made):
-                stopped = "no token that helps when measured"
-        if progress is not None:
-            progress(len(slot), max_tokens)
-    return concluded(reader, "sort", slot, steps, now, stopped, fed)
+
+    def scores(slot: Slot, now: Reading, tokens: list[int], count: int) -> Scores:
+        """F, gain and shift of each token behind the slot, means over the first `count` prompts."""
+        found = reader.read([(*slot, token) for token in tokens], count)
+        changes = (a - b[:, :count] for a, b in zip(found, now, strict=True))
+        gains, shifts, masses = (change.mean(-1) for change in changes)
+        gains = reader.objective.sign * gains
+        return gains - shift_weight * shifts + mass_weight * masses, gains, shifts
+
+    def extend(
+        slot: Slot, now: Reading, open_: float, room: int
+    ) -> tuple[list[GapStep], Slot, Reading]:
+        tokens = _candidates(reader, bound, slot, least_probability, most_candidates)
+        if len(tokens) > kept_candidates and screen_rows < len(reader.rows):
+            order = _descending(scores(slot, now, tokens, screen_rows)[0])
+            tokens = [tokens[i] for i in order[:kept_candidates]]
+        if not tokens:
+            return [], slot, now
+        each, gains, shifts = scores(slot, now, tokens, len(reader.rows))
+        steps = [
+            GapStep(tokens[i], bound.text([tokens[i]]), float(gains[i]), 0.0, float(shifts[i]))
+            for i in _descending(each)
+            if float(gains[i]) > 0
+        ]
+        return _measured(reader, slot, now, _summed(bound, slot, steps, open_, room), margin)
+
+    return grow(
+        reader, "sort", extend, max_tokens=max_tokens, goal=goal, margin=margin, progress=progress
+    )
 
 
-def need(gaps: Tensor, goal: float) -> float:
-    """What has to be gained so that a share `goal` of the prompts is closed."""
-    ordered = gaps.sort(descending=True).values
-    return -float(ordered[min(len(ordered), math.ceil(goal * len(ordered))) - 1])
+def _descending(values: Tensor) -> list[int]:
+    return values.argsort(descending=True, stable=True).tolist()
 
 
 def _candidates(
@@ -113,60 +103,16 @@ def _candidates(
     """Allowed tokens that are likely behind the slot, the likeliest first."""
     log_p = reader.next_token(slot)
     likely = log_p.exp().mean(0)
-    # Centerd log-probabilities are centered logits.
+    # Centered log-probabilities are centered logits.
     above = (log_p - log_p.mean(-1, keepdim=True)).mean(0) > 0
     fine = bound.allowed[: len(likely)] & above
     for floor in (least_probability * 10.0**-n for n in range(4)):
         left = (fine & (likely > floor)).nonzero()[:, 0].tolist()
         ranked = sorted(left, key=lambda token: -float(likely[token]))
-        legal = bound.legal([(*slot, token) for token in ranked])
-        kept = [token for token, good in zip(ranked, legal, strict=True) if good]
-        if kept:
-            return kept[:most]
+        longer = [(*slot, token) for token in ranked]
+        if kept := bound.first_legal(longer, most, depth=len(longer)):
+            return [slot[-1] for slot in kept]
     return []
-
-
-def _scored(
-    reader: Reader,
-    bound: Bound,
-    slot: Slot,
-    now: Reading,
-    least_probability: float,
-    most: int,
-    screen_rows: int,
-    kept: int,
-    weights: tuple[float, float],
-) -> list[GapStep]:
-    """Candidates alone behind the slot, the best F first; tokens without gain are left out."""
-    tokens = _candidates(reader, bound, slot, least_probability, most)
-    if len(tokens) > kept and screen_rows < len(reader.rows):
-        scores = _scores(reader, slot, tokens, now, weights, screen_rows)[0]
-        tokens = [tokens[i] for i in scores.argsort(descending=True, stable=True)[:kept].tolist()]
-    if not tokens:
-        return []
-    scores, gains, shifts = _scores(reader, slot, tokens, now, weights, len(reader.rows))
-    order = scores.argsort(descending=True, stable=True).tolist()
-    return [
-        GapStep(tokens[i], bound.text([tokens[i]]), float(gains[i]), 0.0, float(shifts[i]))
-        for i in order
-        if float(gains[i]) > 0
-    ]
-
-
-def _scores(
-    reader: Reader,
-    slot: Slot,
-    tokens: list[int],
-    now: Reading,
-    weights: tuple[float, float],
-    count: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """F, gain and shift of each token behind the slot, means over the first `count` prompts."""
-    found = reader.read([(*slot, token) for token in tokens], count)
-    gains = reader.objective.sign * (found.gaps - now.gaps[:, :count]).mean(-1)
-    shifts = (found.shifts - now.shifts[:, :count]).mean(-1)
-    masses = (found.masses - now.masses[:, :count]).mean(-1)
-    return gains - weights[0] * shifts + weights[1] * masses, gains, shifts
 
 
 def _summed(
@@ -207,7 +153,4 @@ def _measured(
     ]  # fmt: skip
     if best == 0:
         return made, slot, now
-    kept = type(found)(
-        *(getattr(found, name)[best - 1 : best] for name in ("gaps", "shifts", "masses"))
-    )
-    return made, slots[best - 1], kept
+    return made, slots[best - 1], found.only(best - 1)

@@ -1,18 +1,21 @@
-"""A gap search's trace: what each token was predicted to do, and what it did."""
+"""What gap searches share: the loop, and the trace of what each token was predicted to do, and did."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from trimtab.errors import TrimtabError
+from trimtab.prompts.gap.readings import Reader, Reading
+from trimtab.results import Progress
 from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number
 
-if TYPE_CHECKING:
-    from trimtab.prompts.gap.readings import Reader, Reading
+Slot = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,29 +102,45 @@ class Found(Printable):
         return Table("tokens of a gap search", columns, rows, notes)
 
 
-def concluded(
+def grow(
     reader: Reader,
     method: str,
-    slot: tuple[int, ...],
-    steps: Sequence[GapStep],
-    now: Reading,
-    stopped: str,
-    fed: int,
-    reconstruction: float | None = None,
+    extend: Callable[[Slot, Reading, float, int], tuple[list[GapStep], Slot, Reading]],
+    *,
+    max_tokens: int,
+    goal: float,
+    margin: float,
+    progress: Progress | None,
 ) -> Found:
-    """Return the result of a search whose last reading is `now`.
+    """Extend a slot until the share `goal` of the train prompts is closed by the margin.
 
-    Args:
-        reader: what it read with.
-        method: `sort` or `gradient`.
-        slot: the tokens kept.
-        steps: all that were tried.
-        now: the reading of the slot.
-        stopped: why.
-        fed: prompts that the reader had fed before.
-        reconstruction: see `Found`.
+    `extend` is called with the slot, its reading, what is still open and how many tokens may be
+    added; it gives the tokens that were tried, and the slot and its reading with those that stay.
     """
-    sign = reader.objective.sign
+    if not 0 < goal <= 1 or max_tokens < 1:
+        raise TrimtabError(
+            f"a gap search with goal {goal} and {max_tokens} tokens",
+            "no share from 0 to 1, or no tokens",
+            "use a goal such as 0.9 and one token or more",
+        )
+    sign, fed = reader.objective.sign, reader.sequences
+    slot: Slot = ()
+    now = reader.bare
+    steps: list[GapStep] = []
+    stopped = ""
+    while not stopped:
+        open_ = need(sign * now.gaps[0], goal) + margin
+        if open_ <= 0 and slot:
+            stopped = "closed"
+        elif len(slot) == max_tokens:
+            stopped = f"{max_tokens} tokens used"
+        else:
+            made, slot, now = extend(slot, now, open_, max_tokens - len(slot))
+            steps += made
+            if not any(step.kept for step in made):
+                stopped = "no legal token that helps when measured"
+        if progress is not None:
+            progress(len(slot), max_tokens)
     return Found(
         method=method,
         slot=slot,
@@ -130,6 +149,12 @@ def concluded(
         gap_after=float(sign * now.gaps.mean()),
         closed=float((sign * now.gaps > 0).double().mean()),
         stopped=stopped,
-        sequences=reader.sequences - fed,
-        reconstruction=reconstruction,
+        # The prompts as they are count too.
+        sequences=reader.sequences - fed + len(reader.rows),
     )
+
+
+def need(gaps: Tensor, goal: float) -> float:
+    """What has to be gained so that a share `goal` of the prompts is closed."""
+    ordered = gaps.sort(descending=True).values
+    return -float(ordered[min(len(ordered), math.ceil(goal * len(ordered))) - 1])

@@ -71,6 +71,8 @@ class ProjectionTask:
         if self.legal is not None:
             distinct = list(compress(distinct, self.legal(distinct))) or distinct
         distinct = distinct[: max(1, keep)]
+        if len(distinct) == 1:
+            return distinct[0]
         return distinct[int(slot_losses(self.lm, self.rows, distinct).argmin())]
 
 
