@@ -20,11 +20,13 @@ import planted
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.pipeline.attempt import ARMS, Attempt, costing, pack, unpack
+from trimtab.prompts.pipeline.attempt import ARMS, Attempt, costing
 from trimtab.prompts.pipeline.report import SearchReport, best_of, gap_closed, summarize
+from trimtab.prompts.pipeline.stages import soft_entry, soft_of
 from trimtab.prompts.pipeline.task import Settings
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.search import _reference, search
+from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.references import Reference, load_reference, reference_of
 from trimtab.prompts.task.requests import Requests
@@ -290,7 +292,9 @@ def test_gap_closed_and_summaries() -> None:
 
 def test_vectors_survive_a_journal_bit_for_bit() -> None:
     vectors = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(unpack(json.loads(json.dumps(pack(vectors)))), vectors)
+    soft = Soft(vectors, 0.5, 0.6, (), 0, 0, 0.0, "random tokens")
+    again = soft_of(json.loads(json.dumps(soft_entry(soft))))
+    assert torch.equal(again.vectors, vectors) and (again.loss, again.init) == (0.5, soft.init)
 
 
 def test_cost_counts_what_is_fed(model: LanguageModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from trimtab.models.hooking import Hooks
 
@@ -76,32 +74,13 @@ class Attempt:
         """Arm and restart."""
         return f"{self.arm} {self.restart}"
 
-    def to_entry(self) -> dict[str, Any]:
-        """Return the attempt as a journal holds it."""
-        entry = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            **entry,
-            "ids": list(self.ids),
-            "violated_start": dict(self.violated_start),
-            "details": dict(self.details),
-        }
-
-    @classmethod
-    def from_entry(cls, entry: Mapping[str, Any]) -> Attempt:
-        """Read what `to_entry` wrote."""
-        values = {name: entry[name] for name in cls.__dataclass_fields__}
-        return cls(**{**values, "ids": tuple(entry["ids"])})
-
 
 @dataclass
 class Cost:
-    """A running count.
+    """A running count: calls of the model, a whole batch each; token positions fed; seconds.
 
-    Attributes:
-        calls: calls of the model, a whole batch each; gradient passes count once.
-        tokens: token positions fed, padding counted; those of a pass that is differentiated count
-            three times, for its backward pass.
-        seconds: on the clock.
+    Padding is counted. A pass that is differentiated is one call, but its tokens count three times,
+    for its backward pass.
     """
 
     calls: int = 0
@@ -126,16 +105,3 @@ def costing(lm: LanguageModel) -> Iterator[Cost]:
             yield cost
         finally:
             cost.seconds = time.perf_counter() - began
-
-
-def pack(vectors: Tensor) -> dict[str, Any]:
-    """Return float32 vectors as JSON: their bytes in base64, and their shape."""
-    values = vectors.detach().float().cpu().contiguous()
-    text = base64.b64encode(values.numpy().tobytes()).decode("ascii")
-    return {"shape": list(values.shape), "float32": text}
-
-
-def unpack(packed: Mapping[str, Any]) -> Tensor:
-    """Read what `pack` wrote."""
-    values = torch.frombuffer(bytearray(base64.b64decode(packed["float32"])), dtype=torch.float32)
-    return values.reshape(packed["shape"]).clone()

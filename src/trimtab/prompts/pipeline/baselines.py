@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.discrete.hotflip import hotflip
-from trimtab.prompts.pipeline.attempt import Attempt, costing
-from trimtab.prompts.pipeline.stages import descended, descent_stage
+from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing
+from trimtab.prompts.pipeline.stages import descended, descent_stage, paid
 from trimtab.prompts.pipeline.task import Task
-from trimtab.prompts.projections.project import slot_losses
 
 ROUNDS = 50  # descents of one restart at most, whatever the budget
 RATE_STEPS = 4
@@ -37,28 +34,21 @@ def tokens_per_candidate(task: Task) -> float:
 def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
     """Pure HotFlip from random tokens, again from others until the budget is spent.
 
-    Args:
-        task: what is searched.
-        restart: its number.
-        budget: candidates to score, worth the tokens of the pipeline in the same restart. In
-            candidates, not in tokens fed: what a resumed descent feeds again would count twice.
-
-    Returns:
-        The best of its descents on the training rows; its cost is that of all of them.
+    The budget is in candidates to score, worth the tokens of the pipeline in the same restart; not
+    in tokens fed: what a resumed descent feeds again would count twice. What comes out is the best
+    of the descents on the training rows, at the cost of all of them.
     """
-    best: Attempt | None = None
-    tokens = calls = rounds = scored = 0
-    seconds = 0.0
-    while best is None or (scored < budget and rounds < ROUNDS):
-        tag = f".{rounds}" if rounds else ""
+    found: list[Attempt] = []
+    scored, steps = 0, task.settings.flip_steps
+    while not found or (scored < budget and len(found) < ROUNDS):
+        tag = f".{len(found)}" if found else ""
         start = task.random_slot(f"hotflip_random start{tag}", restart)
-        found = descent_stage(task, "hotflip_random", restart, start, task.settings.flip_steps, tag)
-        tokens, calls = tokens + found.tokens, calls + found.calls
-        seconds, rounds = seconds + found.seconds, rounds + 1
-        scored += found.details["scored"]
-        best = found if best is None or found.train < best.train else best
-    details = {**best.details, "descents": rounds, "budget": budget, "scored": scored}
-    return replace(best, tokens=tokens, calls=calls, seconds=seconds, details=details)
+        found.append(descent_stage(task, "hotflip_random", restart, start, steps, tag))
+        scored += found[-1].details["scored"]
+    best = min(found, key=lambda attempt: attempt.train)
+    more = {"descents": len(found), "budget": budget, "scored": scored}
+    costs = [Cost(each.calls, each.tokens, each.seconds) for each in found]
+    return paid(best, *costs, details={**best.details, **more})
 
 
 def hotflip_reference(task: Task, restart: int) -> Attempt:
@@ -97,6 +87,5 @@ def reference_itself(task: Task) -> Attempt:
 
 def _as_it_is(task: Task, arm: str, restart: int, ids: tuple[int, ...]) -> Attempt:
     with costing(task.lm) as cost:
-        loss = float(slot_losses(task.lm, task.rows, [ids])[0])
-    attempt = task.attempt(arm, restart, ids, loss)
-    return replace(attempt, tokens=cost.tokens, calls=cost.calls, seconds=cost.seconds)
+        loss = task.loss(task.rows, ids)
+    return paid(task.attempt(arm, restart, ids, loss), cost, details={})

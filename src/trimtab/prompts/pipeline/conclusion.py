@@ -12,8 +12,7 @@ from trimtab.errors import TrimtabError
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarize
 from trimtab.prompts.pipeline.restarts import Found
-from trimtab.prompts.pipeline.task import Task, soft_slot_loss
-from trimtab.prompts.projections.project import slot_losses
+from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.scores import Scorer, Scores, score
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.task.references import Reference
@@ -42,14 +41,7 @@ def conclude(
 ) -> SearchReport:
     """Read the test rows once, choose, and score what was chosen.
 
-    Args:
-        task: what was searched.
-        reference: what was to be reproduced.
-        requests: in splits.
-        lesson: the reference's answers to them.
-        found: by all restarts.
-        judge: whether answers are generated and judged.
-        began: when the search began, by `time.perf_counter`.
+    With `judge`, answers are generated and judged; `began` is of `time.perf_counter`.
     """
     lm, lever = task.lm, lesson.lever
     attempts = tested(task, lesson.test, found)
@@ -81,13 +73,8 @@ def conclude(
 
 def tested(task: Task, rows: Sequence[Row], found: Found) -> tuple[Attempt, ...]:
     """Return the attempts with their losses on the test rows."""
-    slots = [a.ids for a in found.attempts if a.ids]
-    losses = iter(slot_losses(task.lm, rows, slots).tolist())
     return tuple(
-        replace(
-            a, test=next(losses) if a.ids else soft_slot_loss(task.lm, rows, found.softs[a.restart])
-        )
-        for a in found.attempts
+        replace(a, test=task.loss(rows, a.ids or found.softs[a.restart])) for a in found.attempts
     )
 
 
@@ -113,21 +100,15 @@ def _levers(
     chosen: Attempt,
 ) -> dict[str, Switch | None]:
     """Name -> lever, of everything that gets every score; equal prompts share their scores."""
-
-    def text(attempt: Attempt) -> PromptSteering:
-        return replace(reference, text=attempt.text)
-
-    levers: dict[str, Switch | None] = {"chosen": text(chosen)}
+    levers: dict[str, Switch | None] = {"chosen": replace(reference, text=chosen.text)}
     for arm in COMPARED if task.settings.compare else ("random",):
         own = [a for a in attempts if a.arm == arm]
-        if not own:
-            continue
-        best = best_of(own)
-        if arm == "soft":
+        best = best_of(own) if own else None
+        if best is not None and arm == "soft":
             soft = found.softs[best.restart]
             levers[arm] = soft.lever(task.lm, reference.slot, reference.separator or "")
-        elif best.text.strip():
-            levers[arm] = text(best)
+        elif best is not None and best.text.strip():
+            levers[arm] = replace(reference, text=best.text)
     return levers | {"reference": reference, "no prompt": None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,12 +33,11 @@ def run_restarts(
     engine: Engine, job: Job[Task], journal: Notes | None, progress: Progress | None
 ) -> Found:
     """Return every attempt in the order of the restarts, which are independent of each other."""
-    task = job.here
-    notes = _Counted(Notes() if journal is None else journal, task.settings, progress)
-    here = _Restart(replace(task, journal=notes), 0)
-    first = here.once("reference", lambda: baselines.reference_itself(task))
-    rate = here.rate() if task.settings.compare else None
-    units = [partial(one_restart, number, rate) for number in range(task.settings.restarts)]
+    notes = _Counted(Notes() if journal is None else journal, job.here.settings, progress)
+    here = _Restart(replace(job.here, journal=notes), 0, notes)
+    first = here.once("reference", partial(baselines.reference_itself, here.task))
+    rate = here.rate() if here.task.settings.compare else None
+    units = [partial(one_restart, n, rate) for n in range(here.task.settings.restarts)]
     done = engine.map(job, units, notes=notes)
     attempts = [first, *(attempt for found, _ in done for attempt in found)]
     return Found(tuple(attempts), {number: soft for number, (_, soft) in enumerate(done)})
@@ -47,15 +46,31 @@ def run_restarts(
 def one_restart(
     number: int, rate: float | None, task: Task, notes: Notes
 ) -> tuple[list[Attempt], Soft]:
-    """Return the attempts of one restart and its soft prefix.
+    """Return the attempts of one restart and its soft prefix; finished stages come from the notes.
 
-    Args:
-        number: of the restart.
-        rate: tokens that one candidate of HotFlip costs; None where nothing is compared.
-        task: what is searched.
-        notes: where finished stages are taken from and written to.
+    `rate` is what one candidate of HotFlip costs, in tokens; None where nothing is compared.
     """
-    return _Restart(replace(task, journal=notes), number).all(rate)
+    task, settings = replace(task, journal=notes), task.settings
+    here = _Restart(task, number, notes)
+    first, soft = here.soft()
+    once, projection, descent = here.once, stages.projection_stage, stages.descent_stage
+    projected = once("projected", partial(projection, task, number, soft, "projected"))
+    start, steps = projected.ids, settings.repair_steps
+    repaired = once("repaired", partial(descent, task, "repaired", number, start, steps))
+    null = once("random", partial(baselines.random_tokens, task, number))
+    found = [first, projected, repaired, null]
+    if rate is None:
+        return found, soft
+    # What the pipeline is worth, in candidates.
+    budget = repaired.details["scored"] + math.ceil((first.tokens + projected.tokens) / rate)
+    rivals: dict[str, Callable[[], Attempt]] = {
+        "nearest": partial(projection, task, number, soft, "nearest"),
+        "hotflip_random": partial(baselines.hotflip_random, task, number, budget),
+        "hotflip_reference": partial(baselines.hotflip_reference, task, number),
+    }
+    if number < settings.gcg_restarts:
+        rivals["gcg"] = partial(baselines.gcg_random, task, number)
+    return [*found, *(once(arm, work) for arm, work in rivals.items())], soft
 
 
 class _Counted(Notes):
@@ -82,20 +97,11 @@ class _Counted(Notes):
 
 @dataclass(frozen=True)
 class _Restart:
-    """One restart; each finished stage is taken from the task's journal or written to it."""
+    """One restart; each finished stage is taken from the notes or written to them."""
 
     task: Task
     number: int
-
-    def all(self, rate: float | None) -> tuple[list[Attempt], Soft]:
-        task, restart = self.task, self.number
-        pipeline, soft = self._pipeline()
-        null = self.once("random", lambda: baselines.random_tokens(task, restart))
-        if rate is None:
-            return [*pipeline, null], soft
-        before = sum(a.tokens for a in pipeline if a.arm in ("soft", "projected"))
-        scored = sum(a.details["scored"] for a in pipeline if a.arm == "repaired")
-        return [*pipeline, null, *self._rivals(soft, scored + math.ceil(before / rate))], soft
+    notes: Notes
 
     def rate(self) -> float:
         """What one candidate of HotFlip costs, in tokens."""
@@ -103,60 +109,36 @@ class _Restart:
         if entry is not None:
             return entry["rate"]
         rate = baselines.tokens_per_candidate(self.task)
-        self._notes.add({"finished": "rate 0", "rate": rate})
+        self.notes.add({"finished": "rate 0", "rate": rate})
         return rate
 
-    def _pipeline(self) -> tuple[list[Attempt], Soft]:
-        task, restart = self.task, self.number
-        first, soft = self._soft()
-        projected = self.once(
-            "projected", lambda: stages.projection_stage(task, restart, soft, "projected")
-        )
-        steps = task.settings.repair_steps
-        repaired = self.once(
-            "repaired",
-            lambda: stages.descent_stage(task, "repaired", restart, projected.ids, steps),
-        )
-        return [first, projected, repaired], soft
-
-    def _rivals(self, soft: Soft, budget: int) -> list[Attempt]:
-        """The arms that the pipeline is compared with; `budget` is what it is worth, in candidates."""
-        task, restart = self.task, self.number
-        arms: dict[str, Callable[[], Attempt]] = {
-            "nearest": lambda: stages.projection_stage(task, restart, soft, "nearest"),
-            "hotflip_random": lambda: baselines.hotflip_random(task, restart, budget),
-            "hotflip_reference": lambda: baselines.hotflip_reference(task, restart),
-        }
-        if restart < task.settings.gcg_restarts:
-            arms["gcg"] = lambda: baselines.gcg_random(task, restart)
-        return [self.once(arm, work) for arm, work in arms.items()]
-
-    def _soft(self) -> tuple[Attempt, Soft]:
+    def soft(self) -> tuple[Attempt, Soft]:
+        """The first stage."""
         entry = self._entry("soft")
         if entry is not None:
-            return Attempt.from_entry(entry["attempt"]), stages.soft_of(entry["soft"])
+            return _attempt(entry), stages.soft_of(entry["soft"])
         attempt, soft = stages.soft_stage(self.task, self.number)
         self._write(attempt, "soft", soft=stages.soft_entry(soft))
         return attempt, soft
 
     def once(self, arm: str, work: Callable[[], Attempt]) -> Attempt:
-        """Return an arm's attempt, made now where it was not made before."""
+        """An arm's attempt, made now where it was not made before."""
         entry = self._entry(arm)
         if entry is not None:
-            return Attempt.from_entry(entry["attempt"])
+            return _attempt(entry)
         attempt = work()
         self._write(attempt, arm)
         return attempt
 
-    @property
-    def _notes(self) -> Notes:
-        assert self.task.journal is not None
-        return self.task.journal
-
     def _entry(self, arm: str) -> dict[str, Any] | None:
         key = f"{arm} {self.number}"
-        return next((e for e in self._notes.entries if e.get("finished") == key), None)
+        return next((e for e in self.notes.entries if e.get("finished") == key), None)
 
     def _write(self, attempt: Attempt, arm: str, **more: Any) -> None:
-        entry = {"finished": f"{arm} {self.number}", "attempt": attempt.to_entry(), **more}
-        self._notes.add(entry)
+        finished = f"{arm} {self.number}"
+        self.notes.add({"finished": finished, "attempt": asdict(attempt), **more})
+
+
+def _attempt(entry: Mapping[str, Any]) -> Attempt:
+    held = entry["attempt"]
+    return Attempt(**{**held, "ids": tuple(held["ids"])})

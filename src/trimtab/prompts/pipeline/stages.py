@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from trimtab.prompts.discrete.descent import Descent
 from trimtab.prompts.discrete.hotflip import hotflip
-from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing, pack, unpack
+from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing
 from trimtab.prompts.pipeline.task import Task
-from trimtab.prompts.projections.project import Projected, project
+from trimtab.prompts.projections.project import project
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.soft.soft import Soft, train_soft
 
@@ -20,15 +21,13 @@ from trimtab.prompts.soft.soft import Soft, train_soft
 def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
     """Train the soft prefix of one restart."""
     settings = task.settings
-    init = settings.init
-    if init == "alternate":
-        init = "reference" if restart % 2 else "random_tokens"
+    alternate = "reference" if restart % 2 else "random_tokens"
     with costing(task.lm) as cost:
         soft = train_soft(
             task.lm,
             task.rows,
             task.k,
-            init=init,
+            init=alternate if settings.init == "alternate" else settings.init,
             reference=task.reference,
             steps=settings.soft_steps,
             learning_rate=settings.soft_rate,
@@ -43,13 +42,10 @@ def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
         train=soft.loss,
         violated_start={},
         legal=True,
-        validation=task.validated_soft(soft),
-        tokens=cost.tokens,
-        calls=cost.calls,
-        details={"start": soft.init, "start_loss": soft.start_loss, "steps": soft.steps},
-        seconds=cost.seconds,
+        validation=task.loss(task.validation, soft),
     )
-    return attempt, soft
+    details = {"start": soft.init, "start_loss": soft.start_loss, "steps": soft.steps}
+    return paid(attempt, cost, details=details), soft
 
 
 def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
@@ -58,7 +54,7 @@ def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
     method = "nearest" if nearest else task.settings.projection
     options = {} if nearest else dict(task.settings.projection_options)
     with costing(task.lm) as cost:
-        found: Projected = project(
+        found = project(
             task.lm,
             task.rows,
             soft,
@@ -95,14 +91,8 @@ def descended(
     task: Task, arm: str, restart: int, found: Descent, kernel: Kernel, cost: Cost
 ) -> Attempt:
     """An attempt from a descent's result, what its start violated in place of what its end does."""
-    details = {
-        "stopped": found.stopped,
-        "repair_steps": found.repair_steps,
-        "flips": found.flips,
-        "swaps": found.swaps,
-        "from": found.curve[0],
-        "scored": found.scored,
-    }
+    names = ("stopped", "repair_steps", "flips", "swaps", "scored")
+    details = {name: getattr(found, name) for name in names} | {"from": found.curve[0]}
     attempt = task.attempt(arm, restart, found.ids, found.loss)
     attempt = replace(attempt, violated_start=dict(found.violated_start))
     # A draft is another model, which the count on this one does not see.
@@ -112,21 +102,21 @@ def descended(
 
 def paid(attempt: Attempt, *costs: Cost, details: Mapping[str, Any]) -> Attempt:
     """The same attempt with its cost and details."""
-    return replace(
-        attempt,
-        tokens=sum(cost.tokens for cost in costs),
-        calls=sum(cost.calls for cost in costs),
-        seconds=sum(cost.seconds for cost in costs),
-        details=dict(details),
-    )
+    names = ("calls", "tokens", "seconds")
+    total = {name: sum(getattr(cost, name) for cost in costs) for name in names}
+    return replace(attempt, details=dict(details), **total)
 
 
 def soft_entry(soft: Soft) -> dict[str, Any]:
-    """What a journal has to hold of a soft prefix for the later stages."""
-    return {"vectors": pack(soft.vectors), "loss": soft.loss, "init": soft.init}
+    """What a journal has to hold of a soft prefix for the later stages, bit for bit."""
+    values = soft.vectors.detach().float().cpu().contiguous()
+    text = base64.b64encode(values.numpy().tobytes()).decode("ascii")
+    packed = {"shape": list(values.shape), "float32": text}
+    return {"vectors": packed, "loss": soft.loss, "init": soft.init}
 
 
 def soft_of(entry: Mapping[str, Any]) -> Soft:
     """Read what `soft_entry` wrote; the training's curve is not kept."""
-    vectors: Tensor = unpack(entry["vectors"])
-    return Soft(vectors, entry["loss"], entry["loss"], (), 0, 0, 0.0, entry["init"])
+    packed, loss = entry["vectors"], entry["loss"]
+    values = torch.frombuffer(bytearray(base64.b64decode(packed["float32"])), dtype=torch.float32)
+    return Soft(values.reshape(packed["shape"]), loss, loss, (), 0, 0, 0.0, entry["init"])

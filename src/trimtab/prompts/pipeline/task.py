@@ -14,12 +14,11 @@ from trimtab.prompts.discrete.descent import seeded
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.projections.project import PROJECTIONS, slot_losses
 from trimtab.prompts.scoring.kernel import Kernel
-from trimtab.prompts.scoring.objective import CrossEntropy
-from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.constraints import Bound
 from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, slot_text
 from trimtab.results.journal import Notes
+from trimtab.steering.soft_tokens import soft_tokens
 
 if TYPE_CHECKING:
     from trimtab.models.model import LanguageModel
@@ -86,16 +85,12 @@ class Settings:
         """Check numbers and names."""
         PROJECTIONS.get(self.projection)
         choice("init", self.init, INITS)
-        counts = {
-            name: getattr(self, name)
-            for name in (
-                *("restarts", "train_requests", "completion_tokens", "top_k", "gcg_width"),
-                *("answer_tokens", "sampling_seeds"),
-            )
-        }
-        if self.length is not None:
-            counts["length"] = self.length
-        wrong = [f"{name}={value}" for name, value in counts.items() if value < 1]
+        names = (
+            *("restarts", "length", "train_requests", "completion_tokens", "top_k", "gcg_width"),
+            *("answer_tokens", "sampling_seeds"),
+        )
+        counts = {name: getattr(self, name) for name in names}
+        wrong = [f"{name}={n}" for name, n in counts.items() if n is not None and n < 1]
         if wrong:
             raise TrimtabError(
                 asked=f"a search with {', '.join(wrong)}",
@@ -146,13 +141,12 @@ class Task:
         """Repeat or cut ids to k."""
         return tuple(ids[i % len(ids)] for i in range(self.k))
 
-    def validated(self, ids: Sequence[int]) -> float:
-        """The loss of a prompt on the validation rows."""
-        return float(slot_losses(self.lm, self.validation, [ids])[0])
-
-    def validated_soft(self, soft: Soft) -> float:
-        """The loss of a soft prefix on the validation rows."""
-        return soft_slot_loss(self.lm, self.validation, soft)
+    def loss(self, rows: Sequence[Row], prompt: Sequence[int] | Soft) -> float:
+        """The loss over rows of a prompt or a soft prefix."""
+        if not isinstance(prompt, Soft):
+            return float(slot_losses(self.lm, rows, [prompt])[0])
+        with soft_tokens(self.lm, prompt.vectors.to(self.lm.device)) as slot:
+            return float(slot_losses(self.lm, rows, [slot])[0])
 
     def attempt(self, arm: str, restart: int, ids: Sequence[int], train: float) -> Attempt:
         """An attempt that ended with these tokens."""
@@ -165,17 +159,5 @@ class Task:
             train=train,
             violated_start=violated,
             legal=not violated,
-            validation=self.validated(ids),
+            validation=self.loss(self.validation, ids),
         )
-
-
-@torch.no_grad()
-def soft_slot_loss(lm: LanguageModel, rows: Sequence[Row], soft: Soft) -> float:
-    """Return the loss of a soft prefix over rows, a row at a time."""
-    objective, total, weights = CrossEntropy(), 0.0, 0.0
-    vectors = soft.vectors.to(lm.device)
-    for row in rows:
-        weight = objective.weight(row)
-        total += weight * float(soft_loss(lm, [row], vectors, objective))
-        weights += weight
-    return total / weights
