@@ -76,7 +76,7 @@ def test_the_page_escapes_everything(report: SearchReport, tmp_path: Path) -> No
 
 
 def test_states_are_drawn_layer_by_layer(model: LanguageModel, tmp_path: Path) -> None:
-    rows = teacher(model, REFERENCE, WANTED, max_new_tokens=3).train[:2]
+    rows = teacher(model, REFERENCE.text, WANTED, max_new_tokens=3).train[:2]
     states = match_every_layer(
         model,
         rows,

@@ -15,9 +15,8 @@ import torch
 from trimtab.evaluation.divergence import token_kl
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
-from trimtab.models import generation
 from trimtab.prompts.task.rows import Row
-from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
+from trimtab.prompts.task.teacher import answers_as_ids, switched, target_log_probs
 from trimtab.results.intervals import ratio_bootstrap, share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, percent, with_interval
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 KS = (8, 24)
 ANSWER = 48  # tokens of a judged answer
 SAMPLING_SEEDS = (0, 1, 2)
+SHOWN = 4  # greedy answers that are kept as text
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,7 @@ class Scorer:
     def __init__(
         self, lm: LanguageModel, reference: Switch, rows: Sequence[Row], seed: int = 0
     ) -> None:
-        """Take the teacher.
-
-        Args:
-            lm: the model.
-            reference: the reference prompt.
-            rows: of held-out requests, with the reference's answers as targets.
-            seed: of the intervals.
-        """
+        """Take the teacher, and rows of held-out requests with its answers as targets."""
         self.lm, self.rows, self.seed = lm, list(rows), seed
         self._reference = [p.cpu() for p in target_log_probs(lm, reference, self.rows)]
         self._own = self._nll(self._reference)
@@ -195,12 +188,6 @@ def likeness(
 
     Of a target of n tokens (its end token counted), the first min(k, n) positions are compared: the
     number is the target's alone, so an answer that stops early misses the rest.
-
-    Args:
-        answers: generated ids, the end token last where there was one.
-        targets: the reference's.
-        ks: numbers of first tokens.
-        seed: of the intervals.
     """
     pairs = list(zip(answers, targets, strict=True))
     exact = [float(tuple(answer) == tuple(target)) for answer, target in pairs]
@@ -233,28 +220,15 @@ def judged(
     seeds: Sequence[int] = SAMPLING_SEEDS,
     seed: int = 0,
 ) -> tuple[Judged, list[str]]:
-    """Judge a lever's answers, greedy and sampled at temperature 1.
+    """Judge a lever's answers, greedy and sampled at temperature 1; return the greedy ones too.
 
-    Args:
-        lm: the model.
-        lever: what is switched on; None for the bare model.
-        behavior: names the judge and the coherence scorer.
-        rows: whose requests are answered.
-        side: of the verdict.
-        max_new_tokens: length of an answer.
-        seeds: of the sampling, one run each.
-        seed: of the intervals.
-
-    Returns:
-        The scores, and the greedy answers.
+    `seeds` are of the sampling, one run each, `seed` of the intervals.
     """
     evaluator, sign = Evaluator(lm, behavior), 1 if side == "toward" else -1
     requests = [row.request for row in rows]
-    stops = generation.end_ids(lm)
 
     def run(temperature: float, sampling: int) -> tuple[list[str], list[float], list[float]]:
-        ids = answers_as_ids(lm, lever, requests, max_new_tokens, temperature, sampling)
-        texts = [generation.decode(lm.tokenizer, line, stops) for line in ids]
+        texts = _answers(lm, lever, requests, max_new_tokens, temperature, sampling)
         answers = evaluator.judged(requests, texts)
         return texts, [a.share(sign) for a in answers], [a.coherence for a in answers]
 
@@ -262,12 +236,11 @@ def judged(
     drawn = [run(1.0, one)[1:] for one in seeds]
     grid = torch.tensor([shown for shown, _ in drawn], dtype=torch.float64)
     low, high = two_way_bootstrap(grid, seed)
-    sampled_sound = [value for _, values in drawn for value in values]
     found = Judged(
         _share(shares, seed),
         Figure(float(grid.mean()), low, high),
         mean(sound),
-        mean(sampled_sound),
+        mean([value for _, values in drawn for value in values]),
         len(seeds),
     )
     return found, texts
@@ -280,39 +253,37 @@ def score(
     behavior: Behavior | None = None,
     *,
     side: str = "toward",
-    label: str = "",
-    samples: int = 4,
     max_new_tokens: int = ANSWER,
     seeds: Sequence[int] = SAMPLING_SEEDS,
 ) -> Scores:
-    """Return all scores of a lever on the scorer's rows.
+    """Return all scores of a lever (None: the bare model) on the scorer's rows.
 
-    Args:
-        lm: the model.
-        lever: a text or soft prompt, or any other lever; None for the bare model.
-        scorer: holds the rows and the reference.
-        behavior: names the judge; without one nothing is judged.
-        side: of the judge's verdict.
-        label: for tables; the lever's own by default.
-        samples: answers that are kept as text.
-        max_new_tokens: length of a judged answer.
-        seeds: of the sampled answers.
+    Without a behavior nothing is judged; `side` and `seeds` are as in `judged`.
     """
-    rows = scorer.rows
+    rows, few = scorer.rows, [row.request for row in scorer.rows[:SHOWN]]
     verdict: Judged | None = None
-    if behavior is not None:
+    if behavior is None:
+        texts = _answers(lm, lever, few, max_new_tokens)
+    else:
         verdict, texts = judged(
             lm, lever, behavior, rows, side=side, max_new_tokens=max_new_tokens, seeds=seeds,
             seed=scorer.seed,
         )  # fmt: skip
-    else:
-        few = [row.request for row in rows[:samples]]
-        stops = generation.end_ids(lm)
-        ids = answers_as_ids(lm, lever, few, max_new_tokens)
-        texts = [generation.decode(lm.tokenizer, line, stops) for line in ids]
-    shown = [(_text(row.request), text) for row, text in zip(rows[:samples], texts, strict=False)]
-    name = label or str(getattr(lever, "label", "no lever"))
-    return Scores(name, scorer.likelihood(lever), scorer.likeness(lever), verdict, tuple(shown))
+    shown = tuple((_text(request), text) for request, text in zip(few, texts, strict=False))
+    label = str(getattr(lever, "label", "no lever"))
+    return Scores(label, scorer.likelihood(lever), scorer.likeness(lever), verdict, shown)
+
+
+def _answers(
+    lm: LanguageModel,
+    lever: Switch | None,
+    requests: list[Prompt],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    with switched(lm, lever):
+        return lm.generate(requests, max_new_tokens, temperature, seed)
 
 
 def _text(request: Prompt) -> str:

@@ -85,7 +85,7 @@ def search(
     wanted, slot, separator = _reference(reference, slot, separator)
     split = _requests(lm, reference, requests, chosen.seed)
     lesson = teacher(
-        lm, wanted, split, slot, separator,
+        lm, wanted.text, split, slot, separator,
         chosen.completion_tokens, chosen.early, chosen.early_weight,
     )  # fmt: skip
     make = partial(_task, reference=wanted, lesson=lesson, constraints=constraints, settings=chosen)

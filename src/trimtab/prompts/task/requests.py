@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "requests.yaml"
 SPLITS = ("train", "validation", "test")
-SHARES = (0.375, 0.25, 0.375)
+TRAIN, VALIDATION = 0.375, 0.25  # shares of a flat list; the rest is for the test
 # A prefix is such a text itself: what is asked about "the above" would be asked about the prefix.
 _BACKWARDS = re.compile(
     r"\b(the (above|previous|preceding|foregoing|earlier|last) (text|message|sentence|line|words?"
@@ -85,36 +85,26 @@ def refers_back(prompt: Prompt) -> bool:
     return _BACKWARDS.search(text) is not None
 
 
-def split_requests(
-    prompts: Sequence[Prompt], seed: int = 0, shares: tuple[float, float, float] = SHARES
-) -> Requests:
+def split_requests(prompts: Sequence[Prompt], seed: int = 0) -> Requests:
     """Split a flat list by a seed; duplicates and requests about the text before them go.
 
-    Args:
-        prompts: at least three different ones.
-        seed: of the shuffle.
-        shares: of train, validation and test; each split gets at least one request.
-
     Raises:
-        TrimtabError: fewer than three usable requests, or unusable shares.
+        TrimtabError: fewer than three usable requests.
     """
-    examples = dict.fromkeys(Example(prompt) for prompt in prompts)
-    kept = [e.prompt for e in examples if not refers_back(e.prompt)]
-    if len(kept) < len(SPLITS) or min(shares) <= 0:
+    examples = [example.prompt for example in dict.fromkeys(map(Example, prompts))]
+    kept = [prompt for prompt in examples if not refers_back(prompt)]
+    if len(kept) < len(SPLITS):
         raise TrimtabError(
             asked=f"three splits of {len(prompts)} requests",
-            found=f"{len(kept)} different ones that do not talk about the text before them"
-            if min(shares) > 0
-            else f"the shares {shares}",
+            found=f"{len(kept)} different ones that do not talk about the text before them",
             advice="give at least 3 requests (60 and more give useful figures)",
         )
     random.Random(seed).shuffle(kept)
-    total, n = sum(shares), len(kept)
-    train = min(max(1, round(n * shares[0] / total)), n - 2)
-    middle = min(max(1, round(n * shares[1] / total)), n - train - 1)
-    out = tuple(e.prompt for e in examples if refers_back(e.prompt))
-    cut = (tuple(kept[:train]), tuple(kept[train : train + middle]), tuple(kept[train + middle :]))
-    return Requests(*cut, left_out=out)
+    n = len(kept)
+    train = min(max(1, round(n * TRAIN)), n - 2)
+    end = train + min(max(1, round(n * VALIDATION)), n - train - 1)
+    out = tuple(prompt for prompt in examples if refers_back(prompt))
+    return Requests(tuple(kept[:train]), tuple(kept[train:end]), tuple(kept[end:]), left_out=out)
 
 
 def load_requests(name_or_path: str | PathLike[str], seed: int = 0) -> Requests:

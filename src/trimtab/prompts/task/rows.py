@@ -47,15 +47,6 @@ class Row:
     request: Prompt
     texts: tuple[str, str]
 
-    def __post_init__(self) -> None:
-        """Check that every target token has a weight."""
-        if len(self.weights) != len(self.target):
-            raise TrimtabError(
-                f"a row with {len(self.target)} target tokens",
-                f"{len(self.weights)} weights",
-                "give one weight per token",
-            )
-
     def ids(self, slot: Sequence[int]) -> list[int]:
         """All tokens with this slot, the target's last one among them."""
         return [*self.before, *slot, *self.after, *self.target]
@@ -93,18 +84,13 @@ def lay_out(
         early_weight: Their weight.
 
     Raises:
-        TrimtabError: Another number of targets than of requests; a separator that shares a token
-            with a suffix.
+        TrimtabError: A separator that shares a token with a suffix.
     """
-    if targets is not None and len(targets) != len(requests):
-        raise TrimtabError(
-            f"rows of {len(requests)} requests", f"{len(targets)} targets", "give one per request"
-        )
     insert = Insert(slot, separator=SEPARATORS[slot] if separator is None else separator)
     rows = []
-    for number, request in enumerate(requests):
+    wanted = [()] * len(requests) if targets is None else map(tuple, targets)
+    for request, target in zip(requests, wanted, strict=True):
         around = surroundings(lm.tokenizer, request, lm.system, insert)
-        target = () if targets is None else tuple(targets[number])
         weights = tuple(early_weight if t < early else 1.0 for t in range(len(target)))
         rows.append(
             Row(around.before, around.after, target, weights, around.head, request, around.texts)
@@ -151,13 +137,13 @@ def round_trips(
         found = _whole(lm, [row.texts[0] + texts[i] + row.texts[1] for i in left])
         for i, ids in zip(left, found, strict=True):
             fine[i] = _between(ids, row) == tuple(slots[i])
-    edged = [i for i, good in enumerate(fine) if good and texts[i] != texts[i].strip()]
-    for i in edged:
-        fine[i] = all(_held(lm, texts[i], row) for row in rows[:1])
-    return fine
+    return [
+        good and (text == text.strip() or _held(lm, text))
+        for text, good in zip(texts, fine, strict=True)
+    ]
 
 
-def _held(lm: LanguageModel, text: str, row: Row) -> bool:
+def _held(lm: LanguageModel, text: str) -> bool:
     """Whether the chat template keeps the white space at a text's ends."""
     if not getattr(lm.tokenizer, "chat_template", None):
         return True

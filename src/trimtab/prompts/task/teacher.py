@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +13,14 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
-from trimtab.models.chat import Encoded
 from trimtab.models.probe import text_config
+from trimtab.prompts.task.requests import SPLITS, Requests
 from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, lay_out
 from trimtab.steering.prompt import PromptSteering
 
 if TYPE_CHECKING:
     from trimtab.models.chat import Prompt
     from trimtab.models.model import LanguageModel
-    from trimtab.prompts.task.references import Reference
-    from trimtab.prompts.task.requests import Requests
     from trimtab.steering.vector import Switch
 
 COMPLETION = 24  # tokens of a reference answer
@@ -48,7 +47,7 @@ class Teacher:
 
 def teacher(
     lm: LanguageModel,
-    reference: Reference | str,
+    reference: str,
     requests: Requests,
     slot: str = "prefix",
     separator: str | None = None,
@@ -56,27 +55,13 @@ def teacher(
     early: int = EARLY,
     early_weight: float = EARLY_WEIGHT,
 ) -> Teacher:
-    """Answer all requests under the reference prompt, once, and lay the answers out as rows.
-
-    Args:
-        lm: the model.
-        reference: the prompt.
-        requests: in splits.
-        slot: where it stands.
-        separator: see `PromptSteering`.
-        max_new_tokens: length of an answer.
-        early: see `lay_out`.
-        early_weight: see `lay_out`.
-    """
-    text = reference if isinstance(reference, str) else reference.text
-    lever = PromptSteering(text, slot=slot, separator=separator)
-    splits = [
-        tuple(
-            teacher_rows(lm, lever, getattr(requests, split), max_new_tokens, early, early_weight)
-        )
-        for split in ("train", "validation", "test")
-    ]
-    return Teacher(lever, *splits)
+    """Answer all requests under the reference prompt, once, and lay the answers out as rows."""
+    lever = PromptSteering(reference, slot=slot, separator=separator)
+    rows = partial(
+        teacher_rows, lm, lever, max_new_tokens=max_new_tokens, early=early,
+        early_weight=early_weight,
+    )  # fmt: skip
+    return Teacher(lever, *(tuple(rows(getattr(requests, split))) for split in SPLITS))
 
 
 def teacher_rows(
@@ -123,15 +108,16 @@ def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[Row
     """Return what a lever predicts along the rows' targets, from the rendered text.
 
     The lever puts its text (or soft tokens) into each request, which is rendered and tokenized
-    whole, as a user would; the target's tokens follow.
-
-    Returns:
-        Per row float32 log-probabilities `[target, vocab]`.
+    whole, as a user would; the target's tokens follow. Per row float32 `[target, vocab]`.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     with switched(lm, lever):
         prompts = [lm.encode(row.request) for row in rows]
-        fed = [_with(p, row.target) for p, row in zip(prompts, rows, strict=True)]
+        # Nothing is predicted from the last target token.
+        fed = [
+            replace(prompt, ids=[*prompt.ids, *row.target[:-1]])
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
         tokens = min(8192, max(256, _LOGITS // int(text_config(lm.model).vocab_size)))
         for batch in lm.batches(fed, max_tokens=tokens):
             places = batch.rows.tolist()
@@ -141,12 +127,6 @@ def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[Row
                 last = logits[line, keep - len(rows[place].target) :]
                 found[place] = torch.log_softmax(last.float(), dim=-1)
     return found
-
-
-def _with(prompt: Encoded, target: Sequence[int]) -> Encoded:
-    """A prompt followed by a target; nothing is predicted from its last token."""
-    ids = [*prompt.ids, *target[:-1]]
-    return Encoded(prompt.text, ids, prompt.prompt_length, prompt.instruction_end)
 
 
 def switched(lm: LanguageModel, lever: Switch | None) -> AbstractContextManager[None]:
