@@ -352,14 +352,7 @@ def test_trunk_is_the_beginning_that_most_share() -> None:
     assert common_trunk([(1, 2), (3, 4)]) == ()
 
 
-def test_what_cannot_be_scored_is_refused(llama: LanguageModel) -> None:
-    rows = rows_of(llama)
-    with pytest.raises(TrimtabError, match="no rows"):
-        Kernel(llama, [])
-    with pytest.raises(TrimtabError, match="without a target"):
-        Kernel(llama, [rows[0].first(0)])
-    with pytest.raises(TrimtabError, match="no tokens"):
-        Kernel(llama, rows).losses([(5,), ()])
+def test_what_is_too_long_is_refused() -> None:
     with pytest.raises(TrimtabError, match="positions"):
         gpt2 = tiny.language_model("gpt2")
         Kernel(gpt2, rows_of(gpt2)).losses([(9,) * 300])

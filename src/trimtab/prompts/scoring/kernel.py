@@ -111,17 +111,12 @@ class Kernel:
                 losses are the same, and `best` ranks exactly.
 
         Raises:
-            TrimtabError: No rows, rows that the objective cannot read, or a draft model with
-                another vocabulary.
+            TrimtabError: A draft model with another vocabulary.
         """
-        if not rows:
-            raise TrimtabError("a search", "no rows", "give at least one request")
         self.lm = lm
         self.rows = tuple(rows)
         self.objective = objective or CrossEntropy()
         self.savings = savings
-        for row in self.rows:
-            self.objective.keep(row)
         if draft is not None and draft.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise TrimtabError(
                 f"{draft.name} as a draft of {lm.name}",
@@ -146,13 +141,10 @@ class Kernel:
         return float(self.losses([slot])[0])
 
     def losses(self, slots: Sequence[Sequence[int]]) -> Tensor:
-        """Return exact losses, float64 `[candidates]`.
-
-        Args:
-            slots: Token ids of each candidate; lengths may differ.
+        """Return exact losses, float64 `[candidates]`; lengths may differ.
 
         Raises:
-            TrimtabError: An empty candidate, or one that is too long for the model.
+            TrimtabError: A candidate that is too long for the model.
         """
         with self._timed():
             asked, different = self._asked(slots)
@@ -162,16 +154,10 @@ class Kernel:
     def best(
         self, slots: Sequence[Sequence[int]], bar: float | None = None, keep: int = 1
     ) -> list[tuple[int, float]]:
-        """Find the likely best candidates; without savings, the best.
+        """Find the likely best candidates below a bar; without savings, the best.
 
-        Args:
-            slots: Token ids of each candidate; lengths may differ.
-            bar: Only candidates with a loss below it.
-            keep: Most candidates to return; equal ones are returned once.
-
-        Returns:
-            Places in `slots` and exact losses, the lowest first; fewer than `keep`, or none, where
-            no others are below the bar.
+        Returns at most `keep` places in `slots` and exact losses, the lowest first; of equal
+        candidates one.
         """
         with self._timed():
             asked, different = self._asked(slots)
@@ -187,7 +173,7 @@ class Kernel:
     def gradient(self, slot: Sequence[int]) -> tuple[float, Tensor]:
         """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`."""
         with self._timed():
-            (chosen,) = _slots([slot])
+            chosen = tuple(slot)
             columns = max(len(row.ids(chosen)) for row in self.rows)
 
             def work(rows: Sequence[Row]) -> tuple[float, float, Tensor]:
@@ -218,7 +204,10 @@ class Kernel:
         draft = self._draft_passes() if len(slots) > 1 else None
         turn = sum(common_trunk(slots)) % len(self.rows) if slots else 0
         plan = race.rounds(self.rows, len(slots), keep, draft is not None, turn)
-        return race.run(slots, plan, self._estimated)
+        for each in plan:
+            losses = dict(zip(slots, self._estimated(slots, each), strict=True))
+            slots = sorted(slots, key=losses.__getitem__)[: each.survivors]
+        return slots
 
     def _estimated(self, slots: Sequence[Slot], each: race.Round) -> list[float]:
         known = self._estimates.setdefault(each, {})
@@ -249,7 +238,7 @@ class Kernel:
 
     def _asked(self, slots: Sequence[Sequence[int]]) -> tuple[list[Slot], list[Slot]]:
         """All candidates, and the different ones among them."""
-        asked = _slots(slots)
+        asked = [tuple(int(token) for token in slot) for slot in slots]
         different = list(dict.fromkeys(asked)) if self.savings else asked
         fresh = sum(slot not in self._exact for slot in different)
         self._count(asked=len(asked), duplicates=len(asked) - len(different), scored=fresh)
@@ -265,10 +254,3 @@ class Kernel:
             yield
         finally:
             self._count(seconds=time.perf_counter() - started)
-
-
-def _slots(given: Sequence[Sequence[int]]) -> list[Slot]:
-    slots = [tuple(int(token) for token in slot) for slot in given]
-    if not all(slots):
-        raise TrimtabError("the loss of a slot", "no tokens", "give at least one token")
-    return slots

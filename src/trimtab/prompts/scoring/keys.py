@@ -55,12 +55,9 @@ class Keys:
         return Keys(pairs, tuple(length - tokens for length in self.lengths))
 
     def cache(self, sequences: Sequence[int], ends: Sequence[int], room: int) -> KeptCache:
-        """A cache for a batch whose row i has read the first tokens of one sequence.
+        """A cache for a batch whose row i has read the first `ends[i]` tokens of `sequences[i]`.
 
-        Args:
-            sequences: Which one, for each row.
-            ends: How many of its tokens; rows end in the same column.
-            room: Columns that the batch will have in all.
+        Rows end in the same column; `room` is how many columns the batch will have in all.
         """
         width, total = max(ends), self.pairs[0][0].shape[-2]
         rows = torch.tensor(list(sequences))

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from trimtab.checks import choice
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, gap_of
+from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.prompts.task.rows import Row
 
 if TYPE_CHECKING:
@@ -29,11 +27,9 @@ class Objective(Protocol):
         ...
 
     def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Return the loss of each row `[n]`.
+        """The loss of each row `[n]`.
 
-        Args:
-            logits: float32 `[n, at least the largest keep, vocab]`, ending at the last token fed.
-            rows: One per row of logits.
+        Logits are float32 `[n, at least the largest keep, vocab]`, ending at the last token fed.
         """
         ...
 
@@ -42,23 +38,12 @@ class CrossEntropy:
     """Teacher-forced weighted cross-entropy: sum_t w_t (-log p(y_t | ...)) / sum_t w_t, in nats."""
 
     def keep(self, row: Row) -> int:
-        """One position per target token.
-
-        Raises:
-            TrimtabError: A row without a target.
-        """
-        if not row.target:
-            raise TrimtabError(
-                "the cross-entropy of an answer", "a row without a target", "give it an answer"
-            )
         return len(row.target)
 
     def weight(self, row: Row) -> float:
-        """The sum of the tokens' weights."""
         return sum(row.weights)
 
     def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Return the weighted mean of -log p of each row's target tokens `[n]`."""
         width = max(len(row.target) for row in rows)
         # Rows end in the same column, so targets are padded on the left as well.
         targets = torch.zeros(len(rows), width, dtype=torch.long)
@@ -86,42 +71,16 @@ class GapLoss:
         sign: int = 1,
         aggregator: str = "logsumexp",
     ) -> None:
-        """Take the sets.
-
-        Args:
-            toward: Token ids of the behavior.
-            away: Token ids of its opposite.
-            sign: +1 raises the gap, -1 lowers it.
-            aggregator: `logsumexp`, `max` or `log_odds`.
-
-        Raises:
-            TrimtabError: An empty set or an unknown aggregator.
-        """
-        choice("aggregator", aggregator, AGGREGATORS)
-        if not toward or not away:
-            raise TrimtabError(
-                f"the gap between {len(toward)} and {len(away)} tokens",
-                "an empty set",
-                "give tokens on both sides",
-            )
+        """Take token ids of the behavior and of its opposite; sign +1 raises the gap, -1 lowers it."""
         self.toward, self.away = list(toward), list(away)
         self._tokens = ReadoutTokens(tuple(toward), tuple(away), (), {})
         self.sign, self.aggregator = sign, aggregator
 
     def keep(self, row: Row) -> int:
-        """The last position of the prompt.
-
-        Raises:
-            TrimtabError: A row with a target, whose last position is not the prompt's.
-        """
-        if row.target:
-            raise TrimtabError(
-                "the gap at the first answer position", "a row with a target", "use row.first(0)"
-            )
+        assert not row.target  # the last position is the prompt's
         return 1
 
     def weight(self, row: Row) -> float:
-        """Every row counts alike."""
         return 1.0
 
     def gaps(self, logits: Tensor) -> Tensor:
@@ -129,7 +88,6 @@ class GapLoss:
         return gap_of(logits, self._tokens, self.aggregator)
 
     def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Return -sign * gap of each row `[n]`."""
         return -self.sign * self.gaps(logits[:, -1])
 
 

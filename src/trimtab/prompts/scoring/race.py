@@ -11,7 +11,7 @@ are not raced on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trimtab.prompts.task.rows import Row
@@ -56,14 +56,7 @@ def rounds(
     a quarter of those on all rows with half of their tokens. The draft model, where there is one,
     does the ranking; in the second round it reads all tokens and lets an eighth pass. With fewer
     than four rows it does so at once, and one in 32 passes. A round that costs more than it saves is
-    left out.
-
-    Args:
-        rows: All of them.
-        candidates: How many begin.
-        keep: How many winners are wanted.
-        draft: Whether a cheaper model ranks.
-        turn: Which rows come first, so that not the same few decide every time.
+    left out. `turn` says which rows come first, so that not the same few decide every time.
     """
     everywhere = tuple(range(len(rows)))
     race = len(rows) >= _ROWS
@@ -90,17 +83,3 @@ def rounds(
 def _tokens(rows: Sequence[Row]) -> int:
     """What a candidate has to be fed, less its own tokens."""
     return sum(len(row.after) + max(0, len(row.target) - 1) for row in rows)
-
-
-def run(
-    slots: Sequence[tuple[int, ...]],
-    plan: Sequence[Round],
-    score: Callable[[Sequence[tuple[int, ...]], Round], Sequence[float]],
-) -> list[tuple[int, ...]]:
-    """Return the candidates that are left after all rounds, the likeliest first."""
-    left = list(slots)
-    for each in plan:
-        losses = score(left, each)
-        order = sorted(range(len(left)), key=lambda i: losses[i])
-        left = [left[i] for i in order[: each.survivors]]
-    return left

@@ -29,13 +29,6 @@ class Room:
     """The most token positions of one call, halved whenever memory runs out."""
 
     def __init__(self, max_tokens: int) -> None:
-        """Start with room for `max_tokens`.
-
-        Raises:
-            TrimtabError: No room at all.
-        """
-        if max_tokens < 1:
-            raise TrimtabError(f"max_tokens={max_tokens}", "no room for a token", "give at least 1")
         self.asked = self.tokens = max_tokens
 
     def rows(self, columns: int, logits: int = 0) -> int:
@@ -55,11 +48,7 @@ class Room:
     ) -> Iterator[Result]:
         """Work through items in batches; one that does not fit is tried again at half the size.
 
-        Args:
-            items: One row of a call each.
-            work: Called with a batch of them.
-            columns: Token positions of one item.
-            logits: Numbers in the logits of one item.
+        An item is one row of a call, with so many token positions and numbers in its logits.
 
         Raises:
             TrimtabError: Not even one item fits.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,7 +84,7 @@ class Constraints:
         """Compile for a model and the rows in which a slot stands.
 
         Raises:
-            TrimtabError: No rows to stand in, or no token left.
+            TrimtabError: No token left.
         """
         return Bound(self, lm, rows)
 
@@ -102,13 +102,7 @@ class Bound:
     """
 
     def __init__(self, constraints: Constraints, lm: LanguageModel, rows: Sequence[Row]) -> None:
-        """Look at every token alone.
-
-        Raises:
-            TrimtabError: No rows, or no token left.
-        """
-        if not rows:
-            raise TrimtabError("constraints in context", "no rows", "lay out a request or more")
+        """Look at every token alone."""
         self.constraints, self.lm, self.rows = constraints, lm, list(rows)
         self._words = Words(constraints.words, constraints.whole_words)
         self._cheap: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -137,10 +131,8 @@ class Bound:
     def legal(self, slots: Sequence[Sequence[int]]) -> list[bool]:
         """Tell which slots violate nothing; texts are tokenized only where all else is fine."""
         fine = [not any(self._counts(slot)) for slot in slots]
-        candidates = [i for i, good in enumerate(fine) if good]
-        for i, good in zip(candidates, self._back([slots[i] for i in candidates]), strict=True):
-            fine[i] = good
-        return fine
+        returns = iter(self._back(list(compress(slots, fine))))
+        return [good and next(returns) for good in fine]
 
     def first_legal(
         self,
@@ -171,16 +163,14 @@ class Bound:
         return next(iter(self.first_legal(slots, 1, depth=_TRIES)), slots[0])
 
     def violations(self, slots: Sequence[Sequence[int]]) -> list[int]:
-        """How much each slot violates; 0 is legal.
+        """How much each slot violates, the sum over `KINDS`; 0 is legal.
 
-        The sum over kinds: banned tokens, characters outside the charset, banned words, tokens of
-        the reference in excess, edits missing, characters in excess, and 1 where a row does not
-        give the tokens back.
+        That is: banned tokens, characters outside the charset, banned words, tokens of the
+        reference in excess, edits missing, characters in excess, and 1 where a row does not give
+        the tokens back.
         """
-        returns = self._back(slots)
-        return [
-            sum(self._counts(slot)) + (not good) for slot, good in zip(slots, returns, strict=True)
-        ]
+        pairs = zip(self.cheap(slots), self._back(slots), strict=True)
+        return [count + (not good) for count, good in pairs]
 
     def cheap(self, slots: Sequence[Sequence[int]]) -> list[int]:
         """The violations without the round trip."""
@@ -238,14 +228,7 @@ class Bound:
         if limits.max_chars is not None:
             chars = max(0, len(text) - limits.max_chars)
         banned = sum(token in self._banned for token in ids)
-        return (
-            banned,
-            self._foreign(text),
-            len(self._words.found(text)),
-            overlap,
-            edits,
-            chars,
-        )
+        return banned, self._foreign(text), len(self._words.found(text)), overlap, edits, chars
 
     def _banned_tokens(self, size: int, known: int, texts: list[str]) -> frozenset[int]:
         tokenizer = self.lm.tokenizer
