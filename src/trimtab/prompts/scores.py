@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.divergence import token_kl
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.rows import Row
 from trimtab.prompts.task.teacher import answers_as_ids, switched, target_log_probs
 from trimtab.results.intervals import ratio_bootstrap, share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, percent, with_interval
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 KS = (8, 24)
 ANSWER = 48  # tokens of a judged answer

@@ -14,10 +14,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
 from trimtab.prompts.pipeline.conclusion import conclude
@@ -33,9 +34,6 @@ from trimtab.prompts.task.teacher import Teacher, teacher
 from trimtab.results import Progress
 from trimtab.results.journal import Journal
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 Given: TypeAlias = "str | Reference | PromptSteering | Behavior"
 

@@ -10,15 +10,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import answer_kl, summarize
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.evaluation.summary import mean
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.gap.gradient import gradient_search
 from trimtab.prompts.gap.readings import Reader
 from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
@@ -31,11 +34,6 @@ from trimtab.results.intervals import Interval, bootstrap, share_interval
 from trimtab.results.registry import Registry
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
 
 METHODS: Registry[Callable[..., Found]] = Registry("gap search method")
 METHODS.register("sort")(sort_sum_stop)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.evaluation.divergence import token_kl
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.feeding import beginning
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.rows import Row
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
 
 
 class Reading(NamedTuple):

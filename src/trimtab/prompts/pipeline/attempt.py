@@ -6,14 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trimtab.models.hooking import Hooks
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 # A backward pass costs about twice its forward pass (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
 BACKWARD = 2

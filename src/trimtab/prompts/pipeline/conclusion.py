@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
@@ -20,9 +19,7 @@ from trimtab.prompts.task.requests import SPLITS, Requests
 from trimtab.prompts.task.rows import Row, slot_ids
 from trimtab.prompts.task.teacher import Teacher
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 SEARCHING = ("repaired", "hotflip_random", "hotflip_reference", "gcg")
 # Arms whose chosen prompt gets every score, where arms are compared.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.discrete.descent import seeded
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.projections.project import PROJECTIONS, slot_losses
@@ -19,9 +20,6 @@ from trimtab.prompts.task.constraints import Bound
 from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, slot_text
 from trimtab.results.journal import Notes
 from trimtab.steering.soft_tokens import soft_tokens
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 INITS = ("random_tokens", "reference", "alternate")
 

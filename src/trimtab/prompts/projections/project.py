@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.projections import lattice, mixture, straight_through
 from trimtab.prompts.projections.registry import (
     PROJECTIONS,
@@ -22,9 +23,6 @@ from trimtab.prompts.projections.registry import (
 from trimtab.prompts.soft.soft import Soft, allowed_tokens
 from trimtab.prompts.task.rows import Row, slot_text
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 __all__ = [
     "PROJECTIONS",

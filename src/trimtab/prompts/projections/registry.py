@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.rows import Row
 from trimtab.results.registry import Named, Registry
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
 SCORED_TOKENS = 8192  # of a batch of candidates

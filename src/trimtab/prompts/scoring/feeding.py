@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +16,11 @@ from trimtab.models.batch import padded
 from trimtab.models.chat import Encoded
 from trimtab.models.generation import pad_id
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import KeptCache
 from trimtab.passes.sharing import call
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.room import out_of_memory
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 _FURTHER_ON = 1 << 30
 # What a model says that wants another cache.

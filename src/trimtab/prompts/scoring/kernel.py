@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring import race
 from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
@@ -23,9 +23,6 @@ from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 MAX_TOKENS = 4096
 # Estimates of a race are worth keeping for as long as a search stays where it is.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.rows import Row
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 class Objective(Protocol):

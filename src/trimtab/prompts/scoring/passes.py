@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.passes.fan import CALL_TOKENS, CALL_TOKENS_ELSEWHERE
 from trimtab.prompts.scoring.feeding import Feeder, beginning
@@ -24,9 +25,6 @@ from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.task.rows import Row
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 Slot: TypeAlias = "tuple[int, ...]"
 

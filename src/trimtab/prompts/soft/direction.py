@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
@@ -20,9 +20,6 @@ from trimtab.prompts.task.rows import Row
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.vector import VectorSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)

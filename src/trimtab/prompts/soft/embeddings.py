@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.task.rows import Row
 from trimtab.steering.soft_tokens import soft_tokens
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 @torch.no_grad()

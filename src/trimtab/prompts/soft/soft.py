@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.models.gradients import frozen
+from trimtab.models.model import LanguageModel
 from trimtab.passes.adam import adam
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
@@ -20,9 +21,6 @@ from trimtab.prompts.task.rows import Row
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)

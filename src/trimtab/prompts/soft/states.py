@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.checks import layer_within
+from trimtab.models.batch import Batch
 from trimtab.models.generation import answer_ids, decode, end_ids
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Stopped
 from trimtab.models.sites import Site
 from trimtab.prompts.scoring.objective import CrossEntropy
@@ -22,10 +24,6 @@ from trimtab.prompts.task.rows import Row, slot_text
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.soft_tokens import soft_tokens
-
-if TYPE_CHECKING:
-    from trimtab.models.batch import Batch
-    from trimtab.models.model import LanguageModel
 
 NEAR = 1e-12  # keeps the cosine of a zero vector finite
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +17,9 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.generation import end_ids
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.rows import Row, round_trips, slot_text
 from trimtab.prompts.task.words import Words, fold
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 CHARSETS = ("ascii", "printable", "any")
 BROKEN = "\ufffd"  # what bytes that are no character decode to

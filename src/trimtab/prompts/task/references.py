@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.located import nearest, read_text
 from trimtab.behaviors.parts import JudgeSpec, spec_at, text_at
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.words import pieces
 from trimtab.results.tables import Printable, Table
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.prompts.task.requests import Requests
 
 NAMED = "harbor:"  # a reference by its name
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "references.yaml"
@@ -63,8 +60,6 @@ class Reference(Printable):
 
     def behavior(self, requests: Requests) -> Behavior:
         """Return the reference as a behavior, for judges: with the prompt, and without it."""
-        from trimtab.behaviors.behavior import Behavior
-
         plain = [p for p in requests.train if isinstance(p, str)] or ["Hello."]
         return Behavior(
             name=self.name,

@@ -8,17 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.located import Located, read_text, refuse_at
 from trimtab.behaviors.parts import BehaviorError, Example, describe, examples_at, shown
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Prompt
 from trimtab.results.tables import Printable, Table
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
 
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "requests.yaml"
 SPLITS = ("train", "validation", "test")

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import SEPARATORS, Encoded, Insert, Prompt, surroundings
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 EARLY = 32
 EARLY_WEIGHT = 3.0

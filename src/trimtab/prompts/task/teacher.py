@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.prompts.task.requests import SPLITS, Requests
 from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, lay_out
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 COMPLETION = 24  # tokens of a reference answer
 # One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
