@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.projections.registry import ProjectionTask, register
+from trimtab.prompts.projections.project import ProjectionTask, register
 from trimtab.prompts.scoring.feeding import beginning
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trimtab.models.gradients import frozen
 from trimtab.passes.adam import adam
-from trimtab.prompts.projections.registry import ProjectionTask, register
+from trimtab.prompts.projections.project import ProjectionTask, register
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import soft_loss
 from trimtab.prompts.soft.soft import drawing, embedding_scale
