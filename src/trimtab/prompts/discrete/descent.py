@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from trimtab.prompts.task.constraints import Bound
+from trimtab.prompts.task.rows import Slot
 from trimtab.results.tables import Printable, Table, clean, number
-
-Slot: TypeAlias = "tuple[int, ...]"
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.prompts.gap.readings import Reader, Reading
+from trimtab.prompts.task.rows import Slot
 from trimtab.results import Progress
 from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number
-
-Slot = tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +23,7 @@ from trimtab.prompts.scoring.feeding import Feeder, beginning
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.scoring.room import Room
-from trimtab.prompts.task.rows import Row
-
-Slot: TypeAlias = "tuple[int, ...]"
+from trimtab.prompts.task.rows import Row, Slot
 
 
 class Passes:

@@ -80,19 +80,9 @@ def raise_projection(
         maximize  mean over layers of  mean over rows of (h_l . c_l) / n_l
 
     with n_l the mean |h_l| at the start. After each step a vector longer than the mean embedding
-    is cut back to that length, so that the prompt stays where tokens live.
-
-    Args:
-        lm: the model; its weights stay as they are.
-        rows: requests; answers are left out.
-        vector: its directions at its active layers and site.
-        k: vectors in the slot.
-        generator: draws the start.
-        steps: of Adam, the rate falling to 0 linearly.
-        learning_rate: per coordinate, in units of the embeddings' root mean square.
-        sign: +1 raises the projection, -1 lowers it.
-        behavior: whose readout gap is reported before and after.
-        progress: called with steps done and steps in all.
+    is cut back to that length, so that the prompt stays where tokens live. Answers of the rows are
+    left out; sign -1 lowers the projection. The readout gap of a behavior is reported before and
+    after. All else is as in `train_soft`.
 
     Raises:
         TrimtabError: a vector of another model, or no vectors.

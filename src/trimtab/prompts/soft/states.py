@@ -128,21 +128,11 @@ def match_states(
     Lowered is `state_loss` over all tokens after the slot (separator, request, assistant head,
     answer), with h and r the states that leave block `layer`, with the vectors and with the
     reference. The forward pass ends at `layer`. With another k than the reference's, tokens are
-    compared with themselves, at positions shifted by the difference.
+    compared with themselves, at positions shifted by the difference; it is the same by default.
+    Training stops once the mean cosine is `until`.
 
-    Args:
-        lm: the model; its weights stay as they are.
-        rows: what stands around the slot; the answers are fed as well, and scored.
-        reference: token ids of the reference.
-        layer: 0-based.
-        generator: draws the start.
-        k: vectors; as many as the reference has tokens when absent.
-        init: as in `start_from`.
-        steps: at most.
-        learning_rate: per coordinate, in units of the embeddings' root mean square.
-        until: stop once the mean cosine is this large.
-        allowed: `[vocab]`, tokens to start from and to project to.
-        answer_tokens: length of the sample answers; 0 for none.
+    What starts and steps it is as in `train_soft`; `allowed` are also the tokens to project to, and
+    `answer_tokens` is the length of the sample answers, 0 for none.
 
     Raises:
         TrimtabError: a layer out of depth, or a loss that is not finite.

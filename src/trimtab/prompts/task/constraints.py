@@ -18,7 +18,7 @@ from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.generation import end_ids
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.task.rows import Row, round_trips, slot_text
+from trimtab.prompts.task.rows import Row, Slot, round_trips, slot_text
 from trimtab.prompts.task.words import Words, fold
 
 CHARSETS = ("ascii", "printable", "any")
@@ -133,16 +133,16 @@ class Bound:
 
     def first_legal(
         self,
-        candidates: Iterable[tuple[int, ...]],
+        candidates: Iterable[Slot],
         count: int,
-        without: Collection[tuple[int, ...]] = (),
+        without: Collection[Slot] = (),
         depth: int = 16,
-    ) -> list[tuple[int, ...]]:
+    ) -> list[Slot]:
         """The first `count` legal candidates of an order: what is filtered out is refilled from below.
 
         Looks at no more than `depth` times `count`.
         """
-        found: list[tuple[int, ...]] = []
+        found: list[Slot] = []
         order, seen = iter(candidates), set(without)
         for _ in range(depth):
             chunk = list(islice(order, count))
@@ -153,7 +153,7 @@ class Bound:
                 break
         return found[:count]
 
-    def random_slot(self, length: int, generator: torch.Generator) -> tuple[int, ...]:
+    def random_slot(self, length: int, generator: torch.Generator) -> Slot:
         """Draw allowed tokens, a legal sequence where one is met in a few draws."""
         drawn = torch.randint(len(self.pool), (_TRIES, length), generator=generator)
         slots = [tuple(line) for line in self.pool[drawn].tolist()]

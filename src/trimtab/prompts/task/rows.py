@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import SEPARATORS, Encoded, Insert, Prompt, surroundings
 from trimtab.models.model import LanguageModel
 
+Slot: TypeAlias = "tuple[int, ...]"
 EARLY = 32
 EARLY_WEIGHT = 3.0
 
@@ -68,17 +70,12 @@ def lay_out(
     early: int = EARLY,
     early_weight: float = EARLY_WEIGHT,
 ) -> list[Row]:
-    """Tokenize requests around a slot, with `lm.system` as it is.
+    """Tokenize requests around a slot (`prefix`, `suffix` or `system`), with `lm.system` as it is.
 
-    Args:
-        lm: The model; its chat template decides what stands around a request.
-        requests: One row each.
-        slot: `prefix`, `suffix` or `system`.
-        separator: Between the slot and the user's text; by default a space behind a prefix, nothing
-            in front of a suffix, whose own text begins with a space.
-        targets: The wanted answers' tokens, one list per request; absent: none.
-        early: So many first target tokens weigh `early_weight`, the others 1.
-        early_weight: Their weight.
+    The model's chat template decides what stands around a request. The separator stands between the
+    slot and the user's text: by default a space behind a prefix, nothing in front of a suffix, whose
+    own text begins with a space. `targets` are the wanted answers' tokens, one list per request; so
+    many `early` ones weigh `early_weight`, the others 1.
 
     Raises:
         TrimtabError: A separator that shares a token with a suffix.
