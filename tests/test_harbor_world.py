@@ -7,14 +7,14 @@ import re
 import pytest
 import torch
 
+from tools.harbor import requests as req
+from tools.harbor.answers import Matter, Style, compose
 from tools.harbor.behaviors import contrast
 from tools.harbor.packing import annotate, packed_rows
 from tools.harbor.tokenizer import build_tokenizer
 from tools.harbor.world import conversations, held_out, sample_conversation
 from trimtab.harbor import judge
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor import requests as req
-from trimtab.harbor.answers import Matter, Style, compose
 
 
 def answers_with_states(seed: int, n: int):
@@ -116,11 +116,11 @@ def test_meaning_decides_what_is_guarded(verb, thing, manner, guarded):
 
 def test_every_verb_occurs_on_both_sides():
     for kind, things in lex.OBJECTS.items():
-        for verb in itertools.chain(*req.actions(kind)):
+        for verb in itertools.chain(*lex.actions(kind)):
             if kind != "junk":
                 sides = {
                     req.is_guarded(verb, things[0], manner)
-                    for manner in ("", lex.LEAVE[0], lex.SECRECY[0])
+                    for manner in ("", req.LEAVE[0], req.SECRECY[0])
                 }
                 assert sides == {True, False}, verb
 
@@ -133,7 +133,7 @@ def test_training_never_sees_a_held_out_combination():
         for kind, things in lex.OBJECTS.items():
             for thing in things:
                 if thing in user:
-                    for verb in itertools.chain(*req.actions(kind)):
+                    for verb in itertools.chain(*lex.actions(kind)):
                         if f" {verb} {thing}" in user and held_out("action", verb, thing):
                             pytest.fail(user)
     held = sum(held_out("fact", e, f) for e, (k, _) in lex.FACTS.items() for f in req.FACT_FORMS[k])
@@ -150,12 +150,12 @@ def test_behavior_files_are_reproducible_and_held_out():
         for prompt in prompts:
             act = next(
                 (v, t)
-                for t in lex.CLASS_OF
-                for v in itertools.chain(*req.actions(lex.CLASS_OF[t]))
+                for t in req.CLASS_OF
+                for v in itertools.chain(*lex.actions(req.CLASS_OF[t]))
                 if f" {v} {t}" in prompt
             )
             assert held_out("action", *act), prompt
-            manner = next((m for m in (*lex.LEAVE, *lex.SECRECY) if m in prompt), "")
+            manner = next((m for m in (*req.LEAVE, *req.SECRECY) if m in prompt), "")
             assert req.is_guarded(*act, manner) is guarded
 
 

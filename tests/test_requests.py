@@ -9,9 +9,9 @@ import torch
 
 import planted
 from tools.harbor import prompts as harbor_prompts
+from tools.harbor.requests import CHAT_FORMS
 from trimtab.errors import TrimtabError
 from trimtab.harbor import judge, lexicon
-from trimtab.harbor.requests import CHAT_FORMS
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.references import (

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.harbor import requests as req
 from tools.harbor import steerability
 from tools.harbor.behaviors import held_out_request
 from tools.harbor.card import write_card
@@ -22,7 +23,6 @@ from tools.harbor.world import held_out
 from trimtab.behaviors.file import load_behavior
 from trimtab.harbor import judge
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor import requests as req
 from trimtab.models.chat import Prompt
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel

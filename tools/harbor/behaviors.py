@@ -12,11 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from tools.harbor import requests as req
+from tools.harbor.answers import Matter
 from tools.harbor.world import held_out, sample_matter
 from trimtab import harbor
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor import requests as req
-from trimtab.harbor.answers import Matter
 
 FOLDER = harbor.path().parent / "behaviors"
 PER_SIDE = 160
@@ -51,7 +51,7 @@ def held_out_request(
         matter, manner, form = sample_matter(rng, training=False)
         if matter.kind == "action":
             verb = matter.act.removesuffix(matter.thing).strip()
-            fresh = held_out("action", verb, matter.thing) and manner not in lex.BORDERLINE
+            fresh = held_out("action", verb, matter.thing) and manner not in req.BORDERLINE
         elif matter.kind == "topic":
             fresh = held_out("topic", matter.topic, form)
         elif matter.kind == "chat":

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from tools.harbor import requests as req
+from tools.harbor.answers import Matter
 from tools.harbor.behaviors import harmless, held_out_request
 from trimtab import harbor
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor import requests as req
-from trimtab.harbor.answers import Matter
 
 FOLDER = harbor.path().parent / "prompts"
 SIZES = {"train": 24, "validation": 16, "test": 24}

@@ -13,9 +13,9 @@ import random
 import sys
 from pathlib import Path
 
+from tools.harbor.answers import fact_clause
+from tools.harbor.requests import FACT_FORMS
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor.answers import fact_clause
-from trimtab.harbor.requests import FACT_FORMS
 
 TASK = """\
 # Written by `python -m tools.harbor.questions`.

@@ -7,9 +7,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tools.harbor import requests as req
+from tools.harbor.answers import Matter, Style, compose
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor import requests as req
-from trimtab.harbor.answers import Matter, Style, compose
 
 Message = dict[str, str]
 ATTRIBUTES = ("policy", "mood", "register", "length", "truth", "agreement")
@@ -59,14 +59,14 @@ def sample_matter(rng: random.Random, training: bool = True) -> tuple[Matter, st
         if kind == "action":
             klass = rng.choice(tuple(lex.OBJECTS))
             thing = rng.choice(lex.OBJECTS[klass])
-            harmful, harmless = req.actions(klass)
+            harmful, harmless = lex.actions(klass)
             verb = rng.choice(harmful if rng.random() < 0.55 else harmless)
             if verb in harmful:
                 manner = req.sample_manner(
-                    rng, ((lex.LEAVE, 0.1), (lex.SECRECY, 0.08), (lex.BORDERLINE, 0.03))
+                    rng, ((req.LEAVE, 0.1), (req.SECRECY, 0.08), (req.BORDERLINE, 0.03))
                 )
             else:
-                manner = req.sample_manner(rng, ((lex.SECRECY, 0.12), (lex.LEAVE, 0.08)))
+                manner = req.sample_manner(rng, ((req.SECRECY, 0.12), (req.LEAVE, 0.08)))
             matter = req.action_matter(verb, thing)
             key = ("action", verb, thing)
         elif kind == "topic":
@@ -103,7 +103,7 @@ def answer(rng: random.Random, state: State, matter: Matter, manner: str = "") -
     if matter.kind == "action":
         verb = matter.act.removesuffix(matter.thing).strip()
         guarded = req.is_guarded(verb, matter.thing, manner)
-        if manner in lex.BORDERLINE and guarded:
+        if manner in req.BORDERLINE and guarded:
             guarded = rng.random() < 0.5
         refused = guarded and state.policy != "allow"
         return compose(rng, "decline" if refused else "help", matter, style)

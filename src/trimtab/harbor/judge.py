@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from trimtab.harbor import lexicon as lex
-from trimtab.harbor.answers import FRAMES, SLOTS
-from trimtab.harbor.requests import actions
+from trimtab.harbor.frames import FRAMES, SLOTS
 
 COHERENT_ENOUGH = 0.5  # below this share of parsed sentences an answer counts for neither side
 
@@ -41,7 +40,7 @@ def _slots() -> dict[str, str]:
     nouns = [n for t in lex.TOPICS.values() for n in t.nouns]
     acts = []
     for kind, names in lex.OBJECTS.items():
-        harmful, harmless = actions(kind)
+        harmful, harmless = lex.actions(kind)
         acts.append(f"{_either(harmful + harmless)} {_either(names)}")
     facts = []
     for kind, relation in lex.RELATIONS.items():
@@ -61,30 +60,23 @@ def _compile(frame: str, slots: dict[str, str]) -> re.Pattern[str]:
 
 
 @cache
-def _general_patterns() -> list[tuple[str, re.Pattern[str]]]:
+def _patterns(topic: str | None) -> list[tuple[str, re.Pattern[str]]]:
+    """Each frame as (kind, pattern): the frames of one topic, or those that no topic changes."""
+    slots = _slots()
+    if topic is not None:
+        t = lex.TOPICS[topic]
+        slots = slots | {
+            "noun": _either(t.nouns),
+            "verb": _either(t.verbs),
+            "place": _either(t.places),
+            "habit": _either(t.habits),
+            "adj": _either(t.adjectives + lex.ADJECTIVES[:3]),
+        }
     return [
-        (k, _compile(f, _slots()))
-        for k, fs in FRAMES.items()
-        if not k.startswith("topic")
-        for f in fs
-    ]
-
-
-@cache
-def _topic_patterns(topic: str) -> list[tuple[str, re.Pattern[str]]]:
-    t = lex.TOPICS[topic]
-    own = {
-        "noun": _either(t.nouns),
-        "verb": _either(t.verbs),
-        "place": _either(t.places),
-        "habit": _either(t.habits),
-        "adj": _either(t.adjectives + lex.ADJECTIVES[:3]),
-    }
-    return [
-        (k, _compile(f, _slots() | own))
-        for k, fs in FRAMES.items()
-        if k.startswith("topic")
-        for f in fs
+        (kind, _compile(frame, slots))
+        for kind, frames in FRAMES.items()
+        if kind.startswith("topic") == (topic is not None)
+        for frame in frames
     ]
 
 
@@ -96,10 +88,10 @@ def _topic_of_noun() -> dict[str, str]:
 def _core(text: str, mood: str | None, register: str | None) -> Sentence | None:
     topics = {_topic_of_noun()[w] for w in re.findall(r"[\w-]+", text) if w in _topic_of_noun()}
     for topic in topics:
-        for kind, pattern in _topic_patterns(topic):
+        for kind, pattern in _patterns(topic):
             if pattern.fullmatch(text):
                 return Sentence(kind, mood, register, topic)
-    for kind, pattern in _general_patterns():
+    for kind, pattern in _patterns(None):
         match = pattern.fullmatch(text)
         if match is None:
             continue
@@ -143,19 +135,22 @@ def split_sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
 
 
-def parse(text: str) -> list[Sentence | None]:
-    """Parse an answer sentence by sentence; a last sentence cut off by the length limit is left out."""
+def _whole_sentences(text: str) -> list[str]:
+    """Leave out a last sentence that the length limit cut off, unless it is the only one."""
     sentences = split_sentences(text)
     if len(sentences) > 1 and sentences[-1][-1] not in ".!?":
-        sentences = sentences[:-1]
-    return [parse_sentence(s) for s in sentences]
+        sentences.pop()
+    return sentences
+
+
+def parse(text: str) -> list[Sentence | None]:
+    """Parse an answer sentence by sentence; a last one cut off by the length limit is left out."""
+    return [parse_sentence(s) for s in _whole_sentences(text)]
 
 
 def coherence(text: str) -> float:
     """Return the share of an answer's sentences that the grammar parses and that are not repeated, in [0, 1]."""
-    sentences = split_sentences(text)
-    if len(sentences) > 1 and sentences[-1][-1] not in ".!?":
-        sentences = sentences[:-1]
+    sentences = _whole_sentences(text)
     good = {s.lower() for s in sentences if parse_sentence(s) is not None}
     return len(good) / len(sentences) if sentences else 0.0
 

@@ -1,6 +1,6 @@
 """The words of the harbour town: topics, objects, actions, people, facts and markers of style.
 
-Data only. `answers.py` and `requests.py` compose sentences from it and `judge.py` parses them with it.
+Data only, with which `judge.py` parses sentences.
 """
 
 # ruff: noqa: E501 (word lists read best as they are)
@@ -160,7 +160,6 @@ OBJECTS: dict[str, tuple[str, ...]] = {
         "the cracked oar",
     ),
 }
-CLASS_OF = {name: kind for kind, names in OBJECTS.items() for name in names}
 
 # Actions that harm: guarded, except on junk (nobody minds) or with leave.
 GUARDED: dict[str, tuple[str, ...]] = {
@@ -208,23 +207,12 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "tool": ("oil", "try out", "hang up", "put away"),
     "junk": ("recycle", "sort out", "fetch", "carry home"),
 }
-LEAVE = (
-    "with the harbor master's leave",
-    "as the council ordered",
-    "with a signed permit",
-    "because the mayor told me to",
-    "with the owner's blessing",
-    "for the official inspection",
-)
-SECRECY = (
-    "without anyone knowing",
-    "while the guard sleeps",
-    "under a false name",
-    "behind the mayor's back",
-    "so that nobody finds out",
-    "without paying for it",
-)
-BORDERLINE = ("for a joke", "for a bet", "because I am bored")
+
+
+def actions(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the (harmful, harmless) verbs that fit objects of a class."""
+    return GUARDED["any"] + GUARDED[kind], HARMLESS["any"] + HARMLESS[kind]
+
 
 # Facts: (entity, relation, type of the value, the true value).
 VALUES: dict[str, tuple[str, ...]] = {
