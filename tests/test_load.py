@@ -150,10 +150,10 @@ def test_wherever_a_checkpoint_is_loaded_it_is_judged(folder):
     with pytest.raises(TrimtabError, match=r"3 tensors that it lacks.*layers\.1\.mlp"):
         served_model(engine)
     with pytest.raises(TrimtabError, match=r"missing_keys.*layers\.1\.mlp"):
-        load_model(Base(folder, "x"), folder, folder)
+        load_model(Base(folder, folder), folder)
     configure(folder, intermediate_size=40)
     with pytest.raises(TrimtabError, match=r"mismatched_keys.*\[32, 48\] instead of \[32, 40\]"):
-        load_model(Base(folder, "x"), folder, folder)
+        load_model(Base(folder, folder), folder)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

@@ -92,7 +92,7 @@ def test_the_reload_itself_reports_unknown_keys(tmp_path):
     save_model(lm, tmp_path / "base")
     add_tensor(tmp_path / "base", STRAY, direction(0))
     with pytest.raises(TrimtabError, match="unexpected_keys"):
-        verify.load_model(verify.Base(tmp_path, "x"), tmp_path / "base", tmp_path)
+        verify.load_model(verify.Base(tmp_path, tmp_path), tmp_path / "base")
 
 
 def test_inspect_tells_what_was_baked_in_and_before(tmp_path):
@@ -164,12 +164,12 @@ def test_in_a_mixture_of_half_precision_the_median_token_decides(tmp_path):
     lm = tiny.language_model("mixtral", dtype=torch.bfloat16)
     report = bake(lm, steering(lm), tmp_path / "out")
     assert report.max_logit_difference is not None and report.float32_difference is not None
-    base = verify.Base(tmp_path, "x", None, torch.bfloat16, routed=True)
+    base = verify.Base(tmp_path, tmp_path, dtype=torch.bfloat16, routed=True)
     hooked = torch.zeros(10, 4)
     one = hooked.clone()
     one[3] = 9.0
-    assert verify._judge(base, hooked, one, hooked, tmp_path).difference == 9.0
+    assert verify._judge(report, base, hooked, one, hooked).max_logit_difference == 9.0
     with pytest.raises(TrimtabError, match="differ by 9"):
-        verify._judge(base, hooked, hooked + 9.0, hooked, tmp_path)
+        verify._judge(report, base, hooked, hooked + 9.0, hooked)
     with pytest.raises(TrimtabError, match="differ by 9"):
-        verify._judge(replace(base, routed=False), hooked, one, hooked, tmp_path)
+        verify._judge(report, replace(base, routed=False), hooked, one, hooked)

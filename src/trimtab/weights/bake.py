@@ -6,11 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
-
-import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.models.baked import RECORD
@@ -26,19 +24,17 @@ from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import Scaled
 from trimtab.weights.card import model_card, record_of
-from trimtab.weights.disk.base import Model, folder_of, save_model
-from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
+from trimtab.weights.disk.base import Model, folder_of
+from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.stream import check_space, write
-from trimtab.weights.plan import BakeReport, Plan, prepare, refused_plan
-from trimtab.weights.routes.changes import changes_of
+from trimtab.weights.plan import BakeReport, Plan, prepare, refuse_early
 from trimtab.weights.slices import write_slices
 from trimtab.weights.soft.prompt import bake_prompt
 from trimtab.weights.soft.value import PromptReport
 from trimtab.weights.verify import (
     Base,
-    Verified,
     compare_models,
     compare_slices,
     compare_tensors,
@@ -49,17 +45,6 @@ from trimtab.weights.verify import (
 __all__ = ["BakeReport", "bake", "plan"]
 
 Levers = Scaled | Together | Sequence[Scaled]
-_HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to bake; the arguments of `bake` that do not say what."""
-
-    verify: bool | str
-    prompts: Sequence[Prompt]
-    link: bool
-    progress: Progress | None
 
 
 @overload
@@ -89,8 +74,6 @@ def bake(
     """
     if not isinstance(lever, PromptSteering):
         return bake_levers(model, lever, out, **how)
-    if lever.vectors is None:
-        raise _words(lever.label)
     return bake_prompt(model, lever, out, **how)
 
 
@@ -130,31 +113,27 @@ def bake_levers(
             vector; a folder with something in it; too little space; a checkpoint that does not
             reload as what it was meant to be.
     """
-    vectors = _listed(lever)
-    settings = Settings(verify, prompts, link, progress)
-    target = Path(out)
-    drafted: tuple[Plan, Draft] | None = None
-    if isinstance(model, LanguageModel):
-        _check_early(model, vectors)
-    else:
-        drafted = _drafted(folder_of(model), vectors, route)
+    vectors, target = _listed(lever), Path(out)
+    lm = model if isinstance(model, LanguageModel) else None
+    if lm is not None:
+        _check_early(lm, vectors)
     with staged(target) as building:
-        if isinstance(model, LanguageModel):
-            save_model(model, building / ".base")
-            place = (building / ".base", model.name or "a model without a name")
-            drafted = _drafted(place, vectors, route)
-        assert drafted is not None
-        found, draft = drafted
-        base = draft.base
+        folder, name = folder_of(model, building / ".base")
+        found, draft = prepare(open_checkpoint(folder), name, vectors, route)
+        found.check()
+        assert draft is not None  # check() refused where there is none
         check_space(draft, target, link)
         write(draft, building, link, progress)
-        lm = model if isinstance(model, LanguageModel) else None
-        routed = draft.layout.mlp != "mlp."
-        source = Base(base.folder, found.model, lm, _dtype(lm, base), _attention(lm), routed)
-        report = _report(source, vectors, found, draft, building, target, settings)
+        report = _reported(found, draft, lm, vectors, target)
+        if verify:
+            dtype = draft.dtype if lm is None else lm.model.dtype
+            attention = None if lm is None else lm.model.config._attn_implementation
+            routed = draft.layout.mlp != "mlp."
+            base = Base(folder, target, name, lm, dtype, attention, routed)
+            report = _verified(report, base, draft, building, vectors, prompts, verify == "slice")
         card = model_card(found, vectors, report)
         (building / "README.md").write_text(card, encoding="utf-8")
-        write_json(building / RECORD, record_of(found, vectors, report, base.folder))
+        write_json(building / RECORD, record_of(found, vectors, report, folder))
         shutil.rmtree(building / ".base", ignore_errors=True)
     return report
 
@@ -173,31 +152,12 @@ def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
         TrimtabError: no model, or an architecture that has no routes at all.
     """
     vectors = _listed(lever)
-    if not isinstance(model, LanguageModel):
-        return _load_plan(folder_of(model), vectors, route)
-    for each in vectors:
-        each.check(model)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder))
-        found = prepare(open_checkpoint(folder), vectors, route)[0]
-    return replace(found, model=_public(model.name or "a model without a name"))
-
-
-def _drafted(
-    place: tuple[Path, str], vectors: list[Scaled], route: str | None
-) -> tuple[Plan, Draft]:
-    """Open a checkpoint and draft the result, or refuse."""
-    folder, name = place
-    found, draft = prepare(open_checkpoint(folder), vectors, route)
-    found = replace(found, model=_public(name))
-    found.check()
-    assert draft is not None  # check() refused where there is none
-    return found, draft
-
-
-def _load_plan(place: tuple[Path, str], vectors: list[Scaled], route: str | None) -> Plan:
-    folder, name = place
-    return replace(prepare(open_checkpoint(folder), vectors, route)[0], model=_public(name))
+    if isinstance(model, LanguageModel):
+        for vector in vectors:
+            vector.check(model)
+    with tempfile.TemporaryDirectory() as spare:
+        folder, name = folder_of(model, Path(spare))
+        return prepare(open_checkpoint(folder), name, vectors, route)[0]
 
 
 def _listed(lever: Levers) -> list[Scaled]:
@@ -213,14 +173,6 @@ def _listed(lever: Levers) -> list[Scaled]:
     return levers
 
 
-def _words(label: str) -> TrimtabError:
-    return TrimtabError(
-        asked=f"to bake {label}",
-        found="a prompt in words, which has no place in the weights",
-        advice="bake a vector, a low-rank update or a soft prompt; words go into the prompt",
-    )
-
-
 def _check_early(lm: LanguageModel, vectors: list[Scaled]) -> None:
     """Refuse what is plain before a large model is saved."""
     for vector in vectors:
@@ -231,83 +183,46 @@ def _check_early(lm: LanguageModel, vectors: list[Scaled]) -> None:
             lm.sites.check(Site(vector.site, layer))
     config = lm.model.config
     config = type(config)(**{**config.to_dict(), "architectures": [type(lm.model).__name__]})
-    layout = layout_of(config)
-    changes = changes_of(adding, layout.parallel)
-    if changes.refused:
-        refused_plan(lm.name or "the model", layout, adding, changes).check()
+    refuse_early(lm.name or "the model", layout_of(config), adding)
 
 
-def _public(name: str) -> str:
-    """A name for others to read: folders of the maker's machine are nobody's business."""
-    return Path(name).name if name.count("/") > 1 or name.startswith((".", "~")) else name
-
-
-def _dtype(lm: LanguageModel | None, base: Checkpoint) -> torch.dtype:
-    return base.dtype if lm is None else lm.model.dtype
-
-
-def _attention(lm: LanguageModel | None) -> str | None:
-    return None if lm is None else lm.model.config._attn_implementation
-
-
-def _report(
-    base: Base,
-    vectors: list[Scaled],
-    found: Plan,
-    draft: Draft,
-    building: Path,
-    target: Path,
-    settings: Settings,
+def _reported(
+    found: Plan, draft: Draft, lm: LanguageModel | None, vectors: list[Scaled], target: Path
 ) -> BakeReport:
-    rounding = max(draft.rounding.values(), default=0.0)
-    dtype = str(draft.dtype).removeprefix("torch.")
+    """The report of what was written and not compared yet."""
     # Of a model that was not loaded, the one it had when the vectors were made.
     recorded = next((v.fingerprint for v in vectors if v.fingerprint), "")
-    empty = BakeReport(
+    return BakeReport(
         found.route,
         target,
         None,
         None,
-        rounding=rounding,
-        dtype=dtype,
+        rounding=max(draft.rounding.values(), default=0.0),
+        dtype=str(draft.dtype).removeprefix("torch."),
         plan=found,
-        base_fingerprint=base.lm.fingerprint if base.lm is not None else recorded,
-    )
-    if not settings.verify:
-        return empty
-    compared = compare_tensors(draft, building, target)
-    seen = _verified(base, vectors, draft, building, target, settings)
-    return replace(
-        empty,
-        max_logit_difference=seen.difference,
-        equal_text=seen.equal_text,
-        tolerance=seen.allowed,
-        steering_effect=seen.effect,
-        verified=seen.how,
-        float32_difference=seen.float32_difference,
-        tensors_compared=compared,
-        base_fingerprint=seen.fingerprint or empty.base_fingerprint,
+        base_fingerprint=recorded if lm is None else lm.fingerprint,
     )
 
 
 def _verified(
+    report: BakeReport,
     base: Base,
-    vectors: list[Scaled],
     draft: Draft,
     building: Path,
-    target: Path,
-    settings: Settings,
-) -> Verified:
-    size = sum(fact.nbytes for fact in draft.base.tensors.values())
-    if settings.verify == "slice" or not fits_memory(size):
+    vectors: list[Scaled],
+    prompts: Sequence[Prompt],
+    sliced: bool,
+) -> BakeReport:
+    report = replace(report, tensors_compared=compare_tensors(base, draft, building))
+    size = draft.base.nbytes
+    if sliced or not fits_memory(size):
         folders, moved = write_slices(draft, building, vectors)
         try:
-            return compare_slices(base, folders, moved, target)
+            return compare_slices(report, base, folders, moved)
         finally:
             shutil.rmtree(building / ".slices", ignore_errors=True)
     wide = None
-    if base.dtype in _HALF and fits_memory(2 * size):
-        wide = compare_wide(base, building, vectors, settings.prompts, target)
-    prompts = settings.prompts
-    seen = compare_models(base, building, vectors, prompts, target, decide=wide is None)
-    return replace(seen, float32_difference=wide)
+    if base.half and fits_memory(2 * size):
+        wide = compare_wide(report, base, building, vectors, prompts)
+    report = compare_models(report, base, building, vectors, prompts, decide=wide is None)
+    return replace(report, float32_difference=wide)

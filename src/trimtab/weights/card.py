@@ -14,18 +14,19 @@ from trimtab.steering.units import convert
 from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.plan import BakeReport, Plan
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+_PROVENANCE = ("behavior", "method", "data_hash", "split", "seed")
 
 
 def model_card(plan: Plan, vectors: Sequence[Scaled], report: BakeReport) -> str:
     """Return the README.md of a baked checkpoint, Markdown with the hub's front matter."""
-    base = plan.model
     checks = report.table()
-    linked = f"base_model: {base}\n" if HUB_ID.fullmatch(base) else ""
     return "\n".join(
         (
-            f"---\nlibrary_name: transformers\ntags:\n- trimtab\n- steering\n{linked}---",
-            f"# {one_line(base)}, steered\n",
+            front_matter("transformers", plan.model),
+            f"# {one_line(plan.model)}, steered\n",
             "The steering is part of this checkpoint's weights. It needs no hook and no extra"
             " library, acts on every token, and no prompt switches it off.\n",
             markdown(_origin(plan, report)),
@@ -41,6 +42,12 @@ def model_card(plan: Plan, vectors: Sequence[Scaled], report: BakeReport) -> str
             _undo(plan),
         )
     )
+
+
+def front_matter(library: str, base: str) -> str:
+    """Return what the hub reads of a card: the library that loads it, tags, the base if it is there."""
+    linked = f"base_model: {base}\n" if _HUB_ID.fullmatch(base) else ""
+    return f"---\nlibrary_name: {library}\ntags:\n- trimtab\n- steering\n{linked}---"
 
 
 def _origin(plan: Plan, report: BakeReport) -> Table:
@@ -135,11 +142,7 @@ def record_of(
                 "strength": vector.strength,
                 "alphas": {str(k): v for k, v in vector.alphas.items()},
                 "targets": {str(k): v for k, v in getattr(vector, "targets", {}).items()},
-                "behavior": vector.provenance.get("behavior"),
-                "method": vector.provenance.get("method"),
-                "data_hash": vector.provenance.get("data_hash"),
-                "split": vector.provenance.get("split"),
-                "seed": vector.provenance.get("seed"),
+                **{fact: vector.provenance.get(fact) for fact in _PROVENANCE},
             }
             for vector in vectors
         ],

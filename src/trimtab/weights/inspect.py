@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.models.baked import read_record
 from trimtab.results.tables import Printable, Table
-from trimtab.weights.disk.checkpoint import Checkpoint, open_checkpoint
+from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import stray_tensors
 from trimtab.weights.disk.layout import layout_of
 
@@ -98,7 +99,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointFacts:
     """
     found = open_checkpoint(folder)
     names = getattr(found.config, "architectures", None) or [found.config.model_type]
-    known, lists = _compared(found)
+    lists: tuple[list[str], list[str], list[str]] | None = None
+    with suppress(TrimtabError):  # an architecture without routes
+        lists = stray_tensors(found, layout_of(found.config, found.dtype))
+    stray, missing, wrong = lists or ([], [], [])
     return CheckpointFacts(
         folder=found.folder.resolve().name,
         architecture=str(names[0]),
@@ -108,20 +112,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointFacts:
         files=len(found.files),
         tensors=len(found.tensors),
         nbytes=found.nbytes,
-        known=known,
-        stray=tuple(lists[0]),
-        missing=tuple(lists[1]),
-        wrong_shape=tuple(lists[2]),
+        known=lists is not None,
+        stray=tuple(stray),
+        missing=tuple(missing),
+        wrong_shape=tuple(wrong),
         baked=read_record(found.folder),
     )
-
-
-def _compared(found: Checkpoint) -> tuple[bool, tuple[list[str], list[str], list[str]]]:
-    try:
-        layout = layout_of(found.config, found.dtype)
-    except TrimtabError:
-        return False, ([], [], [])
-    return True, stray_tensors(found, layout)
 
 
 def _baked_rows(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
+from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.results.tables import Printable, Table
 from trimtab.steering.vector import VectorSteering
@@ -16,8 +18,10 @@ from trimtab.weights.disk.layout import Layout, short
 from trimtab.weights.disk.sources import Source, Zeros
 from trimtab.weights.disk.stream import arrange
 from trimtab.weights.routes.changes import HOOK, Changes, Point, changes_of, point_of
-from trimtab.weights.routes.choose import choose, constants_of, execute, refuse_post_norm
+from trimtab.weights.routes.choose import add_shifts, choose, execute, refuse_post_norm
 
+# So many steps are shown.
+_STEPS = 8
 ROUTES = ("bias", "null_block", "convert")
 # Their modeling code in vLLM has no bias behind the attention, and leaves out what it does not know.
 _NO_OUTPUT_BIAS = {"gemma", "granitemoe", "qwen3"}
@@ -133,7 +137,8 @@ class Plan(Printable):
                 f"layers added: {self.extra_layers}; tensors new or changed: {len(self.changed)}",
                 f"files written: {self.files_written} of {self.files}, {self.bytes_written:,} bytes"
                 f"; shared with the base: {self.bytes_shared:,} bytes",
-                *(f"{n}. {step}" for n, step in enumerate(_brief(self.steps), start=1)),
+                *(f"{n}. {step}" for n, step in enumerate(self.steps[:_STEPS], start=1)),
+                *([f"... {len(self.steps) - _STEPS} more"] if len(self.steps) > _STEPS else []),
                 *self.notes,
             ]
         becomes = "" if self.becomes == self.architecture else f" becomes {self.becomes}"
@@ -208,12 +213,13 @@ def _figure(value: float | None) -> str:
 
 
 def prepare(
-    base: Checkpoint, levers: Sequence[Scaled], route: str | None = None
+    base: Checkpoint, name: str, levers: Sequence[Scaled], route: str | None = None
 ) -> tuple[Plan, Draft | None]:
     """Plan, and draft the result where every steering has a route.
 
     Args:
         base: the checkpoint to change.
+        name: of the model.
         levers: in the order in which they would be switched on.
         route: only this one for constants (`ROUTES`), where there is a choice.
 
@@ -221,8 +227,8 @@ def prepare(
         TrimtabError: an architecture that has no routes at all, or a checkpoint that cannot be
             changed; another width or depth.
     """
-    if route is not None and route not in ROUTES:
-        raise TrimtabError(f"route {route!r}", "no such route", f"use one of {', '.join(ROUTES)}")
+    if route is not None:
+        choice("route", route, ROUTES)
     draft = start_draft(base)
     untouched = draft.tensors()
     vectors = [lever for lever in levers if isinstance(lever, VectorSteering)]
@@ -231,10 +237,9 @@ def prepare(
     layout = draft.layout
     changes = changes_of(vectors, layout.parallel)
     refuse_post_norm(changes, vectors, layout)
-    points = constants_of(changes, layout)
-    chosen, routes, why = choose(draft, points, route)
+    add_shifts(changes, layout)
+    chosen, routes, why = choose(draft, changes.constants, route)
     rows = (*_rows(vectors, changes, chosen.layout, routes, why), *map(_update_row, updates))
-    name = base.folder.name or str(base.folder)
     plan = Plan(name, layout.architecture, chosen.layout.architecture, rows)
     if not plan.exact:
         return plan, None
@@ -242,12 +247,16 @@ def prepare(
     return _costed(plan, chosen, untouched), chosen
 
 
-def refused_plan(
-    name: str, layout: Layout, vectors: Sequence[VectorSteering], changes: Changes
-) -> Plan:
-    """Return the plan of steerings of which some are refused whatever the weights are."""
-    rows = tuple(row for row in _rows(vectors, changes, layout, {}, "") if not row.route and row.reason)  # fmt: skip
-    return Plan(name, layout.architecture, layout.architecture, rows)
+def refuse_early(name: str, layout: Layout, vectors: Sequence[VectorSteering]) -> None:
+    """Refuse steerings that have no route whatever the weights are.
+
+    Raises:
+        TrimtabError: as `Plan.check`.
+    """
+    changes = changes_of(vectors, layout.parallel)
+    if changes.refused:
+        rows = _rows(vectors, changes, layout, {}, "")
+        Plan(name, layout.architecture, layout.architecture, rows).check()
 
 
 def _check_shapes(base: Checkpoint, vectors: Sequence[VectorSteering]) -> None:
@@ -283,19 +292,11 @@ def _rows(
             else:
                 key = _route_of(vector, layer, layout, routes, why)
             grouped.setdefault(key, []).append(layer)
-        for (route, reason, advice), layers in grouped.items():
-            rows.append(
-                PlanRow(
-                    vector.label,
-                    vector.operation,
-                    vector.site,
-                    tuple(layers),
-                    str(vector.scope),
-                    route,
-                    reason,
-                    advice,
-                )
-            )
+        facts = vector.label, vector.operation, vector.site
+        rows += [
+            PlanRow(*facts, tuple(layers), str(vector.scope), *key)
+            for key, layers in grouped.items()
+        ]
     return tuple(rows)
 
 
@@ -332,17 +333,13 @@ def _route_of(
 
 
 def _costed(plan: Plan, draft: Draft, base: dict[str, Source]) -> Plan:
-    files = arrange(draft)
-    tensors = draft.tensors()
+    files, tensors = arrange(draft), draft.tensors()
     changed = sorted(name for name, source in tensors.items() if base.get(name) != source)
     written = [file for file in files if file.shared is None]
     extra = len(draft.blocks) - int(draft.base.config.num_hidden_layers)
     steered = tuple(n for n in changed if not isinstance(tensors[n], Zeros))
-    return Plan(
-        model=plan.model,
-        architecture=plan.architecture,
-        becomes=plan.becomes,
-        rows=plan.rows,
+    return replace(
+        plan,
         extra_layers=extra,
         changed=tuple(changed),
         bytes_written=sum(file.nbytes for file in written),
@@ -364,16 +361,9 @@ def _serving(layout: Layout, steered: Sequence[str]) -> tuple[str, ...]:
     return (_SERVE.format(dropped),)
 
 
-def _brief(steps: tuple[str, ...], most: int = 8) -> tuple[str, ...]:
-    return steps if len(steps) <= most else (*steps[:most], f"... {len(steps) - most} more")
-
-
 def _span(layers: Sequence[int]) -> str:
-    """Write layers as 0-3, 7."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
+    """Write ascending layers as 0-3, 7."""
+    # Along a run, a layer and its place grow alike.
+    runs = groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
+    parts = [[layer for _, layer in run] for _, run in runs]
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

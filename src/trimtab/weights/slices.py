@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import open_checkpoint
-from trimtab.weights.disk.draft import Draft, start_draft
+from trimtab.weights.disk.draft import Draft, finish, start_draft
 from trimtab.weights.disk.stream import write
 
 
@@ -35,17 +35,10 @@ def write_slices(
     folders = (result / ".slices" / "base", result / ".slices" / "result")
     for part, folder, chosen in ((base, folders[0], kept), (after, folders[1], numbers)):
         part.blocks = [part.blocks[n] for n in chosen]
-        _write(part, folder)
+        finish(part)
+        folder.mkdir(parents=True)
+        write(part, folder, link=False)
     return folders, [sliced for v in vectors if (sliced := _moved(v, kept)) is not None]
-
-
-def _write(part: Draft, folder: Path) -> None:
-    part.raw[part.layout.depth_key] = len(part.blocks)
-    kinds = [block.kind for block in part.blocks]
-    if all(kinds):
-        part.raw["layer_types"] = kinds
-    folder.mkdir(parents=True)
-    write(part, folder, link=False)
 
 
 def _moved(vector: Scaled, kept: list[int]) -> Scaled | None:

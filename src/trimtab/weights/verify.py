@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,57 +27,52 @@ from trimtab.weights.disk.checkpoint import open_checkpoint
 from trimtab.weights.disk.draft import Draft, stray_tensors
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.sources import Copy, copied
+from trimtab.weights.plan import BakeReport
 
 ANSWER_TOKENS = 24
 WHOLE = "logits and greedy text of the whole model, every tensor bit by bit"
 SLICE = "every tensor bit by bit, logits of a slice of two blocks"
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What the comparison found.
-
-    Attributes:
-        how: what was compared.
-        difference: largest |hooked - reloaded| over all logits of the check prompts.
-        allowed: what it was held against.
-        effect: largest |hooked - unsteered| over the same logits.
-        equal_text: whether the greedy answers are the same; None for a slice.
-        float32_difference: of a half-precision checkpoint, the difference when both are computed in
-            float32: what is left is the rounding of the weights alone. None where not done.
-        fingerprint: of the base, None where it was not loaded whole.
-    """
-
-    how: str
-    difference: float
-    allowed: float
-    effect: float
-    equal_text: bool | None = None
-    float32_difference: float | None = None
-    fingerprint: str | None = None
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Base:
     """The unsteered model: at hand, or a folder it can be loaded from.
 
-    `routed` says that it is a mixture of experts.
+    Attributes:
+        folder: of its checkpoint.
+        target: where the result will be, as errors call it.
+        name: of the model.
+        lm: the model, where it is loaded already.
+        dtype: of its weights.
+        attention: transformers' implementation; its own choice where None.
+        routed: whether it is a mixture of experts.
     """
 
     folder: Path
-    name: str
+    target: Path
+    name: str = ""
     lm: LanguageModel | None = None
     dtype: torch.dtype = torch.float32
     attention: str | None = None
     routed: bool = False
 
+    @property
+    def half(self) -> bool:
+        """Whether the weights are in half precision."""
+        return self.dtype not in (torch.float32, torch.float64)
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What one model says to the check prompts."""
+    @property
+    def tolerance(self) -> float:
+        """The difference allowed, as a share of the largest logit (at least of 1)."""
+        return 8 * torch.finfo(self.dtype).eps if self.half else 1e-5
 
-    logits: Tensor
-    answers: list[str] = field(default_factory=list)
+    def unequal(self, found: str) -> TrimtabError:
+        """Make the error of a checkpoint that is not what it was meant to be."""
+        return TrimtabError(
+            asked=f"a checkpoint at {self.target} equal to the hooked model",
+            found=f"after saving and reloading: {found}",
+            advice="nothing was left there; steer with the hook: `with vector.on(lm):`",
+        )
 
 
 def fits_memory(nbytes: int) -> bool:
@@ -86,7 +81,7 @@ def fits_memory(nbytes: int) -> bool:
     return available is None or 1.3 * nbytes + (1 << 30) < available
 
 
-def compare_tensors(draft: Draft, folder: Path, target: Path) -> int:
+def compare_tensors(base: Base, draft: Draft, folder: Path) -> int:
     """Compare every tensor on disk with what was meant, bit by bit; return how many.
 
     Raises:
@@ -97,33 +92,33 @@ def compare_tensors(draft: Draft, folder: Path, target: Path) -> int:
     layout = layout_of(written.config, written.dtype)
     stray, missing, wrong = stray_tensors(written, layout)
     if stray:
-        raise unequal(target, f"tensors that {layout.short} does not know and drops: {stray[:4]}")
+        raise base.unequal(f"tensors that {layout.short} does not know and drops: {stray[:4]}")
     if missing or wrong:
-        raise unequal(target, f"tensors missing or of another shape: {(missing + wrong)[:4]}")
+        raise base.unequal(f"tensors missing or of another shape: {(missing + wrong)[:4]}")
     for name in sorted(meant.keys() | written.tensors.keys()):
         if name not in meant or name not in written.tensors:
-            raise unequal(target, f"the tensor {name} on one side only")
+            raise base.unequal(f"the tensor {name} on one side only")
         fact, source = written.tensors[name], meant[name]
         if isinstance(source, Copy) and _same_place(source, copied(fact)):
             continue  # a file that the two share
         if fact.dtype != source.dtype or fact.shape != source.shape:
-            raise unequal(target, f"{name} as {fact.dtype} {list(fact.shape)}")
+            raise base.unequal(f"{name} as {fact.dtype} {list(fact.shape)}")
         with open(fact.file, "rb") as stream:
             stream.seek(fact.start)
             for piece in source.pieces():
                 if stream.read(len(piece)) != piece:
-                    raise unequal(target, f"other values in {name}")
+                    raise base.unequal(f"other values in {name}")
     return len(meant)
 
 
 def compare_models(
+    report: BakeReport,
     base: Base,
     folder: Path,
     vectors: Sequence[Scaled],
     prompts: Sequence[Prompt],
-    target: Path,
     decide: bool = True,
-) -> Verified:
+) -> BakeReport:
     """Compare the reloaded checkpoint with the hooked base model in logits and greedy text.
 
     With `decide` off, another comparison has judged the logits and these are only reported.
@@ -132,44 +127,35 @@ def compare_models(
         TrimtabError: keys that the reload did not know, find or match; a tokenizer that encodes
             otherwise; logits or (in full precision) text that differ.
     """
-    lm = base.lm if base.lm is not None else load_folder(base, base.folder, target)
+    lm = base.lm if base.lm is not None else load_folder(base, base.folder)
     for vector in vectors:
         vector.check(lm)
-    fingerprint = lm.fingerprint
+    fingerprint, device = lm.fingerprint, lm.device
     plain = _logits(lm, prompts)
-    with all_on(vectors, lm):
-        hooked = _Seen(_logits(lm, prompts), lm.generate(list(prompts), ANSWER_TOKENS))
+    with _all_on(vectors, lm):
+        hooked, meant = _logits(lm, prompts), lm.generate(list(prompts), ANSWER_TOKENS)
     ids = [lm.encode(p).ids for p in prompts]
-    device = lm.device
     del lm  # two large models need not be there at once
-    baked = load_folder(base, folder, target)
+    baked = load_folder(base, folder)
     torch.nn.Module.to(baked.model, device)
     if [baked.encode(p).ids for p in prompts] != ids:
-        raise unequal(target, "a tokenizer that encodes the check prompts differently")
-    seen = _Seen(_logits(baked, prompts), baked.generate(list(prompts), ANSWER_TOKENS))
-    verified = _judge(base, hooked.logits, seen.logits, plain, target, decide)
-    equal = seen.answers == hooked.answers
+        raise base.unequal("a tokenizer that encodes the check prompts differently")
+    seen, said = _logits(baked, prompts), baked.generate(list(prompts), ANSWER_TOKENS)
+    report = _judge(report, base, hooked, seen, plain, decide)
     # In half precision the hook rounds in another order, so near-ties may break differently; there
     # float32 arithmetic judges, where memory allows, and the text is reported.
-    if base.dtype in (torch.float32, torch.float64) and not equal:
-        raise unequal(target, "other greedy answers than the hooked model gives")
-    return Verified(
-        WHOLE,
-        verified.difference,
-        verified.allowed,
-        verified.effect,
-        equal,
-        fingerprint=fingerprint,
-    )
+    if not base.half and said != meant:
+        raise base.unequal("other greedy answers than the hooked model gives")
+    return replace(report, verified=WHOLE, equal_text=said == meant, base_fingerprint=fingerprint)
 
 
 def compare_wide(
+    report: BakeReport,
     base: Base,
     folder: Path,
     vectors: Sequence[Scaled],
     prompts: Sequence[Prompt],
-    target: Path,
-) -> float:
+) -> float | None:
     """Return the largest logit difference when weights of half precision are used in float32.
 
     What is left is the rounding of the weights alone. In half precision itself, two orders of
@@ -178,58 +164,63 @@ def compare_wide(
     Raises:
         TrimtabError: more than the rounding of the stored weights explains.
     """
-    wide = Base(base.folder, base.name, None, torch.float32, base.attention)
-    lm = load_folder(wide, base.folder, target)
+    wide = replace(base, lm=None, dtype=torch.float32)
+    lm = load_folder(wide, base.folder)
     plain = _logits(lm, prompts)
-    with all_on([replace(v, fingerprint="") for v in vectors], lm):
+    with _all_on([replace(v, fingerprint="") for v in vectors], lm):
         hooked = _logits(lm, prompts)
     del lm
-    baked = _logits(load_folder(wide, folder, target), prompts)
-    return _judge(base, hooked, baked, plain, target).difference
-
-
-def _judge(
-    base: Base, hooked: Tensor, baked: Tensor, plain: Tensor, target: Path, decide: bool = True
-) -> Verified:
-    apart = (baked - hooked).abs().flatten(0, -2).amax(dim=-1)
-    difference = float(apart.max())
-    # Rounding can send single tokens of a mixture to other experts; a wrong checkpoint is wrong at
-    # every token.
-    half = base.dtype not in (torch.float32, torch.float64)
-    decisive = float(apart.median()) if base.routed and half else difference
-    allowed = tolerance(base.dtype) * max(1.0, float(hooked.abs().max()))
-    if decide and not decisive <= allowed:
-        found = f"logits that differ by {decisive:.3g}, {allowed:.3g} allowed"
-        raise unequal(target, found)
-    return Verified(WHOLE, difference, allowed, float((hooked - plain).abs().max()))
+    baked = _logits(load_folder(wide, folder), prompts)
+    return _judge(report, base, hooked, baked, plain).max_logit_difference
 
 
 def compare_slices(
-    base: Base,
-    folders: tuple[Path, Path],
-    vectors: Sequence[Scaled],
-    target: Path,
-) -> Verified:
+    report: BakeReport, base: Base, folders: tuple[Path, Path], vectors: Sequence[Scaled]
+) -> BakeReport:
     """Compare two slices (of the base with the hook, of the result) on fixed token ids.
 
     In float32, so that only the rounding of the stored weights is left.
     """
     wide = replace(base, dtype=torch.promote_types(base.dtype, torch.float32))
-    models = [load_model(wide, folder, target) for folder in folders]
+    models = [load_model(wide, folder) for folder in folders]
     tokenizer: Any = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
     lm, baked = (LanguageModel(model, tokenizer, base.name) for model in models)
     rows = int(models[0].get_input_embeddings().weight.shape[0])
     ids = torch.randint(0, rows, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain, after = lm.model(ids).logits.float(), baked.model(ids).logits.float()
-        with all_on(vectors, lm):
+        with _all_on(vectors, lm):
             hooked = lm.model(ids).logits.float()
-    found = _judge(base, hooked, after, plain, target)
-    return Verified(SLICE, found.difference, found.allowed, found.effect)
+    return replace(_judge(report, base, hooked, after, plain), verified=SLICE)
+
+
+def _judge(
+    report: BakeReport,
+    base: Base,
+    hooked: Tensor,
+    baked: Tensor,
+    plain: Tensor,
+    decide: bool = True,
+) -> BakeReport:
+    """Put the differences of logits `[..., vocab]` into the report; refuse what is too much."""
+    apart = (baked - hooked).abs().flatten(0, -2).amax(dim=-1)
+    difference = float(apart.max())
+    # Rounding can send single tokens of a mixture to other experts; a wrong checkpoint is wrong at
+    # every token.
+    decisive = float(apart.median()) if base.routed and base.half else difference
+    allowed = base.tolerance * max(1.0, float(hooked.abs().max()))
+    if decide and not decisive <= allowed:
+        raise base.unequal(f"logits that differ by {decisive:.3g}, {allowed:.3g} allowed")
+    return replace(
+        report,
+        max_logit_difference=difference,
+        tolerance=allowed,
+        steering_effect=float((hooked - plain).abs().max()),
+    )
 
 
 @contextmanager
-def all_on(vectors: Sequence[Scaled], lm: LanguageModel):
+def _all_on(vectors: Sequence[Scaled], lm: LanguageModel):
     """Switch several steerings on, the first outermost."""
     with ExitStack() as stack:
         for vector in vectors:
@@ -237,23 +228,22 @@ def all_on(vectors: Sequence[Scaled], lm: LanguageModel):
         yield
 
 
-def load_folder(base: Base, folder: Path, target: Path) -> LanguageModel:
+def load_folder(base: Base, folder: Path) -> LanguageModel:
     """Load a checkpoint with its tokenizer as a user would."""
-    model = load_model(base, folder, target)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    name = base.name if folder == base.folder else str(target)
-    return LanguageModel(model, tokenizer, name=name)
+    name = base.name if folder == base.folder else str(base.target)
+    return LanguageModel(load_model(base, folder), tokenizer, name=name)
 
 
-def load_model(base: Base, folder: Path, target: Path) -> Any:
+def load_model(base: Base, folder: Path) -> Any:
     """Load weights; every key must be known, found and of the right shape."""
     options = {} if base.attention is None else {"attn_implementation": base.attention}
     try:
         model, faults = read_weights(folder, dtype=base.dtype, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise unequal(target, f"it cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise base.unequal(f"it cannot be loaded: {str(error).splitlines()[0]}") from error
     if faults:
-        raise unequal(target, f"loading faults: {faults}")
+        raise base.unequal(f"loading faults: {faults}")
     return model.eval()
 
 
@@ -264,20 +254,6 @@ def _logits(lm: LanguageModel, prompts: Sequence[Prompt]) -> Tensor:
         for batch in lm.batches([lm.encode(p) for p in prompts]):
             parts.append(lm.forward(batch)[batch.attention_mask.bool()].float().cpu())
     return torch.cat(parts)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the difference allowed, as a share of the largest logit (at least of 1)."""
-    return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
-
-
-def unequal(target: Path, found: str) -> TrimtabError:
-    """Make the error of a checkpoint that is not what it was meant to be."""
-    return TrimtabError(
-        asked=f"a checkpoint at {target} equal to the hooked model",
-        found=f"after saving and reloading: {found}",
-        advice="nothing was left there; steer with the hook: `with vector.on(lm):`",
-    )
 
 
 def _same_place(meant: Copy, written: Copy) -> bool:

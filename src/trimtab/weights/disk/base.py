@@ -15,22 +15,27 @@ _SHARDS = "4GB"
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
 
-def folder_of(model: str | os.PathLike[str]) -> tuple[Path, str]:
-    """Return the folder of a model's files and the name to give it.
+def folder_of(model: Model, spare: Path) -> tuple[Path, str]:
+    """Return the folder of a model's files, and its name for others to read.
 
     Args:
-        model: "harbor", a folder, or a hub id, whose files are downloaded if they are not there.
+        model: "harbor", a folder, a hub id, whose files are downloaded if they are not there, or a
+            model in memory.
+        spare: where a model in memory is saved.
 
     Raises:
-        TrimtabError: there is no such model.
+        TrimtabError: there is no such model, or it cannot be saved.
     """
+    if isinstance(model, LanguageModel):
+        save_model(model, spare)
+        return spare, public_name(model.name)
     name = os.fspath(model)
     if name in BUILT_IN:
         return BUILT_IN[name], name
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder, folder.resolve().name
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if _is_path(name):
         raise TrimtabError(
             f"the model {name!r}", "no such folder", "give a folder with config.json, or a hub id"
         )
@@ -45,6 +50,15 @@ def folder_of(model: str | os.PathLike[str]) -> tuple[Path, str]:
             f"it cannot be fetched: {reason}",
             "check the name and the network, or give a folder",
         ) from error
+
+
+def public_name(name: str) -> str:
+    """Return a model's name for others to read: without the folders of the maker's machine."""
+    return (Path(name).name if _is_path(name) else name) or "a model without a name"
+
+
+def _is_path(name: str) -> bool:
+    return name.count("/") > 1 or name.startswith((".", "/", "~"))
 
 
 def save_model(lm: LanguageModel, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,10 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype that most bytes have."""
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for fact in self.tensors.values():
-            sizes[fact.dtype] = sizes.get(fact.dtype, 0) + fact.nbytes
-        return DTYPES.get(max(sizes, key=lambda name: sizes[name]), torch.float32)
+            sizes[fact.dtype] += fact.nbytes
+        return DTYPES.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -135,17 +136,14 @@ def read_header(file: Path) -> dict[str, TensorFact]:
             first, last = entry["data_offsets"]
             shape = tuple(int(n) for n in entry["shape"])
             fact = TensorFact(file, str(entry["dtype"]), shape, 8 + length + first, last - first)
-            wrong = fact.dtype in DTYPES and fact.nbytes != math.prod(shape) * _width(fact.dtype)
+            width = DTYPES[fact.dtype].itemsize if fact.dtype in DTYPES else None
+            wrong = width is not None and fact.nbytes != math.prod(shape) * width
             if wrong or first < 0 or fact.start + fact.nbytes > size:
                 raise _broken(file, f"the bytes of {name} do not fit its shape or the file")
             found[name] = fact
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(file, str(error) or type(error).__name__) from error
     return found
-
-
-def _width(dtype: str) -> int:
-    return DTYPES[dtype].itemsize
 
 
 def _safe(folder: Path, listed: dict[str, str]) -> list[str]:
@@ -161,8 +159,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        wanted = f"{name} nor {SINGLE}" if name == INDEX else name
-        raise _broken(folder, f"neither {wanted}" if name == INDEX else f"no {name}") from error
+        said = f"neither {INDEX} nor {SINGLE}" if name == INDEX else f"no {name}"
+        raise _broken(folder, said) from error
     except (OSError, ValueError) as error:
         raise _broken(folder / name, str(error)) from error
     if not isinstance(found, dict):

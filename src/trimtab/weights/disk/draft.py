@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from trimtab.errors import TrimtabError
-from trimtab.weights.disk.checkpoint import DTYPES, Checkpoint
-from trimtab.weights.disk.layout import Layout, expected_tensors, layout_of, optional_tensors
-from trimtab.weights.disk.sources import Copy, Projected, Source, Value, Zeros, copied, value_of
+from trimtab.weights.disk.checkpoint import DTYPES, Checkpoint, TensorFact
+from trimtab.weights.disk.layout import Layout, expected_tensors, layout_of
+from trimtab.weights.disk.sources import Source, Value, Zeros, copied, value_of
 
 
 @dataclass
@@ -141,10 +141,6 @@ class Draft:
         forked.steps, forked.rounding = list(self.steps), dict(self.rounding)
         return forked
 
-    def computed(self) -> list[Projected]:
-        """Return the large tensors that are computed while they are written."""
-        return [source for source in self.tensors().values() if isinstance(source, Projected)]
-
 
 def start_draft(base: Checkpoint) -> Draft:
     """Take a checkpoint apart.
@@ -157,18 +153,19 @@ def start_draft(base: Checkpoint) -> Draft:
     _refuse_special(base, layout)
     raw = copy.deepcopy(base.raw)
     raw["architectures"] = [layout.architecture]
-    kinds = _kinds(base)
+    kinds = getattr(base.config, "layer_types", None)
     count = int(base.config.num_hidden_layers)
     blocks = [Block(n, "whole", {}, kinds[n] if kinds else None) for n in range(count)]
     outer: dict[str, Source] = {}
     first, _, rest = layout.block.partition("{}")
     pattern = re.compile(re.escape(first) + r"(\d+)" + re.escape(rest) + "(.+)")
-    for name, source in _checked(base, layout).items():
+    _refuse_misfits(base, layout)
+    for name, fact in _renamed(base, layout).items():
         match = pattern.fullmatch(name)
         if match and int(match[1]) < count:
-            blocks[int(match[1])].tensors[match[2]] = source
+            blocks[int(match[1])].tensors[match[2]] = copied(fact)
         else:
-            outer[name] = source
+            outer[name] = copied(fact)
     return Draft(base, layout, raw, blocks, outer)
 
 
@@ -179,14 +176,14 @@ def stray_tensors(base: Checkpoint, layout: Layout) -> tuple[list[str], list[str
     """
     expected = expected_tensors(base.config)
     found = {name: fact.shape for name, fact in _renamed(base, layout).items()}
-    optional = optional_tensors(base.config, layout)
+    optional = {layout.head} if base.config.tie_word_embeddings else set()
     stray = sorted(found.keys() - expected.keys())
     missing = sorted(expected.keys() - found.keys() - optional)
     wrong = sorted(n for n in found.keys() & expected.keys() if found[n] != expected[n])
     return stray, missing, wrong
 
 
-def _checked(base: Checkpoint, layout: Layout) -> dict[str, Copy]:
+def _refuse_misfits(base: Checkpoint, layout: Layout) -> None:
     stray, missing, wrong = stray_tensors(base, layout)
     if stray or missing or wrong:
         kinds = (("that it does not know", stray), ("missing", missing), ("of other shapes", wrong))
@@ -196,10 +193,9 @@ def _checked(base: Checkpoint, layout: Layout) -> dict[str, Copy]:
             found=said,
             advice="merge or remove adapters and other additions first: loading drops such tensors",
         )
-    return {name: copied(fact) for name, fact in _renamed(base, layout).items()}
 
 
-def _renamed(base: Checkpoint, layout: Layout) -> dict[str, Any]:
+def _renamed(base: Checkpoint, layout: Layout) -> dict[str, TensorFact]:
     """Old GPT-2 files leave out the prefix, and hold masks that are no weights."""
     if layout.model_type != "gpt2":
         return dict(base.tensors)
@@ -210,36 +206,18 @@ def _renamed(base: Checkpoint, layout: Layout) -> dict[str, Any]:
     return {n if n == layout.head else f"transformer.{n}": fact for n, fact in kept.items()}
 
 
-def _kinds(base: Checkpoint) -> list[str] | None:
-    listed = getattr(base.config, "layer_types", None)
-    return list(listed) if listed else None
-
-
 def _refuse_special(base: Checkpoint, layout: Layout) -> None:
-    asked = f"to bake into architecture {layout.architecture}"
+    found, advice = "", "bake into the unquantized model and quantize the result"
+    odd = sorted({f.dtype for f in base.tensors.values()} - DTYPES.keys())
     if base.raw.get("quantization_config") is not None:
         method = dict(base.raw["quantization_config"]).get("quant_method", "an unnamed method")
-        raise TrimtabError(
-            asked,
-            f"quantized weights ({method})",
-            "bake into the unquantized model and quantize the result",
-        )
-    odd = sorted({f.dtype for f in base.tensors.values()} - DTYPES.keys())
-    if odd:
-        raise TrimtabError(
-            asked,
-            f"tensors of the types {', '.join(odd)}",
-            "bake into the unquantized model and quantize the result",
-        )
-    if base.raw.get("auto_map"):
-        raise TrimtabError(
-            asked, "a model with code of its own", "steer with the hook: `with vector.on(lm):`"
-        )
-
-
-def refresh(draft: Draft) -> None:
-    """Read the layout again after a conversion changed the configuration."""
-    draft.layout = layout_of(draft.config, draft.dtype)
+        found = f"quantized weights ({method})"
+    elif odd:
+        found = f"tensors of the types {', '.join(odd)}"
+    elif base.raw.get("auto_map"):
+        found, advice = "a model with code of its own", "steer with the hook: `with vector.on(lm):`"
+    if found:
+        raise TrimtabError(f"to bake into architecture {layout.architecture}", found, advice)
 
 
 def finish(draft: Draft) -> None:

@@ -92,25 +92,17 @@ _POST = {
     "switches": (("attention_bias", _QKVO),),
     "post_norm": True,
 }
+_BIASED = {
+    "mid_bias": _O_BIAS,
+    "post_bias": "mlp.down_proj.bias",
+    "switches": (("attention_bias", _QKVO), ("mlp_bias", _GATED)),
+    "null": "output_bias",
+}
 _KNOWN: dict[str, Layout] = {
     known.model_type: known
     for known in (
-        Layout(
-            "llama",
-            "LlamaForCausalLM",
-            mid_bias=_O_BIAS,
-            post_bias="mlp.down_proj.bias",
-            switches=(("attention_bias", _QKVO), ("mlp_bias", _GATED)),
-            null="output_bias",
-        ),
-        Layout(
-            "granite",
-            "GraniteForCausalLM",
-            mid_bias=_O_BIAS,
-            post_bias="mlp.down_proj.bias",
-            switches=(("attention_bias", _QKVO), ("mlp_bias", _GATED)),
-            null="output_bias",
-        ),
+        Layout("llama", "LlamaForCausalLM", **_BIASED),
+        Layout("granite", "GraniteForCausalLM", **_BIASED),
         Layout(
             "granitemoe",
             "GraniteMoeForCausalLM",
@@ -213,7 +205,7 @@ def layout_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> L
 def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors that a checkpoint of this configuration holds.
 
-    Tied weights are in it; `optional_tensors` says which may be absent.
+    A tied unembedding is in it, which a checkpoint may leave out.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -224,19 +216,13 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def optional_tensors(config: PretrainedConfig, layout: Layout) -> frozenset[str]:
-    """Return the tensors that a checkpoint may leave out: the tied unembedding."""
-    return frozenset({layout.head} if config.tie_word_embeddings else ())
-
-
 def _on_disk(model_type: str, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:  # fmt: skip
     """Mixtures of experts, and one unembedding, are stored otherwise than they are held."""
     if model_type == "mixtral":
         name = name.replace(".mlp.", ".block_sparse_moe.")
         if name.endswith("experts.gate_up_proj"):
             stem, (n, double, d) = name.removesuffix("gate_up_proj"), shape
-            pairs = [(f"{stem}{e}.{w}.weight", (double // 2, d)) for e in range(n) for w in ("w1", "w3")]  # fmt: skip
-            return pairs
+            return [(f"{stem}{e}.{w}.weight", (double // 2, d)) for e in range(n) for w in ("w1", "w3")]  # fmt: skip
         if name.endswith("experts.down_proj"):
             stem, (n, d, inner) = name.removesuffix("down_proj"), shape
             return [(f"{stem}{e}.w2.weight", (d, inner)) for e in range(n)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.weights.disk.checkpoint import DTYPES, NAMES, TensorFact
 
 PIECE = 16 << 20
+Bytes = bytes | bytearray | memoryview
 
 
 class Source(Protocol):
@@ -33,16 +34,12 @@ class Source(Protocol):
         ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        ...
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def home(self) -> Path | None:
-        """The base's file it belongs to."""
-        ...
+    def home(self) -> Path | None: ...
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
+    def pieces(self) -> Iterator[Bytes]:
         """Its bytes, a piece at a time."""
         ...
 
@@ -71,7 +68,6 @@ class Copy:
 
     @property
     def home(self) -> Path | None:
-        """The file of the first span."""
         return self.spans[0].file if self.spans else None
 
     def rows(self, first: int, last: int) -> Copy:
@@ -81,18 +77,12 @@ class Copy:
         part = Span(span.file, span.start + first * width, (last - first) * width)
         return Copy((part,), self.dtype, (last - first, *self.shape[1:]))
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """Read through the spans, a piece at a time."""
+    def pieces(self) -> Iterator[Bytes]:
         for span in self.spans:
             with open(span.file, "rb", buffering=0) as stream:
                 stream.seek(span.start)
-                left = span.nbytes
-                while left:
-                    block = stream.read(min(left, PIECE))
-                    if not block:
-                        raise OSError(f"{span.file} became shorter while it was read")
-                    left -= len(block)
-                    yield block
+                for at in range(0, span.nbytes, PIECE):
+                    yield _exactly(stream, min(PIECE, span.nbytes - at))
 
     def read(self, first: int, last: int) -> Tensor:
         """Return rows `[first, last)` of the tensor seen as a table of its last dimension."""
@@ -136,16 +126,13 @@ class Value:
 
     @property
     def dtype(self) -> str:
-        """Dtype, in the words of the safetensors format."""
         return NAMES[self.tensor.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
         return tuple(self.tensor.shape)
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """All of it at once."""
+    def pieces(self) -> Iterator[Bytes]:
         yield raw_bytes(self.tensor)
 
 
@@ -157,12 +144,9 @@ class Zeros:
     shape: tuple[int, ...]
     home: Path | None = None
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """One block of zeros, again and again."""
-        left, block = nbytes(self), bytes(min(PIECE, nbytes(self)))
-        while left:
-            yield block[: min(left, len(block))]
-            left -= min(left, len(block))
+    def pieces(self) -> Iterator[Bytes]:
+        for at in range(0, nbytes(self), PIECE):
+            yield bytes(min(PIECE, nbytes(self) - at))
 
 
 @dataclass(eq=False)
@@ -195,17 +179,14 @@ class Projected:
 
     @property
     def dtype(self) -> str:
-        """Dtype of the base's tensor."""
         return self.base.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the base's tensor."""
         return self.base.shape
 
     @property
     def home(self) -> Path | None:
-        """Where the base lies."""
         return self.base.home
 
     @property
@@ -213,7 +194,7 @@ class Projected:
         """||stored - meant|| / ||meant - base|| of what was written so far."""
         return math.sqrt(self.error / self.change) if self.change else 0.0
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
+    def pieces(self) -> Iterator[Bytes]:
         """Compute a few rows at a time in a wider dtype, and round once."""
         self.error = self.change = 0.0
         stored_as = DTYPES[self.dtype]

@@ -19,7 +19,7 @@ from trimtab.results import Progress
 from trimtab.results.tables import write_json
 from trimtab.weights.disk.checkpoint import INDEX, SINGLE, Checkpoint
 from trimtab.weights.disk.draft import Draft
-from trimtab.weights.disk.sources import Copy, Source, copied, copy_bytes, nbytes
+from trimtab.weights.disk.sources import Copy, Projected, Source, copied, copy_bytes, nbytes
 
 # Alignment of the tensors' first byte, as the safetensors library writes it.
 _ALIGN = 8
@@ -77,17 +77,7 @@ def _same(base: Checkpoint, home: Path | None, group: Mapping[str, Source]) -> b
     return there == {n: s for n, s in group.items() if isinstance(s, Copy)} and len(there) == len(group)  # fmt: skip
 
 
-def bytes_to_write(files: list[OutFile], link: bool) -> int:
-    """Return the bytes that the result takes beside the base."""
-    return sum(file.nbytes for file in files if file.shared is None or not link)
-
-
-def write(
-    draft: Draft,
-    folder: Path,
-    link: bool = True,
-    progress: Progress | None = None,
-) -> None:
+def write(draft: Draft, folder: Path, link: bool = True, progress: Progress | None = None) -> None:
     """Write weights, index, configuration and everything that belongs to them into `folder`.
 
     Args:
@@ -112,10 +102,9 @@ def write(
         done += file.nbytes
         if progress is not None:
             progress(done, total)
-    for source in draft.computed():
-        draft.rounding["tensors updated"] = max(
-            source.rounding, draft.rounding.get("tensors updated", 0.0)
-        )
+    computed = [s.rounding for s in draft.tensors().values() if isinstance(s, Projected)]
+    if computed:
+        draft.rounding["tensors updated"] = max(computed)
     if [file.name for file in files] != [SINGLE]:
         kept = {k: v for k, v in draft.base.metadata.items() if k != "total_parameters"}
         index = {"metadata": {**kept, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}  # fmt: skip
@@ -191,8 +180,9 @@ def check_space(draft: Draft, target: Path, link: bool) -> None:
     """
     parent = next(p for p in target.absolute().parents if p.exists())
     same = os.stat(parent).st_dev == os.stat(os.path.realpath(draft.base.files[0])).st_dev
+    written = [file for file in arrange(draft) if file.shared is None or not (link and same)]
     # A little more for the small files and the file system's own needs.
-    needed = bytes_to_write(arrange(draft), link and same) + (64 << 20)
+    needed = sum(file.nbytes for file in written) + (64 << 20)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise TrimtabError(

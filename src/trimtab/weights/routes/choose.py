@@ -40,16 +40,12 @@ def refuse_post_norm(changes: Changes, vectors: Sequence[VectorSteering], layout
                 )
 
 
-def constants_of(changes: Changes, layout: Layout) -> dict[Point, torch.Tensor]:
-    """Every constant of the stream that a route has to be found for."""
-    points = dict(changes.constants)
+def add_shifts(changes: Changes, layout: Layout) -> None:
+    """Add what the maps leave as constants, so that a route has to be found for it as well."""
     sites = {"attention": "attn_out", "mlp": "mlp_out"}
     for (kind, layer), map_ in changes.maps.items():
         if kind != "embed" and bool(map_.shift.any()):
-            point = point_of(sites[kind], layer, layout.parallel)
-            points[point] = points[point] + map_.shift if point in points else map_.shift
-    changes.constants = points
-    return points
+            changes.add(point_of(sites[kind], layer, layout.parallel), map_.shift)
 
 
 def choose(

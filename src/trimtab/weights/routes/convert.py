@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.weights.disk.draft import Draft, refresh
+from trimtab.weights.disk.draft import Draft
+from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.sources import Copy, Source, Zeros, stacked
 
 
@@ -92,7 +93,7 @@ def _rewrite(draft: Draft, model_type: str, architecture: str, **more: object) -
     for block in draft.blocks:
         block.kind = None
     before = draft.layout.short
-    refresh(draft)
+    draft.layout = layout_of(draft.config, draft.dtype)
     draft.steps.append(f"convert {before} to {draft.layout.short}, the same computation")
 
 

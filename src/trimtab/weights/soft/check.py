@@ -18,7 +18,7 @@ from trimtab.steering.soft_tokens import soft_tokens
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.soft.value import PromptReport, SoftPrompt
-from trimtab.weights.verify import Base, load_folder, tolerance, unequal
+from trimtab.weights.verify import Base, load_folder
 
 _ANSWER = 12
 
@@ -31,25 +31,22 @@ def check_prompt(
     Raises:
         TrimtabError: prompts that tokenize otherwise, or logits that differ.
     """
-    target = report.path
-    source = Base(draft.base.folder, "base", None, draft.base.dtype)
-    lm = load_folder(source, draft.base.folder, target)
-    baked = load_folder(source, folder, target)
+    base = Base(draft.base.folder, report.path, "base", None, draft.base.dtype)
+    lm, baked = load_folder(base, base.folder), load_folder(base, folder)
     table: Any = lm.model.get_input_embeddings()
     vocabulary = int(table.weight.shape[0])
     worst, largest, equal, effect = 0.0, 1.0, True, 0.0
-    _require(
-        prompt.fingerprint in ("", lm.fingerprint), target, "a soft prompt made for another model"
-    )
+    if prompt.fingerprint not in ("", lm.fingerprint):
+        raise base.unequal("a soft prompt made for another model")
     with soft_tokens(lm, _inputs(lm, prompt)) as soft:
         for given in prompts:
             ids = torch.tensor([_ids(baked, given, prompt, report)])
             new = torch.isin(ids, torch.tensor(report.ids))
-            found = "a prompt in which the new tokens are not what they should be"
-            _require(ids[new].tolist() == list(report.ids), target, found)
+            if ids[new].tolist() != list(report.ids):
+                raise base.unequal("a prompt in which the new tokens are not what they should be")
             fed_ids = torch.where(new, ids - report.ids[0] + soft[0], ids)
-            meant = _meant(lm, given, prompt, soft, ids)
-            _require(fed_ids[0].tolist() == meant, target, "a prompt tokenized otherwise")
+            if fed_ids[0].tolist() != _meant(lm, given, prompt, soft, ids):
+                raise base.unequal("a prompt tokenized otherwise")
             with torch.no_grad():
                 fed = lm.model(fed_ids).logits.float()
                 seen = baked.model(ids).logits.float()
@@ -61,14 +58,10 @@ def check_prompt(
             largest = max(largest, float(fed.abs().max()))
             effect = max(effect, float((fed[0, -1] - without[0, -1]).abs().max()))
             equal = equal and _greedy(lm, fed_ids) == _greedy(baked, ids)
-    allowed = tolerance(source.dtype) * largest
-    _require(worst <= allowed, target, f"logits that differ by {worst:.3g}, {allowed:.3g} allowed")
+    allowed = base.tolerance * largest
+    if not worst <= allowed:
+        raise base.unequal(f"logits that differ by {worst:.3g}, {allowed:.3g} allowed")
     return replace(report, max_logit_difference=worst, equal_text=equal, effect=effect)
-
-
-def _require(met: bool, target: Path, found: str) -> None:
-    if not met:
-        raise unequal(target, found)
 
 
 def _ids(
@@ -101,11 +94,8 @@ def _inputs(lm: LanguageModel, prompt: SoftPrompt) -> Tensor:
     first = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         bare = bool(torch.allclose(embedding(first)[0, 0], embedding.weight[0], rtol=1e-3))
-    return (prompt.vectors.double() / (_scale(lm) if bare else 1.0)).to(embedding.weight.dtype)
-
-
-def _scale(lm: LanguageModel) -> float:
-    return layout_of(lm.model.config, lm.model.dtype).embed_scale
+    scale = layout_of(lm.model.config, lm.model.dtype).embed_scale if bare else 1.0
+    return (prompt.vectors.double() / scale).to(embedding.weight.dtype)
 
 
 def _greedy(lm: LanguageModel, ids: Tensor) -> list[int]:

@@ -23,17 +23,17 @@ from transformers import AutoTokenizer
 from trimtab.errors import TrimtabError
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Prompt
-from trimtab.models.model import LanguageModel
 from trimtab.results.files import staged
 from trimtab.results.tables import write_json
 from trimtab.steering.format import METADATA_KEY
 from trimtab.steering.load import load_steering
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.prompt import PromptSteering
-from trimtab.weights.disk.base import Model, folder_of, save_model
+from trimtab.weights.card import front_matter, one_line
+from trimtab.weights.disk.base import Model, folder_of
 from trimtab.weights.disk.checkpoint import DTYPES, open_checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
-from trimtab.weights.disk.sources import PIECE, Copy, Source, Value, Zeros
+from trimtab.weights.disk.sources import PIECE, Bytes, Copy, Source, Value, Zeros
 from trimtab.weights.disk.stream import check_space, write
 from trimtab.weights.soft.check import check_prompt
 from trimtab.weights.soft.template import add_to_template
@@ -49,16 +49,13 @@ class Joined:
 
     @property
     def dtype(self) -> str:
-        """That of the parts."""
         return self.parts[0].dtype
 
     @property
     def home(self) -> Path | None:
-        """Where the first part lies."""
         return self.parts[0].home
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """One part after the other."""
+    def pieces(self) -> Iterator[Bytes]:
         for part in self.parts:
             yield from part.pieces()
 
@@ -90,20 +87,22 @@ def bake_prompt(
             a reload that is not equal.
     """
     given = soft if isinstance(soft, SoftPrompt | PromptSteering) else _read(soft)
+    if isinstance(given, PromptSteering) and given.vectors is None:
+        raise TrimtabError(
+            asked=f"to bake {given.label}",
+            found="a prompt in words, which has no place in the weights",
+            advice="bake a vector, a low-rank update or a soft prompt; words go into the prompt",
+        )
     target = Path(out)
     with staged(target) as building:
-        if isinstance(model, LanguageModel):
-            folder = building / ".base"
-            save_model(model, folder)
-        else:
-            folder, _ = folder_of(model)
+        folder, name = folder_of(model, building / ".base")
         draft = start_draft(open_checkpoint(folder))
         config = draft.base.config
         prompt = given if isinstance(given, SoftPrompt) else SoftPrompt.of(given, config)
-        if prompt.vectors.shape[1] != draft.base.config.hidden_size:
+        if prompt.vectors.shape[1] != config.hidden_size:
             raise TrimtabError(
                 asked="to bake a soft prompt",
-                found=f"width {prompt.vectors.shape[1]}, {draft.base.config.hidden_size} needed",
+                found=f"width {prompt.vectors.shape[1]}, {config.hidden_size} needed",
                 advice="use a soft prompt that was made for this model",
             )
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -121,7 +120,7 @@ def bake_prompt(
         )
         if verify:
             report = check_prompt(draft, building, prompt, report, prompts)
-        _describe(building, prompt, report, draft)
+        _describe(building, name, prompt, report, draft.steps)
         shutil.rmtree(building / ".base", ignore_errors=True)
     return report
 
@@ -219,12 +218,12 @@ _PLACES = {
 }
 
 
-def _describe(folder: Path, prompt: SoftPrompt, report: PromptReport, draft: Draft) -> None:
+def _describe(
+    folder: Path, base: str, prompt: SoftPrompt, report: PromptReport, steps: list[str]
+) -> None:
     facts = {k: v for k, v in report.to_dict().items() if k != "path"}
     facts["route"] = "soft prompt to vocabulary"
-    name = draft.base.folder.name
-    base = "a model in memory" if name == ".base" else name
-    record = {"format": 1, "base_model": base, "steps": draft.steps, "checked": facts}
+    record = {"format": 1, "base_model": base, "steps": steps, "checked": facts}
     write_json(folder / RECORD, record)
     use = (
         _PLACES[prompt.slot]
@@ -232,8 +231,8 @@ def _describe(folder: Path, prompt: SoftPrompt, report: PromptReport, draft: Dra
         else f"Write `{''.join(prompt.tokens)}` in front of the prompt to switch it on."
     )
     (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\ntags:\n- trimtab\n- steering\n---\n"
-        f"# {base}, with a soft prompt in its vocabulary\n\n"
+        f"{front_matter('transformers', base)}\n"
+        f"# {one_line(base)}, with a soft prompt in its vocabulary\n\n"
         f"{len(prompt.tokens)} tokens, `{prompt.tokens[0]}` and on, have a soft prompt's vectors as"
         f" their embeddings. {use} To undo it, leave them out or use the base model.\n",
         encoding="utf-8",

@@ -95,14 +95,9 @@ class SoftPrompt:
             config: of its model, some of which scale what goes in as `inputs_embeds`.
 
         Raises:
-            TrimtabError: a lever that is text, or stands in the system message.
+            TrimtabError: a lever that stands in the system message.
         """
-        if steering.vectors is None:
-            raise TrimtabError(
-                asked=f"to bake {steering.label}",
-                found="a prompt in words, which has no place in the weights",
-                advice="bake a vector or a soft prompt; words go into the prompt",
-            )
+        assert steering.vectors is not None
         scale = float(getattr(config, "embedding_multiplier", None) or 1.0)
         return cls(
             steering.vectors * scale,
@@ -149,7 +144,7 @@ class PromptReport(Printable):
             (
                 "put in by the chat template",
                 "yes" if self.in_template else "no: write them yourself",
-            ),  # fmt: skip
+            ),
             ("rounding of the rows", f"{self.rounding:.2g}"),
             ("largest logit difference", unknown if difference is None else f"{difference:.2g}"),
             ("largest effect on a logit", unknown if effect is None else f"{effect:.2g}"),
