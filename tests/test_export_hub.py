@@ -12,7 +12,6 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from trimtab.errors import TrimtabError
 from trimtab.export import push, write_peft
-from trimtab.export.hub import Hub
 from trimtab.steering.vector import VectorSteering
 
 
@@ -65,7 +64,7 @@ def test_one_commit_with_the_card(folder):
 def test_the_real_client_has_these_calls():
     import inspect
 
-    hub: Hub = HfApi()
+    hub = HfApi()
     for call, names in (
         (hub.create_repo, ["repo_type", "private", "exist_ok"]),
         (

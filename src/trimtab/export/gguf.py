@@ -18,10 +18,11 @@ from torch import Tensor
 
 from trimtab.checks import layer_within
 from trimtab.errors import TrimtabError, extra
-from trimtab.export.files import constants, public_name
+from trimtab.export.files import not_zero, refusal
 from trimtab.models.model import LanguageModel
 from trimtab.results.files import written
 from trimtab.steering.vector import VectorSteering
+from trimtab.weights.disk.base import public_name
 
 ARCHITECTURE = "controlvector"
 _TENSOR = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
@@ -45,13 +46,7 @@ def write_gguf(
         TrimtabError: block 0, another operation, site or scope, strength 0; the package gguf is
             missing; the file cannot be written.
     """
-    tensors = constants(vector, _FORM)
-    if 0 in tensors:
-        raise TrimtabError(
-            asked=f"to export {vector.label} at the layers {list(vector.layers)} to {_FORM}",
-            found="layer 0, whose output llama.cpp cannot steer (direction.N is for N >= 1)",
-            advice="leave layer 0 out with vector.select(layers=...), or bake a checkpoint",
-        )
+    tensors = _constants(vector)
     gguf = extra("gguf", "gguf")
     with written(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
@@ -69,6 +64,36 @@ def write_gguf(
         writer.write_tensors_to_file()
         writer.close()
     return Path(path)
+
+
+def _constants(vector: VectorSteering) -> dict[int, Tensor]:
+    """0-based block -> what is added to its output, alpha_l c_l, float32 `[d_model]`."""
+    facts = (
+        ("operation", vector.operation, "add"),
+        ("site", vector.site, "resid_post"),
+        ("scope", str(vector.scope), "all"),
+    )
+    for what, has, holds in facts:
+        if has != holds:
+            raise refusal(
+                vector,
+                _FORM,
+                f"{what} {has}; {_FORM} holds only {what} {holds}",
+                "steer with the hook, or measure the vector again with "
+                f"vector.select({what}={holds!r})",
+            )
+    not_zero(vector, _FORM)
+    if 0 in vector.layers:
+        raise refusal(
+            vector,
+            _FORM,
+            "layer 0, whose output llama.cpp cannot steer (direction.N is for N >= 1)",
+            "leave layer 0 out with vector.select(layers=...), or bake a checkpoint",
+        )
+    return {
+        layer: (vector.directions[layer].double() * alpha).float()
+        for layer, alpha in vector.alphas.items()
+    }
 
 
 def read_gguf(path: str | os.PathLike[str], lm: LanguageModel | None = None) -> VectorSteering:

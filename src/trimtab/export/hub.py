@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -13,43 +13,17 @@ from trimtab.errors import TrimtabError
 
 CARD = "README.md"
 # Weights, configuration, tokenizer and card: no code, no pickles, nothing half-written.
-_PATTERNS = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt", "*.csv", "*.md")
-_EXTRA = ("LICENSE*", "NOTICE*")
-
-
-class Hub(Protocol):
-    """The two calls of `huggingface_hub.HfApi` that publishing takes."""
-
-    def create_repo(
-        self,
-        repo_id: str,
-        *,
-        repo_type: str | None = None,
-        private: bool | None = None,
-        exist_ok: bool = False,
-    ) -> object:
-        """Create a repository, or find it there."""
-        ...
-
-    def upload_folder(
-        self,
-        *,
-        repo_id: str,
-        folder_path: str | Path,
-        repo_type: str | None = None,
-        commit_message: str | None = None,
-        allow_patterns: list[str] | str | None = None,
-        ignore_patterns: list[str] | str | None = None,
-    ) -> object:
-        """Upload a folder as one commit."""
-        ...
+_PATTERNS = (
+    *("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt", "*.csv", "*.md"),
+    *("LICENSE*", "NOTICE*"),
+)
 
 
 def push(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    api: Hub | None = None,
+    api: Any | None = None,
     private: bool | None = None,
     message: str = "Upload a steered model",
 ) -> str:
@@ -58,7 +32,8 @@ def push(
     Args:
         folder: holds a `README.md`, the card; only weights, configuration, tokenizer and text go.
         repo_id: `user/name` on the hub; created when it is not there.
-        api: stands for the hub; `huggingface_hub.HfApi()` with the user's own login by default.
+        api: stands for the hub with its `create_repo` and `upload_folder`;
+            `huggingface_hub.HfApi()` with the user's own login by default.
         private: of a repository that is created; the hub's own default when None.
         message: of the commit.
 
@@ -72,7 +47,7 @@ def push(
             found=f"no {CARD} in it" if source.is_dir() else "no such folder",
             advice="push a folder that `trimtab bake` or `trimtab export --to peft` wrote",
         )
-    hub: Hub = HfApi() if api is None else api
+    hub = HfApi() if api is None else api
     try:
         hub.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         commit = hub.upload_folder(
@@ -80,7 +55,7 @@ def push(
             folder_path=source,
             repo_type="model",
             commit_message=message,
-            allow_patterns=[*_PATTERNS, *_EXTRA],
+            allow_patterns=list(_PATTERNS),
             ignore_patterns=[".*"],
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import TrimtabError, extra
-from trimtab.export.files import not_zero
+from trimtab.export.files import not_zero, refusal
 from trimtab.models.model import LanguageModel
 from trimtab.results.files import written
 from trimtab.steering.hooks import Edit
@@ -43,13 +43,9 @@ def write_lm_eval(lm: LanguageModel, vector: VectorSteering, path: str | os.Path
             model's vector; the file cannot be written.
     """
     if Path(path).suffix not in (".pt", ".pth"):
-        raise TrimtabError(
-            asked=f"to export {vector.label} to {path} for {_FORM}",
-            found="an ending that does not mean a file of vectors"
-            if Path(path).suffix != ".csv"
-            else "a CSV, whose rows can only name features of a published sparse autoencoder",
-            advice="end the file's name in .pt",
-        )
+        csv = "a CSV, whose rows can only name features of a published sparse autoencoder"
+        found = csv if Path(path).suffix == ".csv" else "an ending that means no file of vectors"
+        raise refusal(vector, f"{path} for {_FORM}", found, "end the file's name in .pt")
     config = steer_config(lm, vector)
     with written(path) as temporary:
         torch.save(config, temporary)
@@ -57,11 +53,7 @@ def write_lm_eval(lm: LanguageModel, vector: VectorSteering, path: str | os.Path
 
 
 def steer_config(lm: LanguageModel, vector: VectorSteering) -> dict[str, dict[str, Any]]:
-    """Return the file's content: the name of a module below the trunk -> what is done to its output.
-
-    Raises:
-        TrimtabError: as `write_lm_eval`.
-    """
+    """Return the file's content: the name of a module below the trunk -> what is done to its output."""
     vector.check(lm)
     not_zero(vector, _FORM)
     _whole_scope(vector, _FORM)
@@ -69,11 +61,10 @@ def steer_config(lm: LanguageModel, vector: VectorSteering) -> dict[str, dict[st
     config: dict[str, dict[str, Any]] = {}
     for edit in vector.edits():
         if edit.site.kind not in _SITES:
-            raise _refusal(vector, f"site {edit.site}", f"use {', '.join(_SITES)}")
+            raise refusal(vector, _FORM, f"site {edit.site}", f"use {', '.join(_SITES)}")
         if edit.operation != "add" and edit.amount != 1.0:
-            raise _refusal(
-                vector, f"{edit.operation} by a share of {edit.amount:g}", "use strength 1"
-            )
+            share = f"{edit.operation} by a share of {edit.amount:g}"
+            raise refusal(vector, _FORM, share, "use strength 1")
         tap = lm.sites.writing(edit.site)
         config[names[id(tap.module)]] = _action(edit, tap.scale)
     return config
@@ -84,14 +75,14 @@ def _action(edit: Edit, scale: float) -> dict[str, Any]:
     c = edit.direction.double()
     if edit.operation == "add":
         # Whole, with coefficient 1: the harness rounds the vector before it multiplies.
-        entry = {"action": "add", "vector": c * (edit.amount / scale), "coefficient": 1.0}
+        action, vector, coefficient = "add", c * (edit.amount / scale), 1.0
     else:
         target = edit.target if edit.operation == "affine" else 0.0
-        entry = {"action": "clamp", "vector": c, "coefficient": target / scale}
+        action, vector, coefficient = "clamp", c, target / scale
     return {
-        "action": entry["action"],
-        "steering_vector": entry["vector"].float(),
-        "steering_coefficient": entry["coefficient"],
+        "action": action,
+        "steering_vector": vector.float(),
+        "steering_coefficient": coefficient,
         "head_index": None,
         "bias": None,
     }
@@ -139,7 +130,3 @@ def _whole_scope(vector: VectorSteering, form: str, windows: bool = False) -> No
             + ("without knowing where a prompt ends" if windows else "every token alike"),
             advice="measure the vector again with vector.select(scope='all')",
         )
-
-
-def _refusal(vector: VectorSteering, found: str, advice: str) -> TrimtabError:
-    return TrimtabError(asked=f"to export {vector.label} to {_FORM}", found=found, advice=advice)

@@ -22,20 +22,29 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import TrimtabError, extra
-from trimtab.export.card import adapter_card
-from trimtab.export.files import not_zero, public_name
+from trimtab.export.files import not_zero, refusal
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results.files import staged
 from trimtab.steering.hooks import Edit
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import Scaled, WeightSteering, writer_of
+from trimtab.weights.card import front_matter, one_line, steering_section
+from trimtab.weights.disk.base import public_name
 from trimtab.weights.disk.layout import layout_of
 
 _FORM = "a PEFT adapter"
 _WEIGHTS = "adapter_model.safetensors"
 _BY_ATTENTION = ("attn_out", "resid_mid")
 _BY_MLP = ("mlp_out", "resid_post")
+_LOAD = """## How to load
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "this folder")
+```
+`with model.disable_adapter():` is the base model, unsteered.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +110,7 @@ def write_peft(
         config.save_pretrained(building)
         _sorted_targets(building / "adapter_config.json")
         save_file(_tensors(updates, rank, has_bias), building / _WEIGHTS, {"format": "pt"})
-        card = adapter_card(lm, vectors, [update.name for update in updates], has_bias)
+        card = _card(lm, vectors, [update.name for update in updates], has_bias)
         (building / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 
@@ -116,8 +125,9 @@ def _updates(lm: LanguageModel, vectors: Sequence[Scaled]) -> list[_Update]:
                 found[update.name] = _joined(vector, found.get(update.name), update)
             continue
         if str(vector.scope) != "all":
-            raise _refusal(
+            raise refusal(
                 vector,
+                _FORM,
                 f"scope {vector.scope}; weights act on every token alike",
                 "steer with the hook, or measure the vector again with scope all",
             )
@@ -162,8 +172,9 @@ def _of_edit(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Upd
         empty = torch.zeros(weight.shape[1])
         return [_update(name, module, zero, empty, c * (edit.amount / r))]
     if edit.site.kind in ("resid_mid", "resid_post"):
-        raise _refusal(
+        raise refusal(
             vector,
+            _FORM,
             f"{edit.operation} at {edit.site}, where earlier layers' writing is projected too",
             "use trimtab.weights.at_every_writer(vector), or the sites attn_out and mlp_out",
         )
@@ -178,7 +189,7 @@ def _of_embedding(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list
     tables = [(name, m) for name, m in lm.model.named_modules() if isinstance(m, nn.Embedding)]
     main = next((pair for pair in tables if pair[1] is lm.sites.embedding), None)
     if main is None:
-        raise _refusal(vector, f"no table of embeddings at {edit.site}", "bake a checkpoint")
+        raise refusal(vector, _FORM, f"no table of embeddings at {edit.site}", "bake a checkpoint")
     scale = layout_of(lm.model.config, main[1].weight.dtype).embed_scale
     c = edit.direction.double()
     made = []
@@ -200,10 +211,13 @@ def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str,
     sites = lm.sites
     architecture = type(lm.model).__name__
     if site.kind not in (*_BY_ATTENTION, *_BY_MLP):
-        raise _refusal(vector, f"site {site}", f"use embed, {', '.join(_BY_ATTENTION + _BY_MLP)}")
+        raise refusal(
+            vector, _FORM, f"site {site}", f"use embed, {', '.join(_BY_ATTENTION + _BY_MLP)}"
+        )
     if sites.post_norm:
-        raise _refusal(
+        raise refusal(
             vector,
+            _FORM,
             f"{architecture} puts a norm between the output projection and the stream, so that"
             " what LoRA adds there is rescaled",
             "bake a checkpoint: `trimtab bake` has an exact route",
@@ -212,8 +226,9 @@ def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str,
     module = writers[site.layer]
     if not isinstance(module, (nn.Linear, Conv1D)):
         what = "a mixture of experts" if module is None else f"a {type(module).__name__}"
-        raise _refusal(
+        raise refusal(
             vector,
+            _FORM,
             f"{what} at {site} of {architecture}, which LoRA's biases cannot reach",
             "bake a checkpoint, or steer at attn_out",
         )
@@ -236,7 +251,9 @@ def _joined(vector: Scaled, old: _Update | None, new: _Update) -> _Update:
     if old is None:
         return new
     if bool(old.left.any()) or bool(new.left.any()):
-        raise _refusal(vector, f"a second projection or update at {new.name}", "bake a checkpoint")
+        raise refusal(
+            vector, _FORM, f"a second projection or update at {new.name}", "bake a checkpoint"
+        )
     return _Update(new.name, new.module, new.left, new.right, old.bias + new.bias)
 
 
@@ -266,5 +283,27 @@ def _sorted_targets(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refusal(vector: Scaled, found: str, advice: str) -> TrimtabError:
-    return TrimtabError(asked=f"to export {vector.label} to {_FORM}", found=found, advice=advice)
+def _card(
+    lm: LanguageModel, vectors: Sequence[Scaled], modules: Sequence[str], has_bias: bool
+) -> str:
+    """The README.md: what the adapter does, how hard, how to load it."""
+    base = public_name(lm.name or "a model without a name")
+    limits = (
+        "- It acts on every token, and no prompt switches it off.\n"
+        "- What it does to the behavior, and what else it changes, was not measured by the"
+        " export.\n"
+    )
+    if has_bias:
+        limits += (
+            "- It has biases: a base model without them cannot merge it (`trimtab bake` can).\n"
+        )
+    return "\n".join(
+        (
+            front_matter("peft", base),
+            f"# {one_line(base)}, a steering adapter\n",
+            f"Fingerprint of the base: {lm.fingerprint}. Modules: {', '.join(modules)}.\n",
+            *(steering_section(vector) for vector in vectors),
+            _LOAD,
+            f"## Limits\n\n{limits}",
+        )
+    )

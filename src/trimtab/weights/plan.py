@@ -133,12 +133,13 @@ class Plan(Printable):
         )
         notes = [f"advice: {advice}" for advice in dict.fromkeys(r.advice for r in self.rows if r.advice)]  # fmt: skip
         if self.exact:
+            rest = self.steps[_STEPS:]
+            steps = [*self.steps[:_STEPS], *([f"... {len(rest)} more"] if rest else [])]
             notes += [
                 f"layers added: {self.extra_layers}; tensors new or changed: {len(self.changed)}",
                 f"files written: {self.files_written} of {self.files}, {self.bytes_written:,} bytes"
                 f"; shared with the base: {self.bytes_shared:,} bytes",
-                *(f"{n}. {step}" for n, step in enumerate(self.steps[:_STEPS], start=1)),
-                *([f"... {len(self.steps) - _STEPS} more"] if len(self.steps) > _STEPS else []),
+                *(f"{n}. {step}" for n, step in enumerate(steps, start=1)),
                 *self.notes,
             ]
         becomes = "" if self.becomes == self.architecture else f" becomes {self.becomes}"

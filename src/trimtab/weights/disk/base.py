@@ -28,7 +28,7 @@ def folder_of(model: Model, spare: Path) -> tuple[Path, str]:
     """
     if isinstance(model, LanguageModel):
         save_model(model, spare)
-        return spare, public_name(model.name)
+        return spare, public_name(model.name or "a model without a name")
     name = os.fspath(model)
     if name in BUILT_IN:
         return BUILT_IN[name], name
@@ -54,7 +54,7 @@ def folder_of(model: Model, spare: Path) -> tuple[Path, str]:
 
 def public_name(name: str) -> str:
     """Return a model's name for others to read: without the folders of the maker's machine."""
-    return (Path(name).name if _is_path(name) else name) or "a model without a name"
+    return Path(name).name if _is_path(name) else name
 
 
 def _is_path(name: str) -> bool:
