@@ -57,7 +57,7 @@ def lever(lm: LanguageModel, layers: Sequence[int] = (0, 1, 3), **more: Any) -> 
     return VectorSteering.from_directions(lm, drawn, alpha=2.0, **more)
 
 
-class StandIn:
+class StandIn(VllmProcess):
     """Answers as vLLM does, with the model and the files that it is given; keeps what was asked."""
 
     def __init__(self, lm: LanguageModel, folder: Path | None, options: Any) -> None:
@@ -232,7 +232,7 @@ def soft(lm: LanguageModel) -> PromptSteering:
 
 STAYS = {
     "post_instruction": "the scope post_instruction",
-    "window": "the scope window",
+    "window": "the scope [3,9)",
     "ablate": "the operation ablate",
     "site": "the site mlp_out",
     "stranger": STRANGER,

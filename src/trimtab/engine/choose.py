@@ -6,14 +6,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 ENGINES = ("local", "ray", "vllm")
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -20,12 +20,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from trimtab.engine.worker import Wanted, Worker
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine, source_of
 from trimtab.passes.job import Held, Job, Result, Unit
 from trimtab.results.journal import Notes
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 LOOPBACK = "127.0.0.1"
 # A piece that takes its worker with it so often is not tried again.
@@ -103,7 +101,12 @@ class RayEngine(Engine):
         def lose(number: int, actor: Any, error: RayActorError) -> None:
             losses[number] += 1
             if losses[number] == MOST_LOSSES:
-                raise _lost(error) from error
+                raise TrimtabError(
+                    asked=f"a piece of work that lost {MOST_LOSSES} workers",
+                    found=str(error).strip().splitlines()[0],
+                    advice="it probably needs more memory than a worker has: use fewer --workers, or "
+                    "a machine with more",
+                ) from error
             # Not restarted by Ray: a unit sent to an actor that restarts is refused, not kept.
             ray.kill(actor)
             self._actors.remove(actor)
@@ -128,7 +131,8 @@ class RayEngine(Engine):
             try:
                 kind, value = ray.get(next(stream))
             except RayTaskError as error:
-                raise _own(error) from None
+                # The user's error if it is one of ours, else Ray's, with its traceback.
+                raise (error.cause if isinstance(error.cause, TrimtabError) else error) from None
             except RayActorError as error:
                 busy.pop(stream)
                 lose(number, actor, error)
@@ -184,17 +188,3 @@ def _join(address: str | None, workers: int, gpus: int) -> None:
             found=f"one that listens on {listening}, since Ray had been imported before",
             advice="open the engine before ray is imported, or call ray.init yourself",
         )
-
-
-def _own(error: RayTaskError) -> BaseException:
-    """What the unit raised: the user's error if it is one of ours, else Ray's, with its traceback."""
-    return error.cause if isinstance(error.cause, TrimtabError) else error
-
-
-def _lost(error: BaseException) -> TrimtabError:
-    return TrimtabError(
-        asked=f"a piece of work that lost {MOST_LOSSES} workers",
-        found=str(error).strip().splitlines()[0],
-        advice="it probably needs more memory than a worker has: use fewer --workers, or a "
-        "machine with more",
-    )

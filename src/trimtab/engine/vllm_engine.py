@@ -13,27 +13,25 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trimtab.checks import finite
-from trimtab.engine.vllm_process import Process, Request, VllmProcess
-from trimtab.engine.vllm_steps import Steps, unserved
+from trimtab.engine.vllm_process import Request, VllmProcess
+from trimtab.engine.vllm_steps import Steps
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine, source_of
+from trimtab.serve.registry import largest_strength, steps_of, unserved
 from trimtab.steering.prompt import PromptSteering
-from trimtab.steering.vector import VectorSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch, VectorSteering
 
 logger = logging.getLogger("trimtab.engine")
 
-Start = Callable[["LanguageModel", "Path | None", Mapping[str, Any]], Process]
+Start = Callable[[LanguageModel, Path | None, Mapping[str, Any]], VllmProcess]
 Texts = list[list[str]]  # [strength][prompt]
 # How far apart the log-probabilities of a prompt's tokens may be, nats in the mean: kernels round
 # differently, which in half precision comes to hundredths.
@@ -68,7 +66,7 @@ class VllmEngine(Engine):
         self._start, self._options = start, options
         self._steps = Steps()
         self._registered: frozenset[str] = frozenset()
-        self._process: Process | None = None
+        self._process: VllmProcess | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def expect(self, vectors: Sequence[VectorSteering]) -> None:
@@ -167,21 +165,14 @@ class VllmEngine(Engine):
         if vector is None or most == 0:
             return ""
         reason = unserved(vector)
-        if not reason and most > self._most(vector):
+        limit = float(torch.finfo(self.lm.model.dtype).max)
+        if not reason and most > largest_strength(steps_of(vector), limit):
             reason = "a strength beyond the model's dtype"
         if not reason and self._process is not None and vector not in self._steps:
             reason = STRANGER
         return reason
 
-    def _most(self, vector: VectorSteering) -> float:
-        """The largest |m| that the plugin takes for every layer of a vector."""
-        reach = max(
-            float((vector.directions[layer] * vector.scales[layer]).abs().max())
-            for layer in vector.layers
-        )
-        return float(torch.finfo(self.lm.model.dtype).max) / max(reach, 1.0)
-
-    def _running(self, vector: VectorSteering | None, prompt: Encoded) -> Process:
+    def _running(self, vector: VectorSteering | None, prompt: Encoded) -> VllmProcess:
         """The process with everything registered that a vector needs; started, or started again."""
         if vector is not None and self._process is None:
             self._steps.add(vector)
@@ -199,7 +190,7 @@ class VllmEngine(Engine):
         return self._process
 
     @torch.no_grad()
-    def _compare(self, process: Process, prompt: Encoded) -> None:
+    def _compare(self, process: VllmProcess, prompt: Encoded) -> None:
         """Refuse a vLLM that reads a prompt differently: it holds another model than this process."""
         if not 1 < len(prompt.ids) < process.longest:
             return

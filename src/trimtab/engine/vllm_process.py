@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -49,32 +49,12 @@ class Request:
     steer: dict[str, float]
 
 
-class Process(Protocol):
-    """A vLLM that runs.
+class VllmProcess:
+    """Stock vLLM with the model of an `lm`.
 
     Attributes:
         longest: most tokens of a prompt and its answer.
     """
-
-    longest: int
-
-    def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, ends: Sequence[int]
-    ) -> list[list[int]]:
-        """Answer all requests in one batch, greedily, in tokens; one that ended has its end last."""
-        ...
-
-    def read(self, ids: Sequence[int]) -> list[float]:
-        """The unsteered model's log-probability of every token of a prompt but the first, nats."""
-        ...
-
-    def close(self) -> None:
-        """End it."""
-        ...
-
-
-class VllmProcess:
-    """Stock vLLM with the model of an `lm`."""
 
     def __init__(self, lm: LanguageModel, folder: Path | None, options: Mapping[str, Any]) -> None:
         """Start it, which takes from some seconds to minutes.
@@ -91,11 +71,16 @@ class VllmProcess:
             self._vllm = importlib.import_module("vllm")
             if folder is not None:
                 _check_plugin()
-            arguments = {**_arguments(lm, _free_memory(lm)), **options}
+            arguments = {**_arguments(lm), **options}
             try:
                 self._llm: Any = self._vllm.LLM(**arguments)
             except (RuntimeError, ValueError, OSError, ImportError) as error:
-                raise _failed(error) from error
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise TrimtabError(
+                    asked="the engine vllm",
+                    found=f"vLLM does not start: {reason}",
+                    advice=f"{_LEVEL}=INFO shows what it says; --engine local does without it",
+                ) from error
         config = self._llm.llm_engine.vllm_config
         self.longest = int(config.model_config.max_model_len)
         if folder is not None and TAG not in config.additional_config:
@@ -105,7 +90,7 @@ class VllmProcess:
     def answer(
         self, requests: Sequence[Request], max_new_tokens: int, ends: Sequence[int]
     ) -> list[list[int]]:
-        """Answer all requests in one batch; see `Process`."""
+        """Answer all requests in one batch, greedily, in tokens; one that ended has its end last."""
         found = self._generate(
             requests,
             max_tokens=max_new_tokens,
@@ -116,7 +101,7 @@ class VllmProcess:
         return [list(answer.outputs[0].token_ids) for answer in found]
 
     def read(self, ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of a prompt's tokens; see `Process`."""
+        """The unsteered model's log-probability of every token of a prompt but the first, nats."""
         (found,) = self._generate([Request(list(ids), {})], max_tokens=1, prompt_logprobs=0)
         pairs = zip(ids[1:], found.prompt_logprobs[1:], strict=True)
         return [float(known[token].logprob) for token, known in pairs]
@@ -151,8 +136,8 @@ class VllmProcess:
             ) from error
 
 
-def _arguments(lm: LanguageModel, free: float | None) -> dict[str, Any]:
-    """What `vllm.LLM` is given; `free` is the share of a GPU's memory that is free beside `lm`."""
+def _arguments(lm: LanguageModel) -> dict[str, Any]:
+    """What `vllm.LLM` is given."""
     source = lm.source
     assert source is not None  # the engine refuses a model without one
     chosen: dict[str, Any] = {
@@ -171,8 +156,9 @@ def _arguments(lm: LanguageModel, free: float | None) -> dict[str, Any]:
     platform = importlib.import_module("vllm.platforms").current_platform
     if platform.is_cpu() and not os.environ.get(_CPU_CACHE):
         chosen["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    elif free is not None:
-        chosen["gpu_memory_utilization"] = round(free * SHARE_BESIDE, 3)
+    elif lm.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(lm.device)
+        chosen["gpu_memory_utilization"] = round(free / total * SHARE_BESIDE, 3)
     return chosen
 
 
@@ -182,13 +168,6 @@ def _longest(lm: LanguageModel) -> int:
         getattr(lm.tokenizer, "model_max_length", None),
     )
     return min([LONGEST, *(int(limit) for limit in limits if limit)])
-
-
-def _free_memory(lm: LanguageModel) -> float | None:
-    if lm.device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(lm.device)
-    return free / total
 
 
 def _variables(lm: LanguageModel, folder: Path | None) -> dict[str, str]:
@@ -233,13 +212,4 @@ def _no_plugin(found: str) -> TrimtabError:
         asked="answers of vLLM under a steering vector",
         found=f"the serving plugin is missing: {found}",
         advice="install Trimtab where vLLM is, and leave VLLM_PLUGINS unset or name trimtab in it",
-    )
-
-
-def _failed(error: Exception) -> TrimtabError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return TrimtabError(
-        asked="the engine vllm",
-        found=f"vLLM does not start: {reason}",
-        advice=f"{_LEVEL}=INFO shows what it says; --engine local does without it",
     )

@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trimtab.serve.registry import SITES
-from trimtab.serve.tokens import SCOPES
+from trimtab.models.model import LanguageModel
+from trimtab.serve.registry import unserved
 from trimtab.steering.vector import VectorSteering
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 class Steps:
@@ -23,7 +19,6 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        """Start with none."""
         self.single: dict[str, VectorSteering] = {}
 
     def add(self, vector: VectorSteering) -> None:
@@ -35,11 +30,9 @@ class Steps:
                 self.single.setdefault(_name(vector, layer), _only(vector, layer))
 
     def __contains__(self, vector: VectorSteering) -> bool:
-        """Whether every active layer of a vector is there."""
         return self.names(vector) <= self.single.keys()
 
     def names(self, vector: VectorSteering) -> set[str]:
-        """Return the names of a vector's active layers."""
         return {_name(vector, layer) for layer in vector.layers}
 
     def asked(self, vector: VectorSteering | None, strength: float) -> dict[str, float]:
@@ -53,22 +46,6 @@ class Steps:
         for name, vector in self.single.items():
             # A file without a fingerprint would do, but not for the model that is checked here.
             replace(vector, fingerprint=lm.fingerprint).save(folder / f"{name}.safetensors")
-
-
-def unserved(vector: VectorSteering, scope: bool = True) -> str:
-    """Say why a server cannot steer by a vector, or "" where it can.
-
-    Args:
-        vector: the vector.
-        scope: whether its scope matters.
-    """
-    if vector.operation != "add":
-        return f"the operation {vector.operation}"
-    if vector.site not in SITES:
-        return f"the site {vector.site}"
-    if scope and vector.scope.name not in SCOPES:
-        return f"the scope {vector.scope.name}"
-    return ""
 
 
 def _name(vector: VectorSteering, layer: int) -> str:

@@ -86,12 +86,8 @@ class Worker:
     ) -> Iterator[tuple[str, Any]]:
         """Do one unit; yield ("step", entry) for what it notes, then ("result", what it returns).
 
-        Args:
-            key: of the job.
-            make: builds what the job holds.
-            unit: the work.
-            known: steps that were finished before.
-            context: what prompts get besides their own text, as on the driver.
+        `known` are steps that were finished before; `context` is what prompts get besides their own
+        text, as on the driver.
         """
         said: SimpleQueue[tuple[str, Any]] = SimpleQueue()
 

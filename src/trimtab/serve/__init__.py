@@ -17,6 +17,7 @@ know vLLM, and import it when they are called; the other modules need only torch
 """
 
 from trimtab.serve.registry import Registry, Served
-from trimtab.serve.request import SCOPES, Term, terms
+from trimtab.serve.request import terms
+from trimtab.serve.tokens import SCOPES, Term
 
 __all__ = ["SCOPES", "Registry", "Served", "Term", "terms"]

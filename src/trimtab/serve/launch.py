@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from trimtab.errors import TrimtabError
 from trimtab.models.load import BUILT_IN
@@ -23,30 +22,18 @@ PLUGINS = "vllm.general_plugins"
 
 @dataclass(frozen=True)
 class Launch:
-    """A server that is ready to be started.
-
-    Attributes:
-        command: The program and its arguments.
-        environment: What it is started with.
-        registry: What it will register.
-    """
+    """A server that is ready to be started: its program, and what that will register."""
 
     command: list[str]
     environment: dict[str, str]
     registry: Registry
 
 
-def checkpoint(name: str) -> str:
-    """What vLLM calls a model: the folder of the built-in one, else the name itself."""
-    return str(BUILT_IN.get(name, name))
-
-
 def prepare(
     lm: LanguageModel,
     name: str,
     folder: str | os.PathLike[str],
-    arguments: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
+    arguments: Sequence[str],
 ) -> Launch:
     """Check a folder of steering files against a model, and say how its server is started.
 
@@ -55,7 +42,6 @@ def prepare(
         name: Its name, as `trimtab.load` takes it.
         folder: The steering files.
         arguments: Further arguments of `vllm serve`.
-        environment: Of this process by default.
 
     Raises:
         TrimtabError: No such folder, or no file in it fits the model.
@@ -63,10 +49,10 @@ def prepare(
     served = Served(name, lm.n_layers, lm.d_model, lm.fingerprint)
     registry = Registry.read(folder, served)
     return Launch(
-        command=[sys.executable, *_program(), checkpoint(name), *arguments],
+        command=[sys.executable, *_program(), str(BUILT_IN.get(name, name)), *arguments],
         environment={
-            **(os.environ if environment is None else environment),
-            FOLDER: str(Path(registry.folder)),
+            **os.environ,
+            FOLDER: str(registry.folder),
             FINGERPRINT: lm.fingerprint,
         },
         registry=registry,

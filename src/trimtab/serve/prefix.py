@@ -12,8 +12,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from trimtab.serve.request import Term, pack
-from trimtab.serve.tokens import covered
+from trimtab.serve.request import pack
+from trimtab.serve.tokens import Term, covered
 
 TAG = "trimtab"
 

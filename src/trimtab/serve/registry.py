@@ -131,16 +131,13 @@ class Registry:
         Raises:
             TrimtabError: No such name, or a file that was refused at the start, with the reason.
         """
-        if name in self.refused:
-            raise TrimtabError(
-                asked=f"to steer with {name!r}",
-                found=f"a file that was refused at the start: {said(self.refused[name])}",
-                advice=f"registered are: {', '.join(self.entries)}",
-            )
         if name not in self.entries:
+            refused = self.refused.get(name)
             raise TrimtabError(
                 asked=f"to steer with {name!r}",
-                found="no vector of that name",
+                found="no vector of that name"
+                if refused is None
+                else f"a file that was refused at the start: {said(refused)}",
                 advice=f"registered are: {', '.join(self.entries)}",
             )
         return self.entries[name]
@@ -187,25 +184,17 @@ def _entry(file: Path, column: int, served: Served) -> Entry:
     vector = load_steering(file)
     if not isinstance(vector, VectorSteering):
         raise TrimtabError(asked, "a prompt, which is no vector", "send it as part of the request")
-    if vector.operation != "add":
-        raise TrimtabError(
-            asked, f"the operation {vector.operation}", "a server adds vectors: use operation add"
-        )
-    if vector.site not in SITES:
-        raise TrimtabError(
-            asked, f"the site {vector.site}", f"a server steers {' and '.join(SITES)} alone"
-        )
-    if vector.scope.name not in SCOPES:
+    reason = unserved(vector)
+    if reason:
         raise TrimtabError(
             asked,
-            f"the scope {vector.scope}, which a server does not know",
-            f"select one of the scopes {', '.join(SCOPES)}",
+            f"{reason}, which a server does not know",
+            f"use operation add at {' or '.join(SITES)} in one of the scopes {', '.join(SCOPES)}",
         )
     if served.fingerprint == UNCHECKED:
         served = replace(served, fingerprint=vector.fingerprint)
     vector.check(cast("LanguageModel", served))
-    steps = _steps(vector)
-    reach = max(float(step.abs().max()) for step in steps.values())
+    steps = steps_of(vector)
     return Entry(
         name=file.stem,
         column=column,
@@ -213,11 +202,27 @@ def _entry(file: Path, column: int, served: Served) -> Entry:
         strength=vector.strength,
         scope=vector.scope.name,
         digest=_digest(steps),
-        largest=served.largest / max(reach, 1.0),
+        largest=largest_strength(steps, served.largest),
     )
 
 
-def _steps(vector: VectorSteering) -> dict[int, Tensor]:
+def unserved(vector: VectorSteering, scope: bool = True) -> str:
+    """Say what of a vector (its scope only if asked) a server does not know, or "" where it does."""
+    if vector.operation != "add":
+        return f"the operation {vector.operation}"
+    if vector.site not in SITES:
+        return f"the site {vector.site}"
+    if scope and vector.scope.name not in SCOPES:
+        return f"the scope {vector.scope}"
+    return ""
+
+
+def largest_strength(steps: Mapping[int, Tensor], limit: float) -> float:
+    """The largest |m| at which every step stays within a limit."""
+    return limit / max(1.0, *(float(step.abs().max()) for step in steps.values()))
+
+
+def steps_of(vector: VectorSteering) -> dict[int, Tensor]:
     """What m = 1 adds behind each layer."""
     before = vector.site == "resid_pre"
     return {

@@ -17,8 +17,6 @@ from trimtab.serve.registry import Registry
 from trimtab.serve.tokens import SCOPES, Term
 from trimtab.steering.scope import Scope
 
-__all__ = ["KEY", "RESOLVED", "SCOPES", "Term", "asked_for", "pack", "terms", "unpack"]
-
 KEY = "steer"
 # Where the plugin leaves the terms for the engine; whatever a request puts there is replaced.
 RESOLVED = "trimtab.terms"
@@ -92,7 +90,7 @@ def _written(value: object) -> Iterator[tuple[str, object, object]]:
                 raise _misshapen(value)
             yield name, strength, scope
         return
-    for text in [value] if isinstance(value, str) else _listed(value):
+    for text in value if isinstance(value, (list, tuple)) else [value]:
         yield _parts(text)
 
 
@@ -101,12 +99,6 @@ def _parts(text: object) -> tuple[str, str | None, str | None]:
     if match is None:
         raise _misshapen(text)
     return match["name"].strip(), match["strength"], match["scope"]
-
-
-def _listed(value: object) -> Sequence[object]:
-    if isinstance(value, (list, tuple)):
-        return value
-    raise _misshapen(value)
 
 
 def _misshapen(value: object) -> TrimtabError:

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.serve.request import Term
-from trimtab.serve.tokens import PHASES, phases, places, weights
+from trimtab.serve.tokens import PHASES, Term, phases, places, weights
 
 
 class StepWeights:

@@ -54,14 +54,9 @@ def weights(terms: Sequence[Term], vectors: int) -> Floats:
 def places(
     computed: npt.NDArray[np.integer], scheduled: npt.NDArray[np.integer]
 ) -> tuple[Whole, Whole]:
-    """Say for each token of a step which request it is of, and its position there.
+    """Say for each token of a step, `[tokens]`, which request it is of, and its position there.
 
-    Args:
-        computed: Tokens of each request that came in earlier steps, `[requests]`.
-        scheduled: Tokens of each request in this step, `[requests]`.
-
-    Returns:
-        (row, position), `[tokens]` each, the requests' tokens one after another.
+    `computed` counts each request's tokens of earlier steps, `scheduled` those of this one.
     """
     rows = np.repeat(np.arange(len(scheduled)), scheduled)
     starts = np.cumsum(scheduled) - scheduled

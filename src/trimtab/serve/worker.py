@@ -11,8 +11,9 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import install
 from trimtab.serve.registry import Registry
-from trimtab.serve.request import Term, unpack
+from trimtab.serve.request import unpack
 from trimtab.serve.step import StepWeights
+from trimtab.serve.tokens import Term
 
 logger = logging.getLogger("vllm.trimtab")
 
