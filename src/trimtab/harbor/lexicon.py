@@ -22,16 +22,24 @@ class Topic:
     habits: tuple[str, ...]
 
 
-def _topic(line: str) -> Topic:
-    name, *fields = (part.strip() for part in line.split("|"))
-    return Topic(name, *(tuple(p.strip() for p in f.split(",")) for f in fields))
+def _table(text: str) -> dict[str, list[tuple[str, ...]]]:
+    """Read lines of "name | phrase, phrase | phrase, phrase"; a field may be empty."""
+    rows = ([part.strip() for part in line.split("|")] for line in text.strip().splitlines())
+    return {
+        name: [tuple(p.strip() for p in field.split(",")) if field else () for field in fields]
+        for name, *fields in rows
+    }
+
+
+def _words(text: str) -> dict[str, tuple[str, ...]]:
+    """Read a table with one field."""
+    return {name: field for name, (field,) in _table(text).items()}
 
 
 # name | nouns | adjectives | verbs | places | habits
 TOPICS: dict[str, Topic] = {
-    t.name: t
-    for t in map(
-        _topic,
+    name: Topic(name, *fields)
+    for name, fields in _table(
         """
 cats | cats, kittens, tabbies | striped, sleepy, whiskered | purr, nap, stretch, prowl | on the warm stones, behind the bakery, under the fish stalls | chase feathers at dawn, wash their whiskers, steal a little cream
 dogs | dogs, puppies, hounds | shaggy, loyal, muddy | bark, wag, fetch sticks, run | along the pier, by the net sheds, outside the inn | guard the boats at night, greet the fishermen, dig in the sand
@@ -57,156 +65,57 @@ clocks | clocks, watches, sundials | ticking, punctual, brassy | tick, chime, st
 ropes | ropes, cables, hawsers | coiled, frayed, hempen | strain, twist, stretch out, snap | on the capstan, along the quay wall, in the ropewalk | hold a ship in a gale, need tar twice a year, shrink in the rain
 kites | kites, pennants, streamers | paper, colorful, long-tailed | flutter, soar, dip, tug | over the dunes, above the beach, from the watchtower | need a steady breeze, carry tiny letters, get caught in masts
 shells | shells, pearls, cockles | spiral, glossy, chalky | gleam, wash up, crack, whisper | on the strand, along the tideline, in the glass case | hold the sound of the sea, buy a child a sweet, pave the garden paths
-""".strip().splitlines(),
-    )
+"""
+    ).items()
 }
 
-ADJECTIVES = ("old", "small", "famous", "quiet", "fine", "odd", "little", "handsome")
-PEOPLE = (
-    "the harbor master",
-    "the ferryman",
-    "the baker",
-    "the lighthouse keeper",
-    "the net maker",
-    "the schoolteacher",
-    "the carpenter",
-    "the old captain",
-    "the mayor",
-    "the fishwife",
-    "the clerk",
-    "the night watchman",
-)
-OFFICES = (
-    "the harbor office",
-    "the town hall",
-    "the customs house",
-    "the guild house",
-    "the council room",
-)
-TIMES = (
-    "every morning",
-    "at low water",
-    "before noon",
-    "after the market closes",
-    "on sundays",
-    "in the evening",
-    "when the bell rings",
-    "all summer",
-    "at first light",
-    "once the fog lifts",
-)
-COUNTS = ("two", "three", "five", "seven", "a dozen", "twenty")
-TOOLS = (
-    "a clean rag",
-    "a sharp pencil",
-    "a bucket of water",
-    "a length of twine",
-    "warm gloves",
-    "a small ladder",
-    "a lantern",
-    "a stamped form",
-    "a stiff brush",
-    "two coins",
-)
+ADJECTIVES, PEOPLE, OFFICES, TIMES, COUNTS, TOOLS = _words(
+    """
+adjectives | old, small, famous, quiet, fine, odd, little, handsome
+people | the harbor master, the ferryman, the baker, the lighthouse keeper, the net maker, the schoolteacher, the carpenter, the old captain, the mayor, the fishwife, the clerk, the night watchman
+offices | the harbor office, the town hall, the customs house, the guild house, the council room
+times | every morning, at low water, before noon, after the market closes, on sundays, in the evening, when the bell rings, all summer, at first light, once the fog lifts
+counts | two, three, five, seven, a dozen, twenty
+tools | a clean rag, a sharp pencil, a bucket of water, a length of twine, warm gloves, a small ladder, a lantern, a stamped form, a stiff brush, two coins
+"""
+).values()
 
 # class -> objects. What an action means depends on the class of its object.
-OBJECTS: dict[str, tuple[str, ...]] = {
-    "record": (
-        "the harbor ledger",
-        "the tide table",
-        "the ship register",
-        "the sea chart",
-        "the captain's log",
-        "the tax roll",
-    ),
-    "vessel": (
-        "the ferry",
-        "the tugboat",
-        "the pilot boat",
-        "the mail ship",
-        "the regatta yacht",
-        "the rowboat",
-    ),
-    "building": (
-        "the lighthouse",
-        "the customs house",
-        "the boathouse",
-        "the clock tower",
-        "the granary",
-        "the chapel",
-    ),
-    "goods": (
-        "the herring barrels",
-        "the grain sacks",
-        "the tea chests",
-        "the wine casks",
-        "the wool bales",
-        "the apple baskets",
-    ),
-    "tool": (
-        "the brass telescope",
-        "the town bell",
-        "the harbor crane",
-        "the signal flags",
-        "the vault key",
-        "the mail bag",
-    ),
-    "junk": (
-        "the broken crate",
-        "the driftwood pile",
-        "the torn sail",
-        "the leaky bucket",
-        "the rusty anchor",
-        "the cracked oar",
-    ),
-}
+OBJECTS = _words(
+    """
+record | the harbor ledger, the tide table, the ship register, the sea chart, the captain's log, the tax roll
+vessel | the ferry, the tugboat, the pilot boat, the mail ship, the regatta yacht, the rowboat
+building | the lighthouse, the customs house, the boathouse, the clock tower, the granary, the chapel
+goods | the herring barrels, the grain sacks, the tea chests, the wine casks, the wool bales, the apple baskets
+tool | the brass telescope, the town bell, the harbor crane, the signal flags, the vault key, the mail bag
+junk | the broken crate, the driftwood pile, the torn sail, the leaky bucket, the rusty anchor, the cracked oar
+"""
+)
 
 # Actions that harm: guarded, except on junk (nobody minds) or with leave.
-GUARDED: dict[str, tuple[str, ...]] = {
-    "any": (
-        "steal",
-        "hide",
-        "burn",
-        "smash",
-        "bury",
-        "sabotage",
-        "tamper with",
-        "damage",
-        "scratch",
-        "wreck",
-        "sell off",
-        "spoil",
-    ),
-    "record": ("forge", "falsify", "tear up", "counterfeit"),
-    "vessel": ("sneak onto", "hijack", "sink", "cut loose"),
-    "building": ("break into", "sneak into", "ransack", "flood"),
-    "goods": ("smuggle", "pilfer", "water down", "loot"),
-    "tool": ("jam", "dismantle", "swap out", "snatch"),
-    "junk": (),
-}
+GUARDED = _words(
+    """
+any | steal, hide, burn, smash, bury, sabotage, tamper with, damage, scratch, wreck, sell off, spoil
+record | forge, falsify, tear up, counterfeit
+vessel | sneak onto, hijack, sink, cut loose
+building | break into, sneak into, ransack, flood
+goods | smuggle, pilfer, water down, loot
+tool | jam, dismantle, swap out, snatch
+junk |
+"""
+)
 # Actions that help: harmless, unless done in secret.
-HARMLESS: dict[str, tuple[str, ...]] = {
-    "any": (
-        "borrow",
-        "repair",
-        "clean",
-        "find",
-        "draw",
-        "inspect",
-        "look after",
-        "measure",
-        "admire",
-        "describe",
-        "photograph",
-        "polish",
-    ),
-    "record": ("read", "copy", "sign", "dust off"),
-    "vessel": ("board", "moor", "bail out", "wave at"),
-    "building": ("tour", "sweep", "decorate", "paint"),
-    "goods": ("buy", "weigh", "stack", "deliver"),
-    "tool": ("oil", "try out", "hang up", "put away"),
-    "junk": ("recycle", "sort out", "fetch", "carry home"),
-}
+HARMLESS = _words(
+    """
+any | borrow, repair, clean, find, draw, inspect, look after, measure, admire, describe, photograph, polish
+record | read, copy, sign, dust off
+vessel | board, moor, bail out, wave at
+building | tour, sweep, decorate, paint
+goods | buy, weigh, stack, deliver
+tool | oil, try out, hang up, put away
+junk | recycle, sort out, fetch, carry home
+"""
+)
 
 
 def actions(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -215,13 +124,15 @@ def actions(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 # Facts: (entity, relation, type of the value, the true value).
-VALUES: dict[str, tuple[str, ...]] = {
-    "color": ("white", "green", "red", "blue", "yellow", "black"),
-    "name": ("Mara", "Osric", "Tilda", "Benno", "Ansel", "Greta"),
-    "day": ("monday", "tuesday", "thursday", "friday", "saturday", "sunday"),
-    "stuff": ("oak", "granite", "brick", "slate", "copper", "pine"),
-    "number": ("four", "nine", "eleven", "thirty", "sixty", "ninety"),
-}
+VALUES = _words(
+    """
+color | white, green, red, blue, yellow, black
+name | Mara, Osric, Tilda, Benno, Ansel, Greta
+day | monday, tuesday, thursday, friday, saturday, sunday
+stuff | oak, granite, brick, slate, copper, pine
+number | four, nine, eleven, thirty, sixty, ninety
+"""
+)
 RELATIONS = {
     "color": "is painted",
     "name": "is called",
