@@ -218,12 +218,6 @@ def prepare(
 ) -> tuple[Plan, Draft | None]:
     """Plan, and draft the result where every steering has a route.
 
-    Args:
-        base: the checkpoint to change.
-        name: of the model.
-        levers: in the order in which they would be switched on.
-        route: only this one for constants (`ROUTES`), where there is a choice.
-
     Raises:
         TrimtabError: an architecture that has no routes at all, or a checkpoint that cannot be
             changed; another width or depth.

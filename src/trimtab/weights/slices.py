@@ -17,13 +17,8 @@ def write_slices(
 ) -> tuple[tuple[Path, Path], list[Scaled]]:
     """Cut the first steered block and a neighbor out of the base and out of the result.
 
-    Args:
-        draft: what was written.
-        result: the folder it was written to; the slices go to `.slices` below it.
-        vectors: the steerings.
-
-    Returns:
-        The folders of both slices, and the steerings of the slice of the base.
+    Both go below `.slices` in the result's folder. Returned are their folders, and the steerings of
+    the slice of the base.
     """
     depth = int(draft.base.config.num_hidden_layers)
     first = min(layer for vector in vectors for layer in vector.layers)

@@ -38,14 +38,8 @@ SLICE = "every tensor bit by bit, logits of a slice of two blocks"
 class Base:
     """The unsteered model: at hand, or a folder it can be loaded from.
 
-    Attributes:
-        folder: of its checkpoint.
-        target: where the result will be, as errors call it.
-        name: of the model.
-        lm: the model, where it is loaded already.
-        dtype: of its weights.
-        attention: transformers' implementation; its own choice where None.
-        routed: whether it is a mixture of experts.
+    `target` is where the result will be, as errors call it; `attention` the implementation that
+    transformers uses; `routed` says that it is a mixture of experts.
     """
 
     folder: Path
@@ -77,8 +71,13 @@ class Base:
 
 def fits_memory(nbytes: int) -> bool:
     """Whether a model of so many bytes can be loaded beside what it needs to run."""
-    available = _available_memory()
-    return available is None or 1.3 * nbytes + (1 << 30) < available
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            found = next(line for line in stream if line.startswith("MemAvailable:"))
+        available = int(found.split()[1]) << 10
+    except (OSError, StopIteration, ValueError):
+        return True
+    return 1.3 * nbytes + (1 << 30) < available
 
 
 def compare_tensors(base: Base, draft: Draft, folder: Path) -> int:
@@ -263,12 +262,3 @@ def _same_place(meant: Copy, written: Copy) -> bool:
     here = (a.start, a.nbytes, meant.dtype, meant.shape)
     there = (b.start, b.nbytes, written.dtype, written.shape)
     return here == there and os.path.samefile(a.file, b.file)
-
-
-def _available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            found = next(line for line in stream if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) << 10
-    except (OSError, StopIteration, ValueError):
-        return None

@@ -18,10 +18,7 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*",
 def folder_of(model: Model, spare: Path) -> tuple[Path, str]:
     """Return the folder of a model's files, and its name for others to read.
 
-    Args:
-        model: "harbor", a folder, a hub id, whose files are downloaded if they are not there, or a
-            model in memory.
-        spare: where a model in memory is saved.
+    The files of a hub id are downloaded if they are not there; a model in memory is saved to `spare`.
 
     Raises:
         TrimtabError: there is no such model, or it cannot be saved.

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from trimtab.errors import TrimtabError
 from trimtab.results import Progress
@@ -29,13 +28,7 @@ _OWN = ("config.json", INDEX, "README.md", "trimtab_bake.json")
 
 @dataclass(frozen=True)
 class OutFile:
-    """One safetensors file of the result.
-
-    Attributes:
-        name: of the file.
-        tensors: what is in it, in order.
-        shared: the base's file that holds exactly this, or None if it has to be written.
-    """
+    """One safetensors file of the result; `shared` is the base's file that holds exactly this."""
 
     name: str
     tensors: tuple[tuple[str, Source], ...]
@@ -78,13 +71,9 @@ def _same(base: Checkpoint, home: Path | None, group: Mapping[str, Source]) -> b
 
 
 def write(draft: Draft, folder: Path, link: bool = True, progress: Progress | None = None) -> None:
-    """Write weights, index, configuration and everything that belongs to them into `folder`.
+    """Write weights, index, configuration and everything that belongs to them into a folder.
 
-    Args:
-        draft: what to write; the rounding of computed tensors is known afterwards.
-        folder: exists and is empty.
-        link: share unchanged files with the base by hard links where the system can.
-        progress: called with (bytes done, bytes in all).
+    The draft knows the rounding of computed tensors afterwards.
 
     Raises:
         OSError: the disk is full, or the base changed under our hands.
@@ -128,20 +117,15 @@ def _write_file(file: OutFile, target: Path) -> None:
     with open(target, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for _, source in file.tensors:
-            _append(source, out)
+            if isinstance(source, Copy):
+                for span in source.spans:
+                    copy_bytes(span, out)
+            else:
+                out.writelines(source.pieces())
         out.flush()
         os.fsync(out.fileno())
         if out.tell() != 8 + len(text) + at:
             raise OSError(f"{target.name} came out {out.tell()} bytes long, {8 + len(text) + at} meant")  # fmt: skip
-
-
-def _append(source: Source, out: BinaryIO) -> None:
-    if isinstance(source, Copy):
-        for span in source.spans:
-            copy_bytes(span, out)
-        return
-    for piece in source.pieces():
-        out.write(piece)
 
 
 def _share(source: Path, target: Path, link: bool) -> None:

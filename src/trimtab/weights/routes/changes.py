@@ -101,15 +101,14 @@ _NO_MIDDLE = "attention and MLP run side by side: there is no stream between the
 
 
 def changes_of(vectors: Sequence[VectorSteering], parallel: bool) -> Changes:
-    """Turn steerings, applied in order, into constants and maps of writers.
+    """Turn steerings, the outermost first, into constants and maps of writers.
 
-    Args:
-        vectors: as they would be switched on, the outermost first.
-        parallel: whether attention and MLP of the model read the same stream.
+    `parallel` says that attention and MLP of the model read the same stream.
     """
     found = Changes()
     listed = list(_edits(vectors))
-    stream = [(key, edit) for key, edit in listed if _is_stream(edit)]
+    # Projections of the stream itself, which no single module writes.
+    stream = [(k, e) for k, e in listed if e.operation != "add" and _writer(e) is None]
     for key, edit in listed:
         refusal = _refusal(edit, parallel)
         if refusal is not None:
@@ -118,8 +117,15 @@ def changes_of(vectors: Sequence[VectorSteering], parallel: bool) -> Changes:
         found.refused |= _stream(listed, stream, found, parallel)
         return found
     for key, edit in listed:
-        if key not in found.refused:
-            _apply(found, edit, parallel)
+        if key in found.refused:
+            continue
+        writer = _writer(edit)
+        if writer is None:
+            point = point_of(edit.site.kind, edit.site.layer, parallel)
+            found.add(point, edit.amount * edit.direction.double())
+        else:
+            # In order with the projections of the same writer, which see what was added before them.
+            found.map(writer, edit)
     return found
 
 
@@ -152,20 +158,6 @@ def _writer(edit: Edit) -> Writer | None:
     if kind == "resid_pre" and layer == 0:
         return ("embed", 0)
     return (_WRITERS[kind], layer) if kind in _WRITERS else None
-
-
-def _is_stream(edit: Edit) -> bool:
-    return edit.operation != "add" and _writer(edit) is None
-
-
-def _apply(found: Changes, edit: Edit, parallel: bool) -> None:
-    writer = _writer(edit)
-    if writer is None:
-        point = point_of(edit.site.kind, edit.site.layer, parallel)
-        found.add(point, edit.amount * edit.direction.double())
-    else:
-        # In order with the projections of the same writer, which see what was added before them.
-        found.map(writer, edit)
 
 
 def _stream(

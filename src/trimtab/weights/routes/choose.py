@@ -13,8 +13,7 @@ from trimtab.weights.disk.layout import Layout
 from trimtab.weights.routes.bias import add_bias, bias_of
 from trimtab.weights.routes.changes import HOOK, Changes, Point, Refusal, point_of
 from trimtab.weights.routes.convert import Conversion, conversions_of
-from trimtab.weights.routes.embed_tokens import project_embedding
-from trimtab.weights.routes.low_rank import project_writer, update_writers
+from trimtab.weights.routes.low_rank import project_embedding, project_writer, update_writers
 from trimtab.weights.routes.null_block import add_null_block
 
 _POST_NORM = (

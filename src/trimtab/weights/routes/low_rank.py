@@ -19,29 +19,49 @@ from trimtab.errors import TrimtabError
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.draft import Block, Draft
-from trimtab.weights.disk.sources import Copy, Projected, Zeros, value_of
+from trimtab.weights.disk.sources import Copy, Projected, Source, Zeros, value_of
 from trimtab.weights.routes.changes import Affine, Writer
+
+
+def project_embedding(draft: Draft, map_: Affine) -> None:
+    """Make A x + b of the stream x = s e + p that enters block 0, e and p rows of embeddings.
+
+    s is the model's embedding scale: s e becomes s (A e + b / s). Learned position embeddings p
+    take the constant, so that the tokens' own embedding may stay tied where only b changes.
+    """
+    layout = draft.layout
+    rank = map_.left.shape[1]
+    if layout.positions is not None:
+        old = _copy(draft.outer[layout.positions])
+        draft.outer[layout.positions] = Projected(old, map_.left, map_.right, False, map_.shift)
+        if not rank:
+            draft.steps.append("add the constant to every position embedding")
+            return
+    shift = None if layout.positions is not None else map_.shift / layout.embed_scale
+    draft.untie()
+    old = _copy(draft.outer[layout.embedding])
+    draft.outer[layout.embedding] = Projected(old, map_.left, map_.right, False, shift)
+    said = f"rank-{rank} update of" if rank else "add the constant to"
+    draft.steps.append(f"{said} every token embedding")
 
 
 def project_writer(draft: Draft, writer: Writer, map_: Affine) -> None:
     """Apply A to every weight and bias with which a sublayer writes; b is left to the caller."""
-    kind, layer = writer
-    if not map_.left.shape[1]:
+    rank = map_.left.shape[1]
+    if not rank:
         return
-    layout = draft.layout
     block, names = _writing(draft, writer)
     for name in names:
-        base = block.tensors[name]
-        assert isinstance(base, Copy)  # projections come before everything that computes
-        block.tensors[name] = Projected(base, map_.left, map_.right, layout.writes_rows)
+        base = _copy(block.tensors[name])
+        block.tensors[name] = Projected(base, map_.left, map_.right, draft.layout.writes_rows)
         bias = name.removesuffix("weight") + "bias"
         if bias in block.tensors and not isinstance(block.tensors[bias], Zeros):
             old = block.tensors[bias]
             before = value_of(old).double()
             meant = before - map_.left @ (map_.right.T @ before)
-            block.tensors[bias] = draft.value(meant, old, f"{bias} of block {layer}")
-    rank = map_.left.shape[1]
-    draft.steps.append(f"rank-{rank} update of {_listed(names)} of block {layer}")
+            block.tensors[bias] = draft.value(meant, old, f"{bias} of block {writer[1]}")
+    said = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
+    draft.steps.append(f"rank-{rank} update of {said} of block {writer[1]}")
 
 
 def update_writers(draft: Draft, lever: WeightSteering) -> None:
@@ -54,17 +74,17 @@ def update_writers(draft: Draft, lever: WeightSteering) -> None:
         kind, layer = writer
         fits = layer < int(draft.base.config.num_hidden_layers)
         block, names = _writing(draft, writer) if fits else (None, [])
-        old = block.tensors[names[0]] if block is not None else None
         mine = (left.shape[0], lever.right[writer].shape[1])
-        there = tuple(old.shape) if old is not None and draft.layout.writes_rows else None
-        there = tuple(old.shape)[::-1] if old is not None and there is None else there
-        if block is None or old is None or len(names) != 1 or there != mine:
+        there = block.tensors[names[0]].shape if block is not None else ()
+        there = there if draft.layout.writes_rows else there[::-1]
+        if block is None or len(names) != 1 or there != mine:
             raise TrimtabError(
                 asked=f"to bake {lever.label} into the {kind} writer of layer {layer} of "
                 f"{draft.layout.architecture}",
-                found=f"factors for {list(mine)}, {len(names)} matrices of {list(there or ())} there",
+                found=f"factors for {list(mine)}, {len(names)} matrices of {list(there)} there",
                 advice="bake it into the model it was made for",
             )
+        old = block.tensors[names[0]]
         b, c = lever.strength * left.double(), lever.right[writer].double()
         if isinstance(old, Copy):
             nothing = torch.zeros(mine[0], 0, dtype=torch.float64)
@@ -86,6 +106,11 @@ def _writing(draft: Draft, writer: Writer) -> tuple[Block, list[str]]:
     names = [name for name in block.tensors if re.fullmatch(pattern, name)]
     assert names, (pattern, sorted(block.tensors))  # the draft checked the tensors' names
     return block, names
+
+
+def _copy(source: Source) -> Copy:
+    assert isinstance(source, Copy)  # projections come before everything that computes
+    return source
 
 
 def at_every_writer(
@@ -130,7 +155,3 @@ def at_every_writer(
         both.select(site="attn_out"),
         both.select(site="mlp_out"),
     )
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"

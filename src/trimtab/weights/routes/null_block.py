@@ -71,8 +71,9 @@ def _emit(draft: Draft, block: Block, constant: Tensor, what: str) -> None:
         dtype = DTYPES[block.tensors[bias].dtype]
         b, gain = post_norm_constant(constant, layout.gain_offset, layout.norm_eps, dtype)
         block.tensors[bias] = draft.value(b, block.tensors[bias], what)
-        old = _new(block.tensors[layout.gain])
-        block.tensors[layout.gain] = draft.value(gain, old, what)
+        old = block.tensors[layout.gain]
+        # In no file of the base: it is another tensor.
+        block.tensors[layout.gain] = draft.value(gain, Zeros(old.dtype, old.shape), what)
         made = (gain.to(dtype).double() + layout.gain_offset) * b.to(dtype).double()
         made = made / (b.to(dtype).double().square().mean() + layout.norm_eps).sqrt()
         # What comes out is what counts; the two roundings may add up or cancel.
@@ -109,8 +110,3 @@ def post_norm_constant(
     square = eps * share**2 / (1.0 - share**2)
     gain = torch.full_like(constant, float(stored))
     return constant * (math.sqrt(square) / size), gain
-
-
-def _new(source: Source) -> Source:
-    """The same kind of tensor, in no file of the base."""
-    return Zeros(source.dtype, source.shape)
