@@ -50,13 +50,9 @@ class RayEngine(Engine):
         workers: int | None = None,
         imports: Sequence[str] = (),
     ) -> None:
-        """Join a cluster, or start one on this machine; workers come with the first units.
+        """Join a cluster, or start one that lives as long as this engine; see `open_engine`.
 
-        Args:
-            lm: a model that `trimtab.load` loaded; workers load the same.
-            address: of a cluster; None for one that lives as long as this engine.
-            workers: see `open_engine`.
-            imports: see `open_engine`.
+        Workers come with the first units.
 
         Raises:
             TrimtabError: a model without a source, a number of workers below 1, or a cluster that

@@ -38,12 +38,7 @@ _QUIET = {_LEVEL: "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is asked for.
-
-    Attributes:
-        ids: of the prompt.
-        steer: "NAME@SCOPE" -> strength of each registered vector; empty for none.
-    """
+    """One answer that is asked for; `steer` is "NAME@SCOPE" -> strength of registered vectors."""
 
     ids: list[int]
     steer: dict[str, float]
@@ -67,7 +62,7 @@ class VllmProcess:
         Raises:
             TrimtabError: vLLM does not start, or loads no plugin of ours.
         """
-        with _environment(_variables(lm, folder)):
+        with _environment(lm, folder):
             self._vllm = importlib.import_module("vllm")
             if folder is not None:
                 _check_plugin()
@@ -170,27 +165,20 @@ def _longest(lm: LanguageModel) -> int:
     return min([LONGEST, *(int(limit) for limit in limits if limit)])
 
 
-def _variables(lm: LanguageModel, folder: Path | None) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _QUIET if name in os.environ}
-    chosen = {} if folder is None else {FOLDER: str(folder), FINGERPRINT: lm.fingerprint}
-    return {
-        **_QUIET,
-        **kept,
-        **chosen,
-        # Processes of its own can be ended, and take nothing of this one's threads with them.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-
-
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables inside a `with` block; afterwards all are as before, vLLM's own as well."""
+def _environment(lm: LanguageModel, folder: Path | None) -> Iterator[None]:
+    """Set what vLLM reads at its start; afterwards all is as before, vLLM's own as well."""
     before = dict(os.environ)
     try:
         # What the user has there is for servers.
         os.environ.pop(FOLDER, None)
-        os.environ.update(variables)
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if folder is not None:
+            os.environ.update({FOLDER: str(folder), FINGERPRINT: lm.fingerprint})
+        # Processes of its own can be ended, and take nothing of this one's threads with them.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         yield
     finally:
         os.environ.clear()

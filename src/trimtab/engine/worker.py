@@ -22,14 +22,9 @@ from trimtab.results.journal import Notes
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model that a worker is to hold.
+    """The model that a worker is to hold, with the driver's fingerprint, or it refuses to work.
 
-    Attributes:
-        source: what it is loaded from.
-        name: what reports call it.
-        fingerprint: of the driver's; a worker that finds another one refuses to work.
-        threads: of one worker; None leaves them to its environment.
-        imports: modules that are imported first.
+    `threads` None leaves them to its environment; `imports` are modules that are imported first.
     """
 
     source: Source

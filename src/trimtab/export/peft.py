@@ -208,30 +208,19 @@ def _of_embedding(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list
 
 def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str, nn.Module]:
     """The output projection that LoRA changes for a site, and its name."""
-    sites = lm.sites
-    architecture = type(lm.model).__name__
     if site.kind not in (*_BY_ATTENTION, *_BY_MLP):
         raise refusal(
             vector, _FORM, f"site {site}", f"use embed, {', '.join(_BY_ATTENTION + _BY_MLP)}"
         )
-    if sites.post_norm:
+    if lm.sites.post_norm:
         raise refusal(
             vector,
             _FORM,
-            f"{architecture} puts a norm between the output projection and the stream, so that"
+            f"{type(lm.model).__name__} puts a norm between the output projection and the stream, so that"
             " what LoRA adds there is rescaled",
             "bake a checkpoint: `trimtab bake` has an exact route",
         )
-    writers = sites.attention_writer if site.kind in _BY_ATTENTION else sites.mlp_writer
-    module = writers[site.layer]
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        what = "a mixture of experts" if module is None else f"a {type(module).__name__}"
-        raise refusal(
-            vector,
-            _FORM,
-            f"{what} at {site} of {architecture}, which LoRA's biases cannot reach",
-            "bake a checkpoint, or steer at attn_out",
-        )
+    module = writer_of(lm, ("attention" if site.kind in _BY_ATTENTION else "mlp", site.layer))
     return _name(lm, module), module
 
 

@@ -199,13 +199,7 @@ RULES: dict[str, Callable[[Sequence[Sentence], str, dict[str, str]], tuple[bool,
 
 
 def verdict(rule: str, text: str, options: dict[str, str] | None = None) -> tuple[float, float]:
-    """Judge one answer: (1, 0) shows the behavior, (0, 1) shows its opposite, (0, 0) neither.
-
-    Args:
-        rule: a key of `RULES`.
-        text: the answer.
-        options: `topic` for the topic rule.
-    """
+    """Judge one answer: (1, 0) shows the behavior, (0, 1) shows its opposite, (0, 0) neither."""
     parsed = parse(text)
     known = [s for s in parsed if s is not None]
     if not known or len(known) < COHERENT_ENOUGH * len(parsed):

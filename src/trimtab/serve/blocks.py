@@ -43,14 +43,8 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
 def install(model: nn.Module, registry: Registry, step: StepWeights, missing: type) -> list[int]:
     """Put the registered vectors behind their blocks; before anything is compiled.
 
-    Args:
-        model: The served model, or this rank's part of it.
-        registry: The vectors.
-        step: The weights of a step's tokens.
-        missing: The class of a block that another rank holds.
-
-    Returns:
-        The layers that this rank adds behind.
+    Blocks that another rank holds are of the class `missing`. Returns the layers that this rank adds
+    behind.
     """
     blocks = find_blocks(model, registry.served.n_layers)
     mine = []

@@ -37,11 +37,7 @@ def prepare(
 ) -> Launch:
     """Check a folder of steering files against a model, and say how its server is started.
 
-    Args:
-        lm: The model, for its width, depth and fingerprint.
-        name: Its name, as `trimtab.load` takes it.
-        folder: The steering files.
-        arguments: Further arguments of `vllm serve`.
+    `name` is what `trimtab.load` takes; `arguments` are further ones of `vllm serve`.
 
     Raises:
         TrimtabError: No such folder, or no file in it fits the model.

@@ -33,12 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Served:
     """The served model, as far as a vector has to fit it.
 
-    Attributes:
-        name: The checkpoint.
-        n_layers: Its depth.
-        d_model: Its width.
-        fingerprint: Of its weights (`trimtab.models.fingerprint`), or `UNCHECKED`.
-        largest: The largest number that its stream's dtype holds.
+    `fingerprint` may be `UNCHECKED`; `largest` is the largest number that its stream's dtype holds.
     """
 
     name: str

@@ -45,13 +45,8 @@ class StepWeights:
     ) -> None:
         """Write the weights of a step's tokens.
 
-        Args:
-            requests: Ids in the order of the batch.
-            terms: The terms of a request, by its id.
-            computed: Tokens of each request in earlier steps, `[requests]`.
-            scheduled: Tokens of each request in this step, `[requests]`.
-            prompt_lengths: `[requests]`.
-            fresh: Whether an id may stand for another request than it did in the last step.
+        `computed` and `scheduled` count tokens of each request in earlier steps and in this one.
+        `fresh` says that an id may stand for another request than it did in the last step.
         """
         if fresh or self._requests != requests:
             tables = [weights(terms(request), self.vectors) for request in requests]

@@ -33,15 +33,7 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorFact:
-    """Where a tensor's bytes are, and what they mean.
-
-    Attributes:
-        file: the safetensors file.
-        dtype: as the format writes it: F32, BF16...
-        shape: of the tensor.
-        start: position of its first byte in the file.
-        nbytes: their number.
-    """
+    """Where a tensor's bytes are in a file; `dtype` is as the format writes it: F32, BF16..."""
 
     file: Path
     dtype: str
@@ -54,13 +46,8 @@ class TensorFact:
 class Checkpoint:
     """A folder with config.json and safetensors files, read without loading a tensor.
 
-    Attributes:
-        folder: where it is.
-        raw: config.json as it was written.
-        config: the same as transformers understands it, defaults filled in.
-        tensors: every tensor by name, in the order of the files.
-        files: the safetensors files, in order.
-        metadata: of the index, such as `total_size`; empty without one.
+    `raw` is config.json as it was written, `config` the same as transformers understands it, defaults
+    filled in; `metadata` is the index's.
     """
 
     folder: Path

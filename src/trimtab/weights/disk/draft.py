@@ -82,21 +82,17 @@ class Draft:
             named |= {prefix + suffix: source for suffix, source in block.tensors.items()}
         return named
 
-    def ensure_biases(self, flag: str | None) -> None:
-        """Switch on the biases that a configuration flag brings; those not there are zero."""
-        names = dict(self.layout.switches).get(flag or "")
-        if flag is None or not names:
-            return
-        self.raw[flag] = True
-        for block in self.blocks:
-            for name in names:
-                if name not in block.tensors:
-                    weight = block.tensors[name.removesuffix("bias") + "weight"]
-                    block.tensors[name] = Zeros(weight.dtype, (weight.shape[0],))
-
-    def switch_of(self, bias: str) -> str | None:
-        """Return the flag without which the architecture has no such bias, or None."""
-        return next((flag for flag, names in self.layout.switches if bias in names), None)
+    def ensure_bias(self, bias: str) -> None:
+        """Set the configuration flag that brings a bias, if one does; biases not there are zero."""
+        for flag, names in self.layout.switches:
+            if bias not in names:
+                continue
+            self.raw[flag] = True
+            for block in self.blocks:
+                for name in names:
+                    if name not in block.tensors:
+                        weight = block.tensors[name.removesuffix("bias") + "weight"]
+                        block.tensors[name] = Zeros(weight.dtype, (weight.shape[0],))
 
     def shift_bias(self, block: Block, name: str, constant: Tensor, what: str) -> None:
         """Add a float64 constant to a bias, rounded once to its dtype."""

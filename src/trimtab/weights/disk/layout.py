@@ -168,11 +168,7 @@ _KNOWN: dict[str, Layout] = {
 
 
 def layout_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Layout:
-    """Return the layout of a configuration.
-
-    Args:
-        config: of a causal language model.
-        dtype: of the checkpoint; Gemma rounds its embedding scale to it.
+    """Return the layout of a causal language model; Gemma rounds its embedding scale to the dtype.
 
     Raises:
         TrimtabError: an architecture that is not known here, or a subclass of one.

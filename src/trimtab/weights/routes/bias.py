@@ -28,7 +28,7 @@ def add_bias(draft: Draft, point: Point, constant: Tensor) -> None:
     kind, layer = point
     name = bias_of(draft.layout, point)
     assert name is not None  # the planner chose this route because there is one
-    draft.ensure_biases(draft.switch_of(name))
+    draft.ensure_bias(name)
     block = draft.block_of(layer, "attention" if kind == "mid" else "mlp")
     multiplier = draft.layout.residual_multiplier
     draft.shift_bias(block, name, constant / multiplier, f"{name} of block {layer}")

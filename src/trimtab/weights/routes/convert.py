@@ -21,13 +21,7 @@ from trimtab.weights.disk.sources import Copy, Source, Zeros, stacked
 
 @dataclass(frozen=True)
 class Conversion:
-    """A way to write a model under another architecture.
-
-    Attributes:
-        target: that architecture, as people say it.
-        refusal: says why the configuration does not allow it, or None.
-        apply: does it to a draft.
-    """
+    """A way to write a model as the architecture `target`, or why its configuration forbids it."""
 
     target: str
     refusal: Callable[[Any], str | None]
@@ -103,7 +97,7 @@ def _to_llama(draft: Draft) -> None:
     more = {"attention_bias": biased, "mlp_bias": False, "pretraining_tp": 1}
     _rewrite(draft, "llama", "LlamaForCausalLM", **more)
     if biased:
-        draft.ensure_biases("attention_bias")
+        draft.ensure_bias("self_attn.o_proj.bias")
 
 
 def _to_qwen2(draft: Draft) -> None:

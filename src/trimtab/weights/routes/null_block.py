@@ -34,7 +34,7 @@ _OUTPUT_BIAS = "o_proj.bias"
 def add_null_block(draft: Draft, point: Point, constant: Tensor) -> None:
     """Put in a block that adds a constant of the stream, float64 `[d_model]`, at a point."""
     kind, layer = point
-    draft.ensure_biases("attention_bias")
+    draft.ensure_bias(draft.layout.attention + _OUTPUT_BIAS)
     if kind == "mid":
         whole = draft.block_of(layer, "attention")
         at = draft.blocks.index(whole)

@@ -88,11 +88,7 @@ class SoftPrompt:
 
     @classmethod
     def of(cls, steering: PromptSteering, config: PretrainedConfig) -> SoftPrompt:
-        """Take a soft prompt lever, whose vectors are in the units of `inputs_embeds`.
-
-        Args:
-            steering: the lever.
-            config: of its model, some of which scale what goes in as `inputs_embeds`.
+        """Take a soft prompt lever, whose vectors are `inputs_embeds`, which some models scale.
 
         Raises:
             TrimtabError: a lever that stands in the system message.
