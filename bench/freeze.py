@@ -24,6 +24,7 @@ from common import emit, interleaved
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.coherence import coherence_for
 from trimtab.evaluation.judges import judge_for
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
 from trimtab.mechanism.frozen.freeze import FREEZES, FreezeTable, freeze_table
 from trimtab.mechanism.frozen.lanes import lane_answers
@@ -178,10 +179,8 @@ def main() -> None:
                 vector, value = choose(lm, behavior, vectors, sign)
                 # Where nothing is gained, nothing can be lost.
                 freezes = FREEZES if 100 * value >= LEAST_GAIN else ()
-                table = freeze_table(
-                    lm, behavior, vector, freezes=freezes, signs=(sign,), nulls=given.nulls,
-                    max_prompts=given.prompts, max_new_tokens=TOKENS,
-                )  # fmt: skip
+                judged = Case(lm, behavior, vector, (sign,), given.prompts, TOKENS)
+                table = freeze_table(judged, freezes=freezes, nulls=given.nulls)
                 tables.append((name, method, table))
                 say(
                     f"{vector.label} at {vector.layers}, {value:.2f} on validation\n{table.table().to_text(150)}"
@@ -197,7 +196,7 @@ def main() -> None:
                         "rows": plain_table(table),
                     }
                 )
-                read = value_vectors(lm, behavior, vector)
+                read = value_vectors(judged)
                 results.append(
                     {
                         **case,

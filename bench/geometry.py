@@ -21,7 +21,7 @@ import torch
 from common import arguments, emit
 from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.file import load_behavior
-from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.feasibility import FeasibilityRow
 from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
 from trimtab.mechanism.geometry.linearity import linearity
@@ -91,7 +91,7 @@ def random_architectures() -> list[dict[str, object]]:
         drawn = {k: torch.randn(lm.d_model, generator=generator) for k in range(lm.n_layers)}
         vector = VectorSteering.from_directions(lm, drawn, alpha=0.2)
         encoded = [lm.encode(e.prompt) for e in (*behavior.toward[:4], *behavior.away[:4])]
-        found = propagator(lm, vector, readout_tokens(lm, behavior), encoded, probes=8)
+        found = propagator(Case(lm, behavior, vector), encoded, probes=8)
         rows.append(propagator_row(lm.name, "random vector", found))
     return rows
 
@@ -167,7 +167,7 @@ def edits_row(
     """Linearity and token edits on more prompts than the report reads."""
     test = behavior.split(0).named("test")
     prompts = [e.prompt for side in (test.toward, test.away) for e in side[: EDITED // 2]]
-    found = linearity(lm, vector, readout_tokens(lm, behavior), prompts, layers)
+    found = linearity(Case(lm, behavior, vector), prompts, layers)
     edits = found.edits
     return {
         "name": f"linearity: {behavior.name}",
@@ -202,7 +202,7 @@ def main() -> None:
         behavior = load_behavior(name)
         vector = find(lm, behavior)
         started = time.process_time()
-        report = geometry(lm, behavior, vector)
+        report = geometry(Case(lm, behavior, vector))
         rows.append(behavior_row(name, report, time.process_time() - started))
         rows.append(propagator_row("harbor", name, report.propagator))
         rows.append(edits_row(lm, behavior, vector, [report.measured.layer]))

@@ -20,16 +20,17 @@ import torch
 from scipy.stats import beta
 
 from common import emit
+from overlap import PERMUTATIONS, dimension_overlap
 from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import judge_for
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import summary
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.teacher_forced import four_sets
 from trimtab.mechanism.sparse.curve import sparsity_curve
 from trimtab.mechanism.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
-from trimtab.mechanism.sparse.overlap import dimension_overlap
 from trimtab.methods import find
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -154,7 +155,8 @@ def curves(
     lm: LanguageModel, behavior: Behavior, vector: VectorSteering, strengths: dict[int, float]
 ) -> list[dict[str, Any]]:
     """Return the sparsity curve of one vector as one row."""
-    curve = sparsity_curve(lm, behavior, vector, SHARES, strengths=strengths, seed=SEED)
+    case = Case(lm, behavior, vector, max_prompts=32, max_new_tokens=40, seed=SEED)
+    curve = sparsity_curve(case, SHARES, strengths=strengths)
     least = {
         f"{order}, {'toward' if sign > 0 else 'away'}, {'restored' if restored else 'raw'}": (
             curve.least(order, sign, restored)
@@ -216,13 +218,12 @@ def overlaps(
     for order in ("attribution", "slope", "magnitude"):
         scores = {name: dimension_scores(made[name], effects[name], order) for name in effects}
         for share in OVERLAP_SHARES:
-            result = dimension_overlap(scores, share, seed=SEED)
             rows += [
                 {
                     "kind": "overlap", "behavior": behavior.name, "order": order, "share": share,
-                    "permutations": result.permutations, **asdict(pair),
+                    "permutations": PERMUTATIONS, **asdict(pair),
                 }
-                for pair in result.pairs
+                for pair in dimension_overlap(scores, share, seed=SEED)
             ]  # fmt: skip
     return rows
 

@@ -19,7 +19,7 @@ from trimtab.behaviors.behavior import Readout
 from trimtab.cli.app import app
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import Judge, register_judge
-from trimtab.mechanism import Explanation
+from trimtab.mechanism import Case, Explanation
 from trimtab.mechanism.circuits.attribution import AttributionSummary, NodeScore
 from trimtab.mechanism.conclusions import conclusions
 from trimtab.mechanism.working import LEAST_GAIN, NEARLY, working_strength
@@ -162,16 +162,16 @@ def away(vector: VectorSteering) -> VectorSteering:
 def test_a_strength_that_moves_nothing_is_replaced_by_the_weakest_that_works(
     lm: LanguageModel, contrast: tt.Behavior, away: VectorSteering
 ) -> None:
-    split = contrast.split(0).validation
     limits: dict[str, Any] = {"max_prompts": 3, "max_new_tokens": 4}
-    good = working_strength(lm, split, away, **limits)
+    good = working_strength(Case(lm, contrast, away, **limits))
     assert good.moves and good.used == good.given and len(good.tried) == 1
-    found = working_strength(lm, split, away.at(-0.25), **limits)
+    weak = Case(lm, contrast, away.at(-0.25), **limits)
+    found = working_strength(weak)
     assert not found.tried[0].score and found.moves and found.used < -0.25
     best = max(one.score for one in found.tried)
     weaker = [one.score for one in found.tried if abs(one.strength) < abs(found.used)]
     assert all(score < NEARLY * best for score in weaker)
-    own = working_strength(lm, split, away.at(-0.25), look=False, **limits)
+    own = working_strength(weak, look=False)
     assert len(own.tried) == 1 and own.used == -0.25
 
 
@@ -180,8 +180,7 @@ def test_where_no_strength_moves_anything_the_own_one_is_explained(
 ) -> None:
     """Over all tokens every answer ends in one letter, which is no answer."""
     everywhere = away.select(scope="all")
-    split = contrast.split(0).validation
-    found = working_strength(lm, split, everywhere, max_prompts=3, max_new_tokens=4)
+    found = working_strength(Case(lm, contrast, everywhere, max_prompts=3, max_new_tokens=4))
     assert len(found.tried) > 1 and not found.moves and found.used == found.given
 
 

@@ -14,9 +14,11 @@ from scipy.optimize import linprog
 import planted
 import tiny
 from tiny import forward_as
-from trimtab.errors import TrimtabError
+from trimtab.behaviors.behavior import Behavior, Splits
 from trimtab.evaluation.readout import ReadoutTokens, gap_of, readout_tokens
-from trimtab.mechanism.geometry.feasibility import feasibility, null_norms
+from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.case import Case
+from trimtab.mechanism.geometry.feasibility import MARGIN, Feasibility, feasibility, null_norms
 from trimtab.mechanism.geometry.program import largest_share, smallest_norm
 from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
@@ -107,20 +109,32 @@ def test_two_camps_and_what_no_push_can_reach() -> None:
     found = largest_share(b, g, 2.0)
     assert found.count == 6 and 6 <= found.bound < 10
     assert largest_share(b, g, 0.5).bound == 0  # each needs a length of 1
-    assert largest_share(b, g, 0.0).count == 0
     everyone = largest_share(b[:6], g[:6], 1.0)
     assert everyone.count == everyone.bound == 6
-    with pytest.raises(TrimtabError, match="norm"):
-        largest_share(b, g, -1.0)
-    for bad in (np.array([]), np.array([np.nan] * 10)):
-        with pytest.raises(TrimtabError, match="not finite|shape"):
-            smallest_norm(bad, g[: len(bad)])
 
 
 def test_the_null_of_parallel_gradients_is_much_longer() -> None:
     g = np.tile(np.eye(100)[0], (16, 1))
     norms = null_norms(-np.ones(16), g, 0.0, seed=0)
     assert 3.0 < min(norms) <= max(norms) < 6.0  # about sqrt(16): sixteen orthogonal demands
+
+
+def found_for(
+    lm: LanguageModel,
+    own: VectorSteering,
+    tokens: ReadoutTokens,
+    train: Behavior,
+    test: Behavior,
+    layer: int,
+    most: tuple[int, int],
+) -> Feasibility:
+    case = Case(lm, BEHAVIOR, own)
+    case.readout, case.splits = tokens, Splits(train, test, test)
+    gradients = {}
+    for side in ("toward", "away"):
+        some = getattr(train, side)[: most[0]]
+        gradients[side] = gap_gradients(lm, tokens, [lm.encode(e.prompt) for e in some])
+    return feasibility(case, layer, most, gradients)
 
 
 def straight() -> tuple[LanguageModel, ReadoutTokens]:
@@ -143,7 +157,7 @@ def test_where_the_gap_is_linear_the_push_does_what_it_says(pushed: str) -> None
     w = rows[tokens.toward[0]] - rows[tokens.away[0]]
     own = VectorSteering.from_directions(lm, {3: w})
     with forward_as(norm, lambda hidden: hidden):
-        report = feasibility(lm, own, tokens, train, test, 3, aggregator="max", margin=0.05)
+        report = found_for(lm, own, tokens, train, test, 3, (6, 4))
         gaps = {
             side: gap_of(lm.next_logits([e.prompt for e in getattr(train, side)]), tokens, "max")
             for side in ("toward", "away")
@@ -151,7 +165,7 @@ def test_where_the_gap_is_linear_the_push_does_what_it_says(pushed: str) -> None
     assert report.held_out == {"away": 4, "toward": 4}
     for row in report.rows:
         up = 1 if row.side == "away" else -1
-        need = 0.05 - up * gaps[row.side]
+        need = MARGIN - up * gaps[row.side]
         assert float(need.max()) > 0 or not row.pushed
         if not row.pushed:
             continue
@@ -173,7 +187,7 @@ def test_where_the_gap_is_linear_the_push_does_what_it_says(pushed: str) -> None
 def test_on_every_architecture(lm: LanguageModel) -> None:
     tokens = readout_tokens(lm, BEHAVIOR)
     own = VectorSteering.from_directions(lm, {2: torch.ones(lm.d_model)})
-    report = feasibility(lm, own, tokens, BEHAVIOR, BEHAVIOR, 2, max_prompts=(6, 4))
+    report = found_for(lm, own, tokens, BEHAVIOR, BEHAVIOR, 2, (6, 4))
     assert [row.side for row in report.rows] == ["away", "toward"]
     for row in report.rows:
         assert row.feasible == math.isfinite(row.norm)
@@ -182,5 +196,3 @@ def test_on_every_architecture(lm: LanguageModel) -> None:
             assert {one.direction for one in row.pushed} == {
                 "program", "mean gradient", "vector", "random",
             }  # fmt: skip
-    with pytest.raises(TrimtabError, match="held-out"):
-        feasibility(lm, own, tokens, BEHAVIOR, BEHAVIOR, 2, max_prompts=(6, 0))

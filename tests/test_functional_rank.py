@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -12,9 +12,17 @@ import torch
 import planted
 import tiny
 from tiny import forward_as
+from trimtab.behaviors.behavior import Splits
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import readout_tokens
-from trimtab.mechanism.geometry.functional_rank import _row, functional_rank, smallest
+from trimtab.evaluation.readout import ReadoutTokens, readout_tokens
+from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.case import Case
+from trimtab.mechanism.geometry.functional_rank import (
+    FunctionalRank,
+    _row,
+    functional_rank,
+    smallest,
+)
 from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
 from trimtab.models.model import LanguageModel
@@ -46,6 +54,24 @@ def vector(lm: LanguageModel) -> VectorSteering:
     return VectorSteering.from_directions(lm, {LAST: torch.ones(lm.d_model)})
 
 
+def ranked(
+    lm: LanguageModel,
+    own: VectorSteering,
+    tokens: ReadoutTokens,
+    layer: int,
+    ks: Sequence[int],
+    held_out: int = 16,
+) -> FunctionalRank:
+    train, test = halves()
+    case = Case(lm, BEHAVIOR, own)
+    case.readout, case.splits = tokens, Splits(train, test, test)
+    gradients = {
+        side: gap_gradients(lm, tokens, [lm.encode(e.prompt) for e in getattr(train, side)])
+        for side in ("toward", "away")
+    }
+    return functional_rank(case, layer, (6, held_out), ks, gradients)
+
+
 def states(lm: LanguageModel, part, side: str) -> torch.Tensor:
     encoded = [lm.encode(example.prompt) for example in getattr(part, side)]
     values = capture(lm, encoded, [LAST])
@@ -61,7 +87,7 @@ def single(lm: LanguageModel):
 def test_shares_are_those_of_the_readout_row(straight: LanguageModel) -> None:
     lm, (train, test) = straight, halves()
     tokens = single(lm)
-    report = functional_rank(lm, vector(lm), tokens, train, test, LAST, ks=KS, aggregator="max")
+    report = ranked(lm, vector(lm), tokens, LAST, KS)
     rows = lm.sites.unembedding.get_parameter("weight").detach().double()
     w = rows[tokens.toward[0]] - rows[tokens.away[0]]
     moves = {
@@ -115,20 +141,15 @@ def test_the_smallest_dimension_and_its_interval() -> None:
 
 
 def test_on_every_architecture(lm: LanguageModel) -> None:
-    train, test = halves()
     tokens = readout_tokens(lm, BEHAVIOR)
     own = VectorSteering.from_directions(lm, {1: torch.ones(lm.d_model)})
-    report = functional_rank(lm, own, tokens, train, test, 1, ks=(1, 4))
+    report = ranked(lm, own, tokens, 1, (1, 4))
     assert len(report.rows) == 6
     assert report.row("added", "random").curve[0].share.mean != 1
-    same = functional_rank(lm, own, tokens, train, test, 1, ks=(1, lm.d_model))
+    same = ranked(lm, own, tokens, 1, (1, lm.d_model))
     assert same.row("ablated", "random").curve[-1].share.mean == pytest.approx(1, abs=1e-2)
 
 
 def test_refusals(llama: LanguageModel) -> None:
-    train, test = halves()
-    tokens = readout_tokens(llama, BEHAVIOR)
     with pytest.raises(TrimtabError, match="1 held-out"):
-        functional_rank(llama, vector(llama), tokens, train, test, 1, max_pairs=(6, 1))
-    with pytest.raises(TrimtabError, match="33"):
-        functional_rank(llama, vector(llama), tokens, train, test, 1, ks=(1, 33))
+        ranked(llama, vector(llama), readout_tokens(llama, BEHAVIOR), 1, KS, held_out=1)

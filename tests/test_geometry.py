@@ -10,6 +10,7 @@ import torch
 import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.geometry import STAGES, geometry
 from trimtab.mechanism.geometry.propagator import SKIP_PATH
 from trimtab.methods import find
@@ -30,7 +31,7 @@ def test_the_report_of_a_random_model(llama: LanguageModel) -> None:
     steps: list[tuple[int, int]] = []
     vector = VectorSteering.from_directions(llama, {1: torch.ones(llama.d_model)}, alpha=0.5)
     report = geometry(
-        llama, behavior(), vector, prompts=2, pairs=(8, 4), probes=2,
+        Case(llama, behavior(), vector), prompts=2, pairs=(8, 4), probes=2,
         progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert steps == [(k + 1, STAGES) for k in range(STAGES)]
@@ -46,26 +47,24 @@ def test_the_report_of_a_random_model(llama: LanguageModel) -> None:
 
 def test_a_vector_of_the_last_block_is_at_the_final_stream(llama: LanguageModel) -> None:
     vector = VectorSteering.from_directions(llama, {3: torch.ones(llama.d_model)})
-    report = geometry(llama, behavior(), vector, prompts=2, pairs=(5, 3), probes=1)
+    report = geometry(Case(llama, behavior(), vector), prompts=2, pairs=(5, 3), probes=1)
     assert "by definition" in report.findings[0]
 
 
 def test_refusals(llama: LanguageModel) -> None:
     vector = VectorSteering.from_directions(llama, {1: torch.ones(llama.d_model)})
     with pytest.raises(TrimtabError, match="pairs"):
-        geometry(llama, behavior(), vector, pairs=(2, 2))
-    with pytest.raises(TrimtabError, match="aggregator"):
-        geometry(llama, behavior(), vector, aggregator="mean")
+        geometry(Case(llama, behavior(), vector), pairs=(2, 2))
     with pytest.raises(TrimtabError, match="layer"):
-        geometry(llama, behavior(), vector, layer=9)
+        geometry(Case(llama, behavior(), vector), layer=9)
     with pytest.raises(TrimtabError, match="readout"):
-        geometry(llama, planted.behavior(), vector)
+        geometry(Case(llama, planted.behavior(), vector))
 
 
 def test_the_built_in_model() -> None:
     lm = tt.load("harbor", dtype=torch.float32)
     mood = tt.behavior("mood")
-    report = geometry(lm, mood, find(lm, mood), prompts=1, pairs=(8, 4), probes=1)
+    report = geometry(Case(lm, mood, find(lm, mood)), prompts=1, pairs=(8, 4), probes=1)
     one = next(x for x in report.propagator.layers if x.site == report.functional.site)
     assert one.same_frobenius.value > 0.2 and one.vector["same"].departure.mean > 0.5
     assert report.findings[0].startswith("J = I does not hold")

@@ -12,7 +12,8 @@ import planted
 import tiny
 from tiny import forward_as
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import readout_tokens
+from trimtab.evaluation.readout import ReadoutTokens, readout_tokens
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import courses, moved_gaps, pulled_back
 from trimtab.mechanism.geometry.linearity import LENGTHS, crossing, departure, linearity
 from trimtab.models.model import LanguageModel
@@ -28,6 +29,10 @@ def vector(lm: LanguageModel) -> VectorSteering:
     return VectorSteering.from_directions(lm, drawn)
 
 
+def case(lm: LanguageModel) -> Case:
+    return Case(lm, BEHAVIOR, vector(lm))
+
+
 def test_crossing_of_known_curves() -> None:
     lengths = torch.tensor(LENGTHS, dtype=torch.float64)
     slope, bend = 2.0, torch.tensor([0.05, 0.4, 100.0, 0.0])
@@ -41,21 +46,24 @@ def test_crossing_of_known_curves() -> None:
 def test_a_linear_gap_has_no_radius_and_a_sphere_a_known_one() -> None:
     """Above the last block only the final norm is left: without it the gap is linear."""
     lm = tiny.language_model("llama")
-    tokens, last = readout_tokens(lm, BEHAVIOR), lm.n_layers - 1
+    straight, last = case(lm), lm.n_layers - 1
+    tokens = straight.readout
+    # One token a side: its score is its logit.
+    straight.readout = ReadoutTokens(tokens.toward[:1], tokens.away[:1], (), tokens.texts)
     norm = lm.sites.final_norm
     assert norm is not None
     with forward_as(norm, lambda hidden: hidden):
-        report = linearity(lm, vector(lm), tokens, TEXTS, [last], aggregator="max")
+        report = linearity(straight, TEXTS, [last])
     assert [row.direction for row in report.rows] == ["gradient", "vector", "random"]
     assert all(math.isinf(row.radius.median) for row in report.rows)
     # With it, the gap is w . h / rms(h), which a push across h bends.
-    report = linearity(lm, vector(lm), tokens, TEXTS, [last], aggregator="max")
+    report = linearity(straight, TEXTS, [last])
     assert all(math.isfinite(row.radius.median) for row in report.rows)
 
 
 def test_real_pushes_depart_at_the_radius(llama: LanguageModel) -> None:
     tokens, layer = readout_tokens(llama, BEHAVIOR), 1
-    report = linearity(llama, vector(llama), tokens, TEXTS[:2], [layer])
+    report = linearity(case(llama), TEXTS[:2], [layer])
     row = next(r for r in report.rows if r.direction == "vector")
     # Of two values the 5th and 95th percentile say both.
     spread = (row.radius.p95 - row.radius.p5) / 0.9
@@ -79,8 +87,7 @@ def test_real_pushes_depart_at_the_radius(llama: LanguageModel) -> None:
 
 
 def test_on_every_architecture(lm: LanguageModel) -> None:
-    tokens = readout_tokens(lm, BEHAVIOR)
-    report = linearity(lm, vector(lm), tokens, TEXTS, [0, 2])
+    report = linearity(case(lm), TEXTS, [0, 2])
     assert len(report.rows) == 6
     for row in report.rows:
         assert row.radius.median > 0 and row.token_edit.median > 0
@@ -88,7 +95,7 @@ def test_on_every_architecture(lm: LanguageModel) -> None:
     assert edits.n == 2 * len(TEXTS) and edits.size.median > 0
     assert 0 <= edits.beyond.mean <= 1 and -1 <= edits.correlation <= 1
     json.dumps(report.to_dict())
-    assert linearity(lm, vector(lm), tokens, TEXTS, [0, 2]).to_dict() == report.to_dict()
+    assert linearity(case(lm), TEXTS, [0, 2]).to_dict() == report.to_dict()
 
 
 def test_the_way_to_another_token_ends_at_the_other_prompt(llama: LanguageModel) -> None:
@@ -106,6 +113,5 @@ def test_the_way_to_another_token_ends_at_the_other_prompt(llama: LanguageModel)
 
 
 def test_refusals(llama: LanguageModel) -> None:
-    tokens = readout_tokens(llama, BEHAVIOR)
     with pytest.raises(TrimtabError, match="different prompts"):
-        linearity(llama, vector(llama), tokens, [TEXTS[0], TEXTS[0]], [1])
+        linearity(case(llama), [TEXTS[0], TEXTS[0]], [1])

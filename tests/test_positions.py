@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import planted
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import gap, readout_tokens
+from trimtab.evaluation.readout import gap
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.positions import GROUPS, _groups, position_shares, request_span
 from trimtab.mechanism.geometry.propagator import SKIP_PATH
 from trimtab.models.model import LanguageModel
 from trimtab.steering.prompt import prompt
+from trimtab.steering.vector import VectorSteering
 
 BEHAVIOR = planted.behavior(readout={"toward": ["Z", "Kite"], "away": ["Q"]})
 TEXTS = ["Where is the ferry?", "How do I find the ledger at noon?"]
@@ -52,8 +54,8 @@ def test_the_request_never_holds_the_position_that_is_read(
 
 
 def test_shares_on_every_architecture(lm: LanguageModel) -> None:
-    tokens = readout_tokens(lm, BEHAVIOR)
-    report = position_shares(lm, tokens, TEXTS, INSERTS)
+    case = Case(lm, BEHAVIOR, VectorSteering.from_directions(lm, {1: torch.ones(lm.d_model)}))
+    report = position_shares(case, TEXTS, INSERTS)
     for slot in ("none", "prefix", "suffix"):
         rows = [row for row in report.rows if row.slot == slot]
         assert sum(row.share.mean for row in rows) == pytest.approx(1)
@@ -75,11 +77,3 @@ def test_shares_on_every_architecture(lm: LanguageModel) -> None:
     assert report.gap_change["prefix"].mean == pytest.approx(change, abs=1e-4)
     assert json.loads(json.dumps(report.to_dict()))["note"] == SKIP_PATH
     assert SKIP_PATH in report.table().notes
-
-
-def test_refusals(llama: LanguageModel) -> None:
-    tokens = readout_tokens(llama, BEHAVIOR)
-    with pytest.raises(TrimtabError, match="prefix"):
-        position_shares(llama, tokens, TEXTS, {"system": "x"})
-    with pytest.raises(TrimtabError, match="0 prompts"):
-        position_shares(llama, tokens, [])

@@ -15,9 +15,9 @@ import planted
 import tiny
 from conftest import tiny_model
 from tiny import forward_as
-from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import gap, readout_tokens
 from trimtab.margins.radius import gap_gradients
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import (
     carried,
     courses,
@@ -167,7 +167,7 @@ def test_a_linear_network_is_known_exactly() -> None:
     assert len(encoded) >= 2  # no padding: a linear block cannot tell it from tokens
     steering, depth = vector(lm), 2
     with linear(lm, block):
-        report = propagator(lm, steering, readout_tokens(lm, BEHAVIOR), encoded, probes=60)
+        report = propagator(Case(lm, BEHAVIOR, steering), encoded, probes=60)
     layer = report.layers[depth]
     assert layer.site == depth_name(depth) == "resid_post.1"
     same = torch.linalg.matrix_power(a, lm.n_layers - depth)
@@ -208,7 +208,7 @@ def test_identity_is_found_where_it_holds() -> None:
             attention.get_parameter("weight").zero_()
             mlp.get_parameter("weight").zero_()
     encoded = [lm.encode(text) for text in TEXTS]
-    report = propagator(lm, vector(lm), readout_tokens(lm, BEHAVIOR), encoded, probes=2)
+    report = propagator(Case(lm, BEHAVIOR, vector(lm)), encoded, probes=2)
     for layer in report.layers:
         assert layer.same_frobenius.value == pytest.approx(0, abs=1e-6)
         assert layer.cross_frobenius.value == pytest.approx(0, abs=1e-6)
@@ -224,7 +224,7 @@ def test_identity_is_found_where_it_holds() -> None:
 
 def test_the_report_on_every_architecture(lm: LanguageModel) -> None:
     encoded = [lm.encode(text) for text in TEXTS]
-    report = propagator(lm, vector(lm), readout_tokens(lm, BEHAVIOR), encoded, probes=3)
+    report = propagator(Case(lm, BEHAVIOR, vector(lm)), encoded, probes=3)
     assert [layer.site for layer in report.layers] == [depth_name(k) for k in range(lm.n_layers)]
     assert report.layers[0].site == "embed.0" and not report.layers[0].vector
     assert report.layers[1].vector["same"].gain.mean > 0
@@ -236,26 +236,14 @@ def test_the_report_on_every_architecture(lm: LanguageModel) -> None:
     loaded = json.loads(json.dumps(report.to_dict()))
     assert loaded["note"] == SKIP_PATH
     assert all(SKIP_PATH in table.notes for table in report.tables()[1:2])
-    again = propagator(lm, vector(lm), readout_tokens(lm, BEHAVIOR), encoded, probes=3)
+    again = propagator(Case(lm, BEHAVIOR, vector(lm)), encoded, probes=3)
     assert again.to_dict() == report.to_dict()
 
 
 def test_it_falls_back_once_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     lm = tiny.language_model("mixtral", seed=1)
     with caplog.at_level(logging.WARNING):
-        report = propagator(
-            lm, vector(lm), readout_tokens(lm, BEHAVIOR), [lm.encode("Hello")], probes=1
-        )
+        report = propagator(Case(lm, BEHAVIOR, vector(lm)), [lm.encode("Hello")], probes=1)
     assert report.method == "difference"
     said = [record.getMessage() for record in caplog.records]
     assert 1 <= len(said) <= lm.n_layers and all(lm.name in text for text in said)
-
-
-def test_refusals(llama: LanguageModel) -> None:
-    tokens = readout_tokens(llama, BEHAVIOR)
-    with pytest.raises(TrimtabError, match="0 prompts"):
-        propagator(llama, vector(llama), tokens, [])
-    with pytest.raises(TrimtabError, match="0 random"):
-        propagator(llama, vector(llama), tokens, [llama.encode("Hello")], probes=0)
-    with pytest.raises(TrimtabError, match="fingerprint"):
-        propagator(tiny_model("qwen3"), vector(llama), tokens, [llama.encode("Hello")])

@@ -14,6 +14,7 @@ import planted
 from trimtab import cli
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, token_runs
 from trimtab.mechanism.sparse.curve import sparsity_curve
 from trimtab.mechanism.sparse.dimensions import (
@@ -170,11 +171,9 @@ def test_curve() -> None:
     lm = planted.language_model()
     given = planted.behavior(n=10)
     vector = planted.push(lm, scope="last")
-    curve = sparsity_curve(
-        lm, given, vector, shares=(1.0, 0.5, 0.1), steps=4, effect_prompts=4,
-        max_new_tokens=planted.TOKENS,
-        orders=("attribution", "random", "bottom"),
-    )  # fmt: skip
+    case = Case(lm, given, vector, max_new_tokens=planted.TOKENS)
+    orders = ("attribution", "random", "bottom")
+    curve = sparsity_curve(case, (1.0, 0.5, 0.1), orders, steps=4, effect_prompts=4)
     assert curve.completeness == pytest.approx(1.0, abs=0.1)
     point = {(p.order, p.share, p.sign, p.restored): p for p in curve.points}
     assert len(point) == 3 * 3 * 2 * 2
@@ -204,14 +203,14 @@ def test_sparsify_reads_effects_on_its_split(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(lm, "encode", spy)
     vector = planted.push(lm, scope="last")
-    sparse = sparsify(lm, given, vector, 0.5, max_new_tokens=3, steps=2)
+    sparse = sparsify(Case(lm, given, vector, max_new_tokens=3), 0.5, steps=2)
     splits = given.split(0)
     train = {e.prompt for e in (*splits.train.toward, *splits.train.away)}
     assert seen and set(seen) <= train
     assert sparse.strength == vector.strength and type(sparse) is VectorSteering
     assert sparse.provenance["sparsified"]["keep"] == 0.5
     assert int((sparse.directions[3] != 0).sum()) == 16
-    plain = sparsify(lm, given, vector, 0.5, order="magnitude")
+    plain = sparsify(Case(lm, given, vector), 0.5, order="magnitude")
     assert float(plain.directions[3].abs()[plain.directions[3] != 0].min()) >= float(
         vector.directions[3].abs().median()
     )
@@ -221,7 +220,7 @@ def test_refusals(llama: LanguageModel) -> None:
     given = planted.behavior()
     vector = random_vector(llama)
     cases = [
-        (vector.select(operation="ablate"), {}, "'ablate'"),
+        (vector.select(operation="ablate"), {}, "ablate"),
         (vector.at(0.0), {}, "strength 0"),
         (vector, {"keep": 0.0}, "share of 0.0"),
         (vector, {"keep": 1.5}, "share of 1.5"),
@@ -230,15 +229,8 @@ def test_refusals(llama: LanguageModel) -> None:
     ]
     for steering, options, said in cases:
         with pytest.raises(TrimtabError) as caught:
-            sparsify(llama, given, steering, **{"steps": 1, "max_prompts": 2, **options})
+            sparsify(Case(llama, given, steering, max_prompts=2), **{"steps": 1, **options})
         assert said in str(caught.value), said
-    with pytest.raises(TrimtabError, match="at least one share"):
-        sparsity_curve(llama, given, vector, shares=())
-    with pytest.raises(TrimtabError, match="nothing to integrate"):
-        dimension_effects(llama, [])
-    effects = {x: torch.zeros(32) for x in (0, 1)}
-    with pytest.raises(TrimtabError, match="for this vector"):
-        dimension_scores(vector, effects, "attribution")
 
 
 def unsaid(lm: LanguageModel) -> Behavior:

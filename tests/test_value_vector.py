@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import planted
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.frozen.holding import push_before
 from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
 from trimtab.mechanism.reading.lens import Reading
@@ -162,7 +163,7 @@ def test_reading_against_the_unembedding_by_hand() -> None:
     lm = planted.language_model()
     behavior = planted.behavior(readout=WORDS)
     vector = planted.push(lm).select(layers=(0,)).at(1.0)
-    found = value_vectors(lm, behavior, vector, split=None, top=5, randoms=40)
+    found = value_vectors(Case(lm, behavior, vector), split=None, top=5, randoms=40)
     scales = head_scales(lm, vector, [e.prompt for e in behavior.away])
     assert found.scales == pytest.approx(scales)
     weight = lm.model.get_parameter("lm_head.weight").detach()[: len(lm.tokenizer)]
@@ -204,14 +205,14 @@ def test_a_planted_direction_reads_as_itself_and_random_ones_do_not() -> None:
     vector = planted.push(lm).select(layers=(0,)).at(1.0)
     z_minus_q = VectorSteering.from_directions(lm, {0: planted.push(lm).directions[3]}, alpha=1.0)
     behavior = planted.behavior(readout={"toward": ["Z"], "away": ["Q"]})
-    found = value_vectors(lm, behavior, z_minus_q, split=None, randoms=60)
+    found = value_vectors(Case(lm, behavior, z_minus_q), split=None, randoms=60)
     own = found.own
     assert own.score is not None and own.null_high is not None and own.null_low is not None
     assert own.score > own.null_high > 0 > own.null_low and own.p == pytest.approx(1 / 61)
     assert own.promoted[0].strip() == "Z"
-    away = value_vectors(lm, behavior, z_minus_q.at(-1.0), split=None, randoms=60).own
+    away = value_vectors(Case(lm, behavior, z_minus_q.at(-1.0)), split=None, randoms=60).own
     assert away.promoted == own.suppressed and away.score == pytest.approx(-own.score)
-    other = value_vectors(lm, behavior, vector, split=None, randoms=60).own
+    other = value_vectors(Case(lm, behavior, vector), split=None, randoms=60).own
     assert other.p is not None and other.p > 0.05
     assert found.telling is not None and found.telling_high is not None
     assert 0 <= found.telling <= found.telling_high <= 1
@@ -220,7 +221,7 @@ def test_a_planted_direction_reads_as_itself_and_random_ones_do_not() -> None:
 def test_ranking_orders_heads_and_sums_the_leading_ones(llama: LanguageModel, tmp_path) -> None:
     behavior, vector = planted.behavior(readout=WORDS), vector_for(llama)
     ranking = {(3, 1): -5.0, (2, 0): 2.0, (2, 2): 0.5}
-    found = value_vectors(llama, behavior, vector, ranking, split=None, randoms=20)
+    found = value_vectors(Case(llama, behavior, vector), ranking, split=None, randoms=20)
     assert [head.place for head in found.heads[:3]] == [(3, 1), (2, 0), (2, 2)]
     assert found.heads[0].attribution == -5.0 and found.heads[3].attribution == 0.0
     assert found.leading is not None and found.leading.length == pytest.approx(
@@ -231,7 +232,7 @@ def test_ranking_orders_heads_and_sums_the_leading_ones(llama: LanguageModel, tm
 
 
 def test_every_architecture_is_read(lm: LanguageModel) -> None:
-    found = value_vectors(lm, planted.behavior(), vector_for(lm), split=None, randoms=20)
+    found = value_vectors(Case(lm, planted.behavior(), vector_for(lm)), split=None, randoms=20)
     assert found.own.score is None and found.telling is None and found.toward == ()
     assert len(found.heads) == 8 and all(len(head.promoted) == 20 for head in found.heads)
     assert "none" in str(found)
@@ -240,7 +241,10 @@ def test_every_architecture_is_read(lm: LanguageModel) -> None:
 def test_refusals(llama: LanguageModel) -> None:
     behavior = planted.behavior(readout=WORDS)
     with pytest.raises(TrimtabError, match="operation affine"):
-        value_vectors(llama, behavior, vector_for(llama).select(operation="affine"), split=None)
-    for vector in (vector_for(llama, (3,)), vector_for(llama).at(0.0)):
-        with pytest.raises(TrimtabError, match="no attention that reads"):
-            value_vectors(llama, behavior, vector, split=None)
+        value_vectors(
+            Case(llama, behavior, vector_for(llama).select(operation="affine")), split=None
+        )
+    with pytest.raises(TrimtabError, match="no attention that reads"):
+        value_vectors(Case(llama, behavior, vector_for(llama, (3,))), split=None)
+    with pytest.raises(TrimtabError, match="strength 0"):
+        value_vectors(Case(llama, behavior, vector_for(llama).at(0.0)), split=None)

@@ -86,6 +86,7 @@ def find_command(
     ray finds them side by side.
     """
     from trimtab.engine import open_engine
+    from trimtab.mechanism.case import Case
     from trimtab.mechanism.sparse.sparsify import sparsify
     from trimtab.steering.load import describe
     from trimtab.steering.units import convert
@@ -104,7 +105,8 @@ def find_command(
         kept = vector if strength is None else vector.at(strength)
         if keep is not None:
             with progress_bar("weighing dimensions") as progress:
-                kept = sparsify(lm, each.behavior, kept, keep, seed=seed, progress=progress)
+                case = Case(lm, each.behavior, kept, max_prompts=16, seed=seed)
+                kept = sparsify(case, keep, progress=progress)
         kept.save(file)
         show(convert(kept), title=f"{kept.label}, written to {file}", full=full)
     described = [{"file": str(file), **describe(file)} for file in files]

@@ -76,6 +76,7 @@ def tune_command(
     """
     from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
+    from trimtab.mechanism.case import Case
     from trimtab.mechanism.sparse.sparsify import sparsify
     from trimtab.report.page import write_page
     from trimtab.report.strength_sections import tune_section
@@ -120,9 +121,8 @@ def tune_command(
         if keep is not None:
             with progress_bar("weighing dimensions") as progress:
                 signs = (-1 if away else 1,)
-                sparse = sparsify(
-                    lm, contrast, tuned, keep, signs=signs, seed=seed, progress=progress
-                )
+                case = Case(lm, contrast, tuned, signs, max_prompts=16, seed=seed)
+                sparse = sparsify(case, keep, progress=progress)
             chosen = [list(sparse.layers)]
             tuned = choose(sparse, chosen, [str(sparse.scope)], f"tuning {keep:.0%} of it")
     except NoStrengthPasses as refusal:
@@ -133,7 +133,5 @@ def tune_command(
     if out is not None:
         tuned.save(out)
     if report is not None:
-        write_page(
-            report, [tune_section(tuned.report)], title="How hard to pull", lead=lm.name
-        )
+        write_page(report, [tune_section(tuned.report)], title="How hard to pull", lead=lm.name)
     write_result(json_file, tuned.to_dict())

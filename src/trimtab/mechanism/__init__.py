@@ -1,5 +1,6 @@
 """What carries a steering through the network."""
 
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
 from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
 from trimtab.mechanism.explained import Explanation, explain
@@ -11,6 +12,7 @@ from trimtab.mechanism.sparse.sparsify import sparsify
 
 __all__ = [
     "Attribution",
+    "Case",
     "Explanation",
     "attribute",
     "explain",

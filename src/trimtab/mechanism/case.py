@@ -5,20 +5,26 @@ Nothing is prepared before a part asks for it: a behavior without a judge still 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 from trimtab.behaviors.behavior import Behavior, Splits
+from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.judges import Judge, judge_for
+from trimtab.evaluation.readout import ReadoutTokens, readout_tokens
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns, four_sets, scored_prompts
 from trimtab.models import generation
 from trimtab.models.chat import Encoded, Prompt
 from trimtab.models.model import LanguageModel
+from trimtab.results import Progress
 from trimtab.steering.vector import VectorSteering
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -66,6 +72,11 @@ class Case:
         """What scores their soundness."""
         return coherence_for(self.behavior)
 
+    @cached_property
+    def readout(self) -> ReadoutTokens:
+        """The two sets of first tokens between which the gap is."""
+        return readout_tokens(self.lm, self.behavior)
+
     def part(self, name: str | None) -> Behavior:
         """Return a split by its name, or for None the whole behavior."""
         return self.behavior if name is None else self.splits.named(name)
@@ -105,3 +116,26 @@ class Case:
             generation.decode(self.lm.tokenizer, ids, stops)
             for ids in self.unsteered(encoded, self.max_new_tokens)
         ]
+
+
+def check_adds(vector: VectorSteering) -> None:
+    """Refuse a steering that adds no fixed push to the stream."""
+    if vector.operation != "add" or vector.strength == 0:
+        raise TrimtabError(
+            asked=f"what {vector.label} does in the network",
+            found=f"operation {vector.operation} at strength {vector.strength:g}, which adds no "
+            "fixed push",
+            advice="give a vector that adds, at the strength it is used at (trimtab tune)",
+        )
+
+
+def counting(progress: Progress | None, total: int) -> Callable[[T], T]:
+    """Return a function that takes a step's result, counts the step and returns the result."""
+    steps = count(1)
+
+    def done(result: T) -> T:
+        if progress is not None:
+            progress(next(steps), total)
+        return result
+
+    return done

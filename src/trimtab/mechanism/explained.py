@@ -7,30 +7,22 @@ are chosen on validation and train prompts, scores are those of test prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from time import perf_counter
-from typing import TypeVar
 
 from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.mechanism.case import Case
+from trimtab.mechanism.case import Case, check_adds, counting
 from trimtab.mechanism.circuits.attribution import Attribution, AttributionSummary, attribute
-from trimtab.mechanism.circuits.faithful import (
-    Circuit,
-    Faithfulness,
-    Samples,
-    minimal_circuit,
-)
+from trimtab.mechanism.circuits.faithful import Circuit, Faithfulness, Samples, minimal_circuit
 from trimtab.mechanism.circuits.interchange import Interchange, check_places, interchange
 from trimtab.mechanism.conclusions import Finding, conclusions
-from trimtab.mechanism.frozen.freeze import FreezeTable, freeze_parts
-from trimtab.mechanism.geometry.geometry import GeometryReport, measure_geometry
-from trimtab.mechanism.reading.value_vector import ValueVectors, read_values
-from trimtab.mechanism.sparse.curve import SparsityCurve, thin_out
+from trimtab.mechanism.frozen.freeze import FreezeTable, freeze_table
+from trimtab.mechanism.geometry.geometry import GeometryReport, geometry
+from trimtab.mechanism.reading.value_vector import ValueVectors, value_vectors
+from trimtab.mechanism.sparse.curve import SparsityCurve, sparsity_curve
 from trimtab.mechanism.working import Working, working_strength
 from trimtab.models.model import LanguageModel
 from trimtab.results import Progress
@@ -38,7 +30,6 @@ from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering
 
-T = TypeVar("T")
 STAGES = 7  # one more against another vector
 SHARES = (0.3, 0.1, 0.03)
 ORDERS = ("attribution", "magnitude", "random")
@@ -189,19 +180,20 @@ def explain(
     own = 1 if vector.strength > 0 else -1
     given = [vector] if against is None else [vector, against.at(own * abs(against.strength))]
     for one in given:
-        _check(lm, one)
+        check_adds(one)
+        one.check(lm)
     check_places(given)
-    done = _counter(progress, STAGES + len(given) - 1)
+    done = counting(progress, STAGES + len(given) - 1)
     signs = (own, -own) if both else (own,)
     case = Case(lm, behavior, vector, signs, max_prompts, max_new_tokens, seed)
-    working = done(_working(case, look))
+    working = done(working_strength(case, look=look))
     case = case.under(vector.at(working.used))
     carrier = done(_carrier(case))
     random = done(_random_edges(case, carrier))
-    frozen = done(freeze_parts(case, nulls=nulls))
-    values = done(read_values(case, carrier.edges.heads))
-    sparsity = done(thin_out(case, SHARES, ORDERS, effect_prompts=8))
-    shape = done(measure_geometry(case))
+    frozen = done(freeze_table(case, nulls=nulls))
+    values = done(value_vectors(case, carrier.edges.heads))
+    sparsity = done(sparsity_curve(case, SHARES, ORDERS, effect_prompts=8))
+    shape = done(geometry(case))
     exchanged = None if len(given) == 1 else done(_exchange(case, carrier, given[1], look))
     summary, circuit, vector = carrier.edges.summary(20), carrier.circuit, case.vector
     about = Explained(
@@ -222,41 +214,6 @@ def explain(
     )
     return Explanation(
         about, said, working, summary, random, circuit, frozen, values, sparsity, shape, exchanged
-    )
-
-
-def _check(lm: LanguageModel, vector: VectorSteering) -> None:
-    if vector.strength == 0 or vector.operation != "add":
-        raise TrimtabError(
-            asked=f"why {vector.label} works",
-            found=f"operation {vector.operation} at strength {vector.strength:g}",
-            advice="give a vector that adds, at the strength it is used at (trimtab tune)",
-        )
-    vector.check(lm)
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[T], T]:
-    """Return a function that takes a stage's result, counts the stage and returns the result."""
-    stages = count(1)
-
-    def done(result: T) -> T:
-        if progress is not None:
-            progress(next(stages), total)
-        return result
-
-    return done
-
-
-def _working(case: Case, look: bool) -> Working:
-    return working_strength(
-        case.lm,
-        case.splits.validation,
-        case.vector,
-        max_prompts=case.max_prompts,
-        max_new_tokens=case.max_new_tokens,
-        look=look,
-        judge=case.judge,
-        coherence=case.coherence,
     )
 
 
@@ -301,7 +258,7 @@ def _random_edges(case: Case, carrier: _Carrier) -> RandomEdges:
 
 def _exchange(case: Case, carrier: _Carrier, other: VectorSteering, look: bool) -> Interchange:
     """Run the circuits of the case's vector and of another one under both."""
-    other = other.at(_working(case.under(other), look).used)
+    other = other.at(working_strength(case.under(other), look=look).used)
     names = case.vector.label, other.label
     if names[0] == names[1]:
         names = names[0], f"{names[1]} (other)"

@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from trimtab.evaluation.coherence import Coherence
 from trimtab.evaluation.evaluate import Evaluator
-from trimtab.evaluation.judges import Judge
 from trimtab.evaluation.summary import mean
+from trimtab.mechanism.case import Case
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 LEAST_GAIN = 0.2  # of the score; a steering that gains less has little to lose
 NEARLY = 0.9  # of the best gain
@@ -81,40 +74,20 @@ class Working(Printable):
         )
 
 
-def working_strength(
-    lm: LanguageModel,
-    split: Behavior,
-    vector: VectorSteering,
-    *,
-    max_prompts: int | None = 16,
-    max_new_tokens: int = 24,
-    look: bool = True,
-    judge: Judge | None = None,
-    coherence: Coherence | None = None,
-) -> Working:
+def working_strength(case: Case, *, look: bool = True) -> Working:
     """Judge a vector at its own strength and, where that moves nothing, at 1/4 to 32 times it.
 
-    Args:
-        lm: the unsteered model.
-        split: the prompts to look at; not those that are scored later.
-        vector: an additive steering; the sign of its strength says which way.
-        max_prompts: at most so many.
-        max_new_tokens: length of answers.
-        look: whether other strengths than its own are tried.
-        judge: what scores answers; the behavior's when absent.
-        coherence: what scores their soundness; the behavior's when absent.
-
-    Raises:
-        TrimtabError: a split without prompts, or a behavior without a judge.
+    The prompts are those of the validation split, which are not scored later; the sign of the
+    strength says which way. Without `look` no other strength than its own is tried.
     """
-    sign = 1 if vector.strength > 0 else -1
+    sign = 1 if case.vector.strength > 0 else -1
     evaluator = Evaluator(
-        lm,
-        split,
-        max_new_tokens=max_new_tokens,
-        max_prompts=max_prompts,
-        judge=judge,
-        coherence=coherence,
+        case.lm,
+        case.splits.validation,
+        max_new_tokens=case.max_new_tokens,
+        max_prompts=case.max_prompts,
+        judge=case.judge,
+        coherence=case.coherence,
     )
     prompts = evaluator.prompts(evaluator.scored(sign))
 
@@ -122,10 +95,10 @@ def working_strength(
         """Return m -> score; that of the unsteered model, m = 0, among them."""
         return {
             m: mean([answer.sound(sign) for answer in evaluator.judged(prompts, answers)])
-            for m, answers in evaluator.answers(vector, strengths, sign).items()
+            for m, answers in evaluator.answers(case.vector, strengths, sign).items()
         }
 
-    own = vector.strength
+    own = case.vector.strength
     found = scores([own])
     unsteered = found[0.0]
     tried = [Tried(own, found[own])]

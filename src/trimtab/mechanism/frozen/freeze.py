@@ -1,7 +1,7 @@
 """What a steering loses when a part of the network is frozen: attention patterns, values, MLPs.
 
 The steered model answers the test prompts with each part held at the unsteered model's, step by step
-on the same tokens (held/lanes.py), and the judge scores the answers. **Points lost** are percentage
+on the same tokens (frozen/lanes.py), and the judge scores the answers. **Points lost** are percentage
 points of the score: 100 (score steered - score frozen), prompt by prompt. A null freezes by a
 change of the same length in another direction. Source: arXiv 2604.08524, its freezing table.
 """
@@ -13,14 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.behaviors.behavior import Behavior
-from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import judge_kind
-from trimtab.mechanism.case import Case
-from trimtab.mechanism.frozen.holding import HOLDS, WITHOUT_NULL, check_additive, parse_holds
+from trimtab.evaluation.summary import mean
+from trimtab.mechanism.case import Case, check_adds, counting
+from trimtab.mechanism.frozen.holding import HOLDS, WITHOUT_NULL, parse_holds
 from trimtab.mechanism.frozen.lanes import lane_answers
-from trimtab.models.chat import Prompt
-from trimtab.models.model import LanguageModel
 from trimtab.results import Progress
 from trimtab.results.intervals import (
     bounded_interval,
@@ -31,7 +28,6 @@ from trimtab.results.intervals import (
 )
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds
-from trimtab.steering.vector import VectorSteering
 
 FREEZES = (*HOLDS, "ov+mlp")
 
@@ -110,19 +106,8 @@ class FreezeTable(Printable):
     rows: tuple[FreezeRow, ...]
 
     def row(self, name: str, sign: int) -> FreezeRow:
-        """Return one row.
-
-        Raises:
-            TrimtabError: there is none.
-        """
-        for row in self.rows:
-            if (row.name, row.sign) == (name, sign):
-                return row
-        raise TrimtabError(
-            asked=f"the row {name!r} of sign {sign:+d}",
-            found=f"the rows {', '.join(f'{row.name} {row.sign:+d}' for row in self.rows)}",
-            advice="name one of these",
-        )
+        """Return one row."""
+        return next(row for row in self.rows if (row.name, row.sign) == (name, sign))
 
     def table(self) -> Table:
         """Return one line per run."""
@@ -137,15 +122,8 @@ class FreezeTable(Printable):
             )
             for row in self.rows
         )
-        columns = (
-            "direction",
-            "frozen",
-            "score, %",
-            "points lost",
-            "null's",
-            "lost, % of the gain",
-            "coherence (null's)",
-        )
+        columns = ("direction", "frozen", "score, %", "points lost", "null's")
+        columns += ("lost, % of the gain", "coherence (null's)")
         count = " and ".join(f"{n} ({sign:+d})" for sign, n in self.prompts.items())
         notes = (
             f"{count} prompts of the {self.split or 'whole'} split, judge {self.judge}, "
@@ -160,53 +138,12 @@ class FreezeTable(Printable):
 class _Run:
     """Answers and what they scored."""
 
-    answers: list[str]
+    answers: Sequence[str]
     scores: torch.Tensor
-    coherences: list[float]
-
-    @property
-    def coherence(self) -> float:
-        return sum(self.coherences) / len(self.coherences)
+    coherence: float
 
 
 def freeze_table(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    *,
-    freezes: Sequence[str] = FREEZES,
-    signs: Sequence[int] = (1, -1),
-    nulls: int = 2,
-    split: str | None = "test",
-    max_prompts: int | None = None,
-    max_new_tokens: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> FreezeTable:
-    """Score a steering with parts of the network frozen.
-
-    Args:
-        lm: the unsteered model.
-        behavior: what is judged.
-        vector: an additive steering; |strength| is used with each sign.
-        freezes: names of held/holding.py, joined with + for several at once.
-        signs: +1 to induce on prompts that do not show the behavior, -1 to remove it.
-        nulls: changes of equal size per freeze that has any.
-        split: train, validation or test; None for all prompts.
-        max_prompts: cap per direction.
-        max_new_tokens: length of answers.
-        seed: of the split, the nulls and the bootstrap.
-        progress: called with (runs done, runs in all).
-
-    Raises:
-        TrimtabError: a steering that does not add, or of strength 0; an unknown part; a behavior
-            without a judge; a model whose heads cannot be found.
-    """
-    case = Case(lm, behavior, vector, tuple(signs), max_prompts, max_new_tokens, seed)
-    return freeze_parts(case, freezes=freezes, nulls=nulls, split=split, progress=progress)
-
-
-def freeze_parts(
     case: Case,
     *,
     freezes: Sequence[str] = FREEZES,
@@ -214,59 +151,55 @@ def freeze_parts(
     split: str | None = "test",
     progress: Progress | None = None,
 ) -> FreezeTable:
-    """Score a case's steering with parts of the network frozen, see `freeze_table`."""
-    lm, vector, signs, seed = case.lm, case.vector, case.signs, case.seed
-    check_additive(vector)
+    """Score a steering with parts of the network frozen.
+
+    Args:
+        case: its vector runs at |m| to induce the behavior, at -|m| to remove it.
+        freezes: names of frozen/holding.py, joined with + for several at once.
+        nulls: changes of equal size per freeze that has any.
+        split: train, validation or test; None for all prompts.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        TrimtabError: a steering that does not add, or of strength 0; an unknown part; a behavior
+            without a judge; a model whose heads cannot be found.
+    """
+    vector, seed = case.vector, case.seed
+    check_adds(vector)
     parts = {name: parse_holds(name) for name in freezes}
-    if vector.strength == 0 or not set(signs) <= {1, -1}:
-        raise TrimtabError(
-            asked=f"what carries {vector.label} in the directions {list(signs)}",
-            found="a strength of 0, or a direction that is neither 1 nor -1",
-            advice="use vector.at(m) with the strength you steer at, and signs of 1 and -1",
-        )
-    data, judge = case.part(split), case.judge
     without = [name for name, held in parts.items() if set(held) & set(WITHOUT_NULL)]
-    total = len(signs) * (2 + len(parts) + nulls * (len(parts) - len(without)))
-    done, rows = 0, list[FreezeRow]()
-    counts: dict[int, int] = {}
-    strengths = {sign: sign * abs(vector.strength) for sign in signs}
-    for sign in signs:
-        prompts = case.prompts(data, sign)
-        counts[sign], at = len(prompts), vector.at(strengths[sign])
+    runs = 2 + len(parts) + nulls * (len(parts) - len(without))
+    done = counting(progress, len(case.signs) * runs)
+    data, rows = case.part(split), list[FreezeRow]()
+    strengths = {sign: sign * abs(vector.strength) for sign in case.signs}
+    prompts = {sign: case.prompts(data, sign) for sign in case.signs}
 
-        def run(
-            holds: Sequence[str] | None,
-            null: int | None = None,
-            sign: int = sign,
-            prompts: Sequence[Prompt] = prompts,
-            at: VectorSteering = at,
-        ) -> _Run:
-            nonlocal done
-            if holds is None:
-                answers = case.answers(prompts)
-            else:
-                answers = lane_answers(
-                    lm, at, prompts, holds, max_new_tokens=case.max_new_tokens, null_seed=null
-                )
-            done += 1
-            if progress is not None:
-                progress(done, total)
-            scores = torch.tensor([verdict.share(sign) for verdict in judge(prompts, answers)])
-            return _Run(answers, scores.double(), case.coherence(answers))
+    def judged(sign: int, answers: Sequence[str]) -> _Run:
+        verdicts = case.judge(prompts[sign], answers)
+        scores = torch.tensor([verdict.share(sign) for verdict in verdicts], dtype=torch.float64)
+        return done(_Run(answers, scores, mean(case.coherence(answers))))
 
-        base, whole = run(None), run(())
+    def frozen(sign: int, holds: Sequence[str], null: int | None = None) -> _Run:
+        at, length = vector.at(strengths[sign]), case.max_new_tokens
+        return judged(
+            sign,
+            lane_answers(case.lm, at, prompts[sign], holds, max_new_tokens=length, null_seed=null),
+        )
+
+    for sign in case.signs:
+        base, whole = judged(sign, case.answers(prompts[sign])), frozen(sign, ())
         rows += [_plain(sign, "unsteered", base, seed), _plain(sign, "steered", whole, seed)]
         for name, held in parts.items():
             seeds = [] if name in without else null_seeds(seed, nulls)
-            frozen, random = run(held), [run(held, null) for null in seeds]
-            rows.append(_row(sign, name, base, whole, frozen, random, seed))
+            run, random = frozen(sign, held), [frozen(sign, held, null) for null in seeds]
+            rows.append(_row(sign, name, base, whole, run, random, seed))
     return FreezeTable(
         behavior=case.behavior.name,
         vector=vector.label,
-        model=lm.name,
+        model=case.lm.name,
         split=split,
         judge=judge_kind(case.behavior),
-        prompts=counts,
+        prompts={sign: len(some) for sign, some in prompts.items()},
         strengths=strengths,
         nulls=nulls,
         max_new_tokens=case.max_new_tokens,
@@ -297,7 +230,7 @@ def _row(
         null=_null(torch.stack([whole.scores - run.scores for run in nulls]), seed)
         if nulls
         else None,
-        null_coherence=sum(run.coherence for run in nulls) / len(nulls) if nulls else None,
+        null_coherence=mean([run.coherence for run in nulls]) if nulls else None,
         answers=tuple(frozen.answers),
         scores=tuple(frozen.scores.tolist()),
     )

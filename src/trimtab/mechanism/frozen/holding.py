@@ -51,11 +51,7 @@ _BEFORE_MLP = ("resid_mid", "attn_out")
 
 
 def parse_holds(text: str) -> tuple[str, ...]:
-    """Read "ov", or several joined as in "ov+mlp".
-
-    Raises:
-        TrimtabError: an unknown name.
-    """
+    """Read "ov", or several joined as in "ov+mlp"; refuse an unknown name."""
     names = tuple(text.split("+"))
     unknown = [name for name in names if name not in HOLDS]
     if unknown:
@@ -67,25 +63,8 @@ def parse_holds(text: str) -> tuple[str, ...]:
     return names
 
 
-def check_additive(vector: VectorSteering) -> None:
-    """Refuse a steering that adds no fixed push to the stream."""
-    if vector.operation != "add":
-        raise TrimtabError(
-            asked=f"what {vector.label} does through attention and MLPs",
-            found=f"operation {vector.operation}, whose push depends on the stream",
-            advice="use a vector with operation add",
-        )
-
-
 def push_before(lm: LanguageModel, vector: VectorSteering, layer: int, part: str) -> Tensor:
-    """Return what the steering has added to the stream that a sublayer reads, float32 `[d_model]`.
-
-    Args:
-        lm: the model.
-        vector: an additive steering, of any site.
-        layer: 0-based.
-        part: "attention" or "mlp".
-    """
+    """Return what an additive steering has added to what "attention" or "mlp" reads, `[d_model]`."""
     own = vector.site in _BEFORE_ATTENTION
     if part == "mlp" and vector.site in _BEFORE_MLP and not lm.sites.parallel:
         own = True
@@ -113,19 +92,11 @@ def holding(
         factors: `[2n]` one per row of the batch, both lanes: 0 unsteered, 1 steered.
         null_seed: instead of what is held, a change of the same length in another direction: its
             coordinates permuted, their signs drawn again, alike at every position.
-
-    Raises:
-        TrimtabError: another operation than add, an unknown name, or heads that cannot be found.
     """
-    check_additive(vector)
     vector.check(lm)
     names = {name for hold in holds for name in parse_holds(hold)}
-    if null_seed is not None and names & set(WITHOUT_NULL):
-        raise TrimtabError(
-            asked="the null of freezing qk",
-            found="attention patterns, of which none is random and of equal size",
-            advice=f"ask for the null of {', '.join(h for h in HOLDS if h not in WITHOUT_NULL)}",
-        )
+    assert vector.operation == "add"
+    assert null_seed is None or not names & set(WITHOUT_NULL)
     held = _Held(lm, vector, names, factors, null_seed)
     # Attention is always seen, so that runs with and without a hold differ in nothing else.
     with Hooks() as hooks, attending(lm, held.attend):

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.mechanism.frozen.holding import holding
 from trimtab.models import generation
 from trimtab.models.chat import Prompt
@@ -40,25 +38,8 @@ def lane_answers(
 ) -> list[str]:
     """Answer prompts greedily in the second lane; without a hold, as `lm.generate` does steered.
 
-    Args:
-        lm: the unsteered model.
-        vector: an additive steering at its strength.
-        prompts: strings or conversations.
-        holds: what is held at the base lane's, see holding.py.
-        max_new_tokens: most tokens of an answer.
-        factors: of the base and of the steered lane.
-        null_seed: hold by a change of equal size in another direction.
-        use_cache: whether to keep keys and values of both lanes.
-
-    Raises:
-        TrimtabError: no prompts, a length out of range, or as `holding`.
+    Vector, holds and null are those of `holding`; `factors` are of the base and of the steered lane.
     """
-    if not prompts or max_new_tokens < 1:
-        raise TrimtabError(
-            asked=f"answers of {max_new_tokens} tokens to {len(prompts)} prompts",
-            found="nothing to write",
-            advice="ask for at least one token in answer to at least one prompt",
-        )
     encoded = [lm.encode(prompt) for prompt in prompts]
     for item in encoded:
         lm.check_length(len(item.ids) + max_new_tokens)
@@ -66,13 +47,10 @@ def lane_answers(
     answers = [""] * len(encoded)
     for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         both = spread(batch, 2)
-        with holding(lm, vector, holds, _by_row(factors, len(batch.rows)), null_seed):
+        each = torch.tensor(factors).repeat_interleave(len(batch.rows))
+        with holding(lm, vector, holds, each, null_seed):
             steps = greedy(lm, both, KeptCache() if use_cache else None, stops, lanes=2)
             found = collect(steps, len(batch.rows), max_new_tokens)
         for place, ids in zip(batch.rows.tolist(), found, strict=True):
             answers[place] = generation.decode(lm.tokenizer, ids, stops)
     return answers
-
-
-def _by_row(factors: tuple[float, float], rows: int) -> Tensor:
-    return torch.tensor(factors, dtype=torch.float32).repeat_interleave(rows)

@@ -21,17 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.behaviors.behavior import Behavior
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.census import Share
 from trimtab.margins.close import SIGNS, Pusher, pusher
-from trimtab.margins.radius import Gradients, gap_gradients
+from trimtab.margins.radius import Gradients
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.program import largest_share, smallest_norm
-from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
-from trimtab.steering.vector import VectorSteering
 
 MARGIN = 0.01  # nats beyond zero: the gap is to cross it, not to touch it
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)  # over |h|
@@ -182,59 +178,29 @@ class Feasibility(Printable):
 
 
 def feasibility(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    tokens: ReadoutTokens,
-    train: Behavior,
-    test: Behavior,
-    layer: int,
-    max_prompts: tuple[int, int] = (40, 20),
-    margin: float = MARGIN,
-    aggregator: str = "logsumexp",
-    seed: int = 0,
-    gradients: Mapping[str, Gradients] | None = None,
+    case: Case, layer: int, max_prompts: tuple[int, int], gradients: Mapping[str, Gradients]
 ) -> Feasibility:
     """Find the shortest push that moves every train prompt at once, and push it for real.
 
     Args:
-        lm: the unsteered model.
-        vector: looked at beside the push, at the same length.
-        tokens: readout of the gap.
-        train: whose prompts the push is computed from.
-        test: whose prompts it is tried on.
+        case: its vector is looked at beside the push, at the same length.
         layer: 0-based, whose output is pushed at the last prompt position.
         max_prompts: at most so many train and test prompts of each side.
-        margin: nats beyond zero.
-        aggregator: of the gap.
-        seed: of the nulls.
-        gradients: of the gap of the train prompts used, by side; read when absent.
-
-    Raises:
-        TrimtabError: a side without prompts.
+        gradients: of the gap of the train prompts, by side.
     """
-    rows, held_out = [], {}
+    lm, rows, held_out = case.lm, [], {}
     for side, up in (("away", 1), ("toward", -1)):
         assert SIGNS[side] == -up  # the gap is pushed against its side's sign
-        learned, held = (
+        prompts = [
             [lm.encode(example.prompt) for example in getattr(part, side)[:most]]
-            for part, most in zip((train, test), max_prompts, strict=True)
-        )
-        if not learned or not held:
-            raise TrimtabError(
-                asked=f"one push for all {side} prompts",
-                found=f"{len(learned)} train and {len(held)} held-out prompts",
-                advice="give the behavior more examples",
-            )
-        held_out[side] = len(held)
-        known = {} if gradients is None else gradients
-        found = known.get(side) or gap_gradients(lm, tokens, learned, aggregator)
-        b, g = up * found.gap.numpy(), up * found.grad[:, layer].double().numpy()
-        size = float(found.norm[:, layer].median())
-        pushers = [pusher(lm, tokens, some, layer, aggregator) for some in (learned, held)]
-        own = direction_at(vector, layer + 1)
+            for part, most in zip((case.splits.train, case.splits.test), max_prompts, strict=True)
+        ]
+        held_out[side] = len(prompts[1])
+        pushers = [pusher(lm, case.readout, some, layer) for some in prompts]
+        own = direction_at(case.vector, layer + 1)
         own = None if own is None else up * own
-        rows.append(_row(side, up, b, g, size, layer, pushers, own, margin, seed))
-    return Feasibility(margin, held_out, tuple(rows))
+        rows.append(_row(side, up, layer, gradients[side], pushers, own, case.seed))
+    return Feasibility(MARGIN, held_out, tuple(rows))
 
 
 def null_norms(b: np.ndarray, g: np.ndarray, margin: float, seed: int) -> list[float]:
@@ -252,20 +218,19 @@ def null_norms(b: np.ndarray, g: np.ndarray, margin: float, seed: int) -> list[f
 def _row(
     side: str,
     up: int,
-    b: np.ndarray,
-    g: np.ndarray,
-    size: float,
     layer: int,
+    gradients: Gradients,
     pushers: Sequence[Pusher],
     own: Tensor | None,
-    margin: float,
     seed: int,
 ) -> FeasibilityRow:
-    shortest = smallest_norm(b, g, margin)
-    norms = null_norms(b, g, margin, seed)
+    b, g = up * gradients.gap.numpy(), up * gradients.grad[:, layer].double().numpy()
+    size = float(gradients.norm[:, layer].median())
+    shortest = smallest_norm(b, g, MARGIN)
+    norms = null_norms(b, g, MARGIN, seed)
     within = []
     for radius in RADII:
-        share = largest_share(b, g, radius * size, margin)
+        share = largest_share(b, g, radius * size, MARGIN)
         within.append(ShareWithin(radius, share.count, share.bound, share.n))
     works, pushed = math.inf, ()
     if shortest.delta is not None and shortest.norm > 0:

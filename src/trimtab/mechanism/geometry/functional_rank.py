@@ -20,23 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.behaviors.behavior import Behavior, Example
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.close import Pusher, pusher
-from trimtab.margins.radius import Gradients, gap_gradients
+from trimtab.margins.radius import Gradients
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import depth_name, direction_at
 from trimtab.mechanism.geometry.rank import leading
 from trimtab.models.capture import capture
-from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import RESAMPLES
 from trimtab.results.quantiles import Estimate
-from trimtab.results.tables import ABSENT, Printable, Table, number
-from trimtab.steering.vector import VectorSteering
+from trimtab.results.tables import Printable, Table, number, with_interval
 
 REACHED = 0.9
-MODES = ("added", "ablated")
 BASES = ("differences", "gradients", "random")
 
 
@@ -102,7 +99,7 @@ class FunctionalRank(Printable):
                 row.mode,
                 row.basis,
                 row.full.cell,
-                _rank(row),
+                with_interval(row.k, row.low, row.high, 0),
                 *(number(point.share.mean) for point in row.curve),
                 number(row.vector.mean),
             )
@@ -119,78 +116,68 @@ class FunctionalRank(Printable):
 
 
 def functional_rank(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    tokens: ReadoutTokens,
-    train: Behavior,
-    test: Behavior,
+    case: Case,
     layer: int,
-    max_pairs: tuple[int, int] = (64, 16),
-    ks: Sequence[int] | None = None,
-    aggregator: str = "logsumexp",
-    seed: int = 0,
-    gradients: Mapping[str, Gradients] | None = None,
+    pairs: tuple[int, int],
+    ks: Sequence[int],
+    gradients: Mapping[str, Gradients],
 ) -> FunctionalRank:
     """Find the smallest subspaces that carry the behavior at one layer.
 
     Args:
-        lm: the unsteered model.
-        vector: whose direction at the layer is looked at beside the subspaces.
-        tokens: readout of the gap.
-        train: whose prompts give the subspaces.
-        test: whose pairs are measured; sides that are not paired are put together in order.
+        case: sides that are not paired are put together in order.
         layer: 0-based, whose output is changed.
-        max_pairs: at most so many train and test pairs.
-        ks: dimensions tried; powers of two up to the width when absent.
-        aggregator: of the gap.
-        seed: of random subspaces and intervals.
-        gradients: of the gap of the train prompts used, by side; read when absent.
+        pairs: at most so many of the train split, which give the subspaces, and of the test split.
+        ks: dimensions tried, ascending.
+        gradients: of the gap of the train prompts, by side.
 
     Raises:
-        TrimtabError: fewer than two held-out pairs, or dimensions out of range.
+        TrimtabError: fewer than two held-out pairs.
     """
-    chosen = sorted(set(ks if ks is not None else _powers(lm.d_model)))
-    n = min(len(test.toward), len(test.away), max_pairs[1])
-    if n < 2 or not chosen or chosen[0] < 1 or chosen[-1] > lm.d_model:
+    lm, train, test = case.lm, case.splits.train, case.splits.test
+    n = min(len(test.toward), len(test.away), pairs[1])
+    if n < 2:
         raise TrimtabError(
-            asked=f"a functional rank from {n} held-out pairs, dimensions {chosen}",
-            found=f"fewer than two pairs, or dimensions outside 1 to {lm.d_model}",
-            advice="give more prompts, or other dimensions",
+            asked=f"a functional rank from {n} held-out pairs",
+            found="fewer than two pairs",
+            advice="give more prompts",
         )
-    learned = {side: getattr(train, side)[: max_pairs[0]] for side in ("toward", "away")}
-    bases, mean_away = _bases(lm, tokens, learned, layer, aggregator, seed, gradients)
-    held = {
-        side: [lm.encode(example.prompt) for example in getattr(test, side)[:n]]
-        for side in ("toward", "away")
+    trained = min(len(train.toward), len(train.away), pairs[0])
+    learned = {side: _states(lm, train, side, pairs[0], layer) for side in ("toward", "away")}
+    generator = torch.Generator().manual_seed(case.seed)
+    drawn = torch.randn(lm.d_model, lm.d_model, generator=generator, dtype=torch.float64)
+    # Orthonormal rows, strongest first.
+    bases = {
+        "differences": leading(learned["toward"][:trained] - learned["away"][:trained]),
+        "gradients": leading(torch.cat([gradients[s].grad[:, layer] for s in ("toward", "away")])),
+        "random": torch.linalg.qr(drawn).Q.T,
     }
-    states = {side: _states(lm, held[side], layer) for side in held}
-    moves = {
-        "added": ("away", states["toward"] - states["away"]),
-        "ablated": ("toward", mean_away - states["toward"]),
-    }
-    own = direction_at(vector, layer + 1)
+    toward, away = (_states(lm, test, side, n, layer) for side in ("toward", "away"))
+    own = direction_at(case.vector, layer + 1)
     rows = []
-    for mode, (side, steps) in moves.items():
-        pushes = pusher(lm, tokens, held[side], layer, aggregator)
-        sign = 1 if mode == "added" else -1
-        plain, full = (_gaps(pushes, steps * factor) for factor in (0.0, 1.0))
-        alone = None if own is None else _gaps(pushes, _on(steps, own.double()[None]))
+    for mode, side, sign, steps in (
+        ("added", "away", 1, toward - away),
+        ("ablated", "toward", -1, learned["away"].mean(0) - toward),
+    ):
+        encoded = [lm.encode(example.prompt) for example in getattr(test, side)[:n]]
+        pushes = pusher(lm, case.readout, encoded, layer)
+        plain = _gaps(pushes, 0 * steps)
+
+        def change(moved: Tensor, pushes=pushes, plain=plain, sign=sign) -> Tensor:
+            return sign * (_gaps(pushes, moved) - plain)
+
+        alone = None if own is None else change(_on(steps, own.double()[None]))
+        full = change(steps)
         for basis in BASES:
-            curve = [_gaps(pushes, _on(steps, bases[basis][:k])) for k in chosen]
-            changes = sign * (torch.stack(curve) - plain)
-            vector_change = None if alone is None else sign * (alone - plain)
-            rows.append(
-                _row(mode, basis, chosen, sign * (full - plain), changes, vector_change, seed)
-            )
-    trained = min(len(side) for side in learned.values())
+            changes = torch.stack([change(_on(steps, bases[basis][:k])) for k in ks])
+            rows.append(_row(mode, basis, ks, full, changes, alone, case.seed))
     return FunctionalRank(depth_name(layer + 1), trained, n, tuple(rows))
 
 
-def smallest(ks: Sequence[int], shares: Tensor, reached: float = REACHED) -> float:
+def smallest(ks: Sequence[int], shares: Tensor) -> float:
     """Return the smallest k whose share `[ks]` reaches the mark; infinite for none."""
-    return next(
-        (float(k) for k, s in zip(ks, shares.tolist(), strict=True) if s >= reached), math.inf
-    )
+    reached = (shares >= REACHED).nonzero()
+    return float(ks[int(reached[0])]) if len(reached) else math.inf
 
 
 def _row(
@@ -226,32 +213,8 @@ def _row(
     return FunctionalRow(mode, basis, whole, alone, curve, k, low, high)
 
 
-def _bases(
-    lm: LanguageModel,
-    tokens: ReadoutTokens,
-    learned: Mapping[str, Sequence[Example]],
-    layer: int,
-    aggregator: str,
-    seed: int,
-    gradients: Mapping[str, Gradients] | None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Orthonormal rows, strongest first, of each kind of subspace; and the mean away state."""
-    encoded = {side: [lm.encode(e.prompt) for e in some] for side, some in learned.items()}
-    states = {side: _states(lm, some, layer) for side, some in encoded.items()}
-    n = min(len(some) for some in states.values())
-    if gradients is None:
-        gradients = {s: gap_gradients(lm, tokens, some, aggregator) for s, some in encoded.items()}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(lm.d_model, lm.d_model, generator=generator, dtype=torch.float64)
-    found = {
-        "differences": leading(states["toward"][:n] - states["away"][:n]),
-        "gradients": leading(torch.cat([gradients[side].grad[:, layer] for side in encoded])),
-        "random": torch.linalg.qr(drawn).Q.T,
-    }
-    return found, states["away"].mean(0)
-
-
-def _states(lm: LanguageModel, encoded: Sequence[Encoded], layer: int) -> Tensor:
+def _states(lm: LanguageModel, part: Behavior, side: str, most: int, layer: int) -> Tensor:
+    encoded = [lm.encode(example.prompt) for example in getattr(part, side)[:most]]
     values = capture(lm, encoded, [layer])
     return values[:, 0, 0].double()
 
@@ -263,15 +226,3 @@ def _on(steps: Tensor, basis: Tensor) -> Tensor:
 
 def _gaps(pushes: Pusher, steps: Tensor) -> Tensor:
     return pushes.push(torch.arange(len(steps)), steps.float())[0]
-
-
-def _powers(width: int) -> list[int]:
-    found = [2**k for k in range(width.bit_length()) if 2**k < width]
-    return [*found, width]
-
-
-def _rank(row: FunctionalRow) -> str:
-    if math.isnan(row.k):
-        return ABSENT
-    low, high = ("inf" if math.isinf(x) else f"{x:.0f}" for x in (row.low, row.high))
-    return f"{'inf' if math.isinf(row.k) else f'{row.k:.0f}'} [{low}, {high}]"

@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from trimtab.behaviors.behavior import Behavior
-from trimtab.checks import choice, layer_within
+from trimtab.checks import layer_within
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, readout_tokens
 from trimtab.margins.radius import Gradients, gap_gradients
-from trimtab.mechanism.case import Case
+from trimtab.mechanism.case import Case, counting
 from trimtab.mechanism.geometry.feasibility import Feasibility, FeasibilityRow, feasibility
 from trimtab.mechanism.geometry.functional_rank import FunctionalRank, functional_rank
 from trimtab.mechanism.geometry.jacobian import depth_name
@@ -26,10 +24,8 @@ from trimtab.mechanism.geometry.positions import PositionShares, position_shares
 from trimtab.mechanism.geometry.propagator import Propagator, propagator
 from trimtab.mechanism.geometry.rank import Ranks, pair_differences, rank_row
 from trimtab.models.chat import Prompt
-from trimtab.models.model import LanguageModel
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, percent
-from trimtab.steering.vector import VectorSteering
 
 STAGES = 6
 PLAIN = "Please."  # put into the prompts of a behavior without a prompt of its own
@@ -112,17 +108,12 @@ class GeometryReport(Printable):
 
 
 def geometry(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
+    case: Case,
     *,
-    tokens: ReadoutTokens | None = None,
     layer: int | None = None,
     prompts: int = 4,
     pairs: tuple[int, int] = (48, 16),
     probes: int = 4,
-    aggregator: str = "logsumexp",
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> GeometryReport:
     """Measure the geometry of a behavior: propagator, positions, linearity, ranks, feasibility.
@@ -130,50 +121,20 @@ def geometry(
     Directions, subspaces and pushes come from the train split, figures from the test split.
 
     Args:
-        lm: the unsteered model; float32 gives gaps their full precision.
-        behavior: what the vector is for.
-        vector: at the strength at which it is used.
-        tokens: readout of the gap; the behavior's words when absent.
+        case: its vector at the strength at which it is used; float32 gives gaps their full precision.
         layer: 0-based, for functional rank and feasibility; when absent the first of the vector's
             layers where the away states, moved by the train pairs' differences, change the gap to
             first order by at least half of what they change it by at any of them.
         prompts: test prompts of each side for propagator, positions and linearity.
         pairs: train and test pairs for ranks and feasibility.
         probes: random directions per prompt and depth.
-        aggregator: of the gap.
-        seed: of the split and of everything random.
         progress: called with (stages done, stages in all).
 
     Raises:
         TrimtabError: no readout, a behavior too small to split, a vector of another model.
     """
-    return measure_geometry(
-        Case(lm, behavior, vector, seed=seed),
-        tokens=tokens,
-        layer=layer,
-        prompts=prompts,
-        pairs=pairs,
-        probes=probes,
-        aggregator=aggregator,
-        progress=progress,
-    )
-
-
-def measure_geometry(
-    case: Case,
-    *,
-    tokens: ReadoutTokens | None = None,
-    layer: int | None = None,
-    prompts: int = 4,
-    pairs: tuple[int, int] = (48, 16),
-    probes: int = 4,
-    aggregator: str = "logsumexp",
-    progress: Progress | None = None,
-) -> GeometryReport:
-    """Measure the geometry of a case's behavior, see `geometry`."""
     started = perf_counter()
-    lm, behavior, vector, seed = case.lm, case.behavior, case.vector, case.seed
-    choice("aggregator", aggregator, AGGREGATORS)
+    lm, vector = case.lm, case.vector
     vector.check(lm)
     if prompts < 1 or min(pairs) < 3 or probes < 1:
         raise TrimtabError(
@@ -181,102 +142,62 @@ def measure_geometry(
             found=f"prompts={prompts}, pairs={pairs}, probes={probes}",
             advice="use at least one prompt, three pairs and one random direction",
         )
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, STAGES)
-
-    sets = tokens or readout_tokens(lm, behavior)
+    done = counting(progress, STAGES)
     train, test = case.splits.train, case.splits.test
     sides: list[Prompt] = [
         example.prompt for side in (test.toward, test.away) for example in side[:prompts]
     ]
     gradients = {
-        side: gap_gradients(lm, sets, [lm.encode(e.prompt) for e in some[: pairs[0]]], aggregator)
+        side: gap_gradients(lm, case.readout, [lm.encode(e.prompt) for e in some[: pairs[0]]])
         for side, some in (("toward", train.toward), ("away", train.away))
     }
-    at, layer_from = _layer(lm, vector, train, layer, pairs[0], gradients["away"])
+    at, layer_from = _layer(case, layer, pairs[0], gradients["away"])
     layers = sorted({0, at, max(lm.n_layers - 2, 0)})
-    encoded = [lm.encode(prompt) for prompt in sides]
-    carried = propagator(lm, vector, sets, encoded, probes, aggregator, seed)
-    step()
-    text = behavior.prompt_toward or PLAIN
-    inserts = {"prefix": text, "suffix": f" {text}"}
-    positions = position_shares(lm, sets, sides, inserts, aggregator, seed)
-    step()
-    linear = linearity(lm, vector, sets, sides, layers, aggregator, seed)
-    step()
-    ranks = _ranks(lm, train, layers, pairs[0], gradients, seed)
-    step()
-    ks = [k for k in FUNCTIONAL_KS if k < lm.d_model]
-    functional = functional_rank(
-        lm, vector, sets, train, test, at, pairs, [*ks, lm.d_model], aggregator, seed, gradients
-    )
-    step()
-    feasible = feasibility(
-        lm,
-        vector,
-        sets,
-        train,
-        test,
-        at,
-        pairs,
-        aggregator=aggregator,
-        seed=seed,
-        gradients=gradients,
-    )
-    step()
+    carried = done(propagator(case, [lm.encode(prompt) for prompt in sides], probes))
+    text = case.behavior.prompt_toward or PLAIN
+    positions = done(position_shares(case, sides, {"prefix": text, "suffix": f" {text}"}))
+    linear = done(linearity(case, sides, layers))
+    ranks = done(_ranks(case, layers, pairs[0], gradients))
+    ks = [*(k for k in FUNCTIONAL_KS if k < lm.d_model), lm.d_model]
+    functional = done(functional_rank(case, at, pairs, ks, gradients))
+    feasible = done(feasibility(case, at, pairs, gradients))
     about = Measured(
         model=lm.name,
         dtype=str(lm.model.dtype).removeprefix("torch."),
-        behavior=behavior.name,
-        data_hash=behavior.data_hash,
+        behavior=case.behavior.name,
+        data_hash=case.behavior.data_hash,
         vector=vector.label,
         layer=at,
         layer_from=layer_from,
-        seed=seed,
+        seed=case.seed,
         seconds=perf_counter() - started,
     )
     said = _findings(at, carried, positions, linear, ranks, functional, feasible)
     return GeometryReport(about, carried, positions, linear, ranks, functional, feasible, said)
 
 
-def _layer(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    train: Behavior,
-    asked: int | None,
-    pairs: int,
-    away: Gradients,
-) -> tuple[int, str]:
+def _layer(case: Case, asked: int | None, pairs: int, away: Gradients) -> tuple[int, str]:
     if asked is not None:
-        return layer_within(asked, lm.n_layers), "as asked for"
-    if len(vector.layers) == 1:
-        return vector.layers[0], "the vector's"
-    moves = pair_differences(lm, train, vector.layers, pairs)
-    grad = away.grad[: len(moves[vector.layers[0]])].double()
-    effect = {k: float((grad[:, k] * moves[k]).sum(-1).mean()) for k in vector.layers}
-    most = max(effect.values())
-    found = next(k for k in vector.layers if effect[k] >= most / 2)
+        return layer_within(asked, case.lm.n_layers), "as asked for"
+    layers = case.vector.layers
+    if len(layers) == 1:
+        return layers[0], "the vector's"
+    moves = pair_differences(case.lm, case.splits.train, layers, pairs)
+    grad = away.grad[: len(moves[layers[0]])].double()
+    effect = {k: float((grad[:, k] * moves[k]).sum(-1).mean()) for k in layers}
+    found = next(k for k in layers if effect[k] >= max(effect.values()) / 2)
     return found, "the vector's first with half of the first-order effect, train pairs"
 
 
 def _ranks(
-    lm: LanguageModel,
-    train: Behavior,
-    layers: Sequence[int],
-    pairs: int,
-    gradients: Mapping[str, Gradients],
-    seed: int,
+    case: Case, layers: Sequence[int], pairs: int, gradients: Mapping[str, Gradients]
 ) -> Ranks:
-    moves = pair_differences(lm, train, layers, pairs)
+    train = case.splits.train
+    moves = pair_differences(case.lm, train, layers, pairs)
     what = "differences" if train.paired else "differences, unpaired"
-    rows = [rank_row(moves[k], what, depth_name(k + 1), seed) for k in layers]
+    rows = [rank_row(moves[k], what, depth_name(k + 1), case.seed) for k in layers]
     rows += [
-        rank_row(one.grad[:, k], f"gradients, {side}", depth_name(k + 1), seed)
+        rank_row(one.grad[:, k], f"gradients, {side}", depth_name(k + 1), case.seed)
         for side, one in gradients.items()
         for k in layers
     ]
@@ -344,25 +265,15 @@ def _prompt_share(positions: PositionShares) -> str:
 
 
 def _functional(site: str, functional: FunctionalRank, width: int) -> str:
-    added, ablated, null = (
-        functional.row(mode, basis)
-        for mode, basis in (
-            ("added", "differences"),
-            ("ablated", "differences"),
-            ("added", "random"),
-        )
-    )
+    added, null = functional.row("added", "differences"), functional.row("added", "random")
+    ablated = functional.row("ablated", "differences")
     if math.isnan(added.k) and math.isnan(ablated.k):
         return (
             f"No functional rank at {site}: the other side's whole state at the last position changes "
             f"the gap by {added.full.cell} nats, which is not told from 0 in the direction expected."
         )
     said = [
-        "not told"
-        if math.isnan(row.k)
-        else "above all tried"
-        if math.isinf(row.k)
-        else f"{row.k:.0f}"
+        {"nan": "not told", "inf": "above all tried"}.get(f"{row.k:.0f}", f"{row.k:.0f}")
         for row in (added, ablated, null)
     ]
     return (

@@ -94,17 +94,10 @@ def courses(
 def carried(
     lm: LanguageModel, course: Course, depth: int, pushes: Tensor
 ) -> tuple[list[Tensor], str]:
-    """Return J v at the last prompt position, for each depth from `depth` up, and the method.
+    """Return J v at the last prompt position for pushes v `[copies, rows, seq, d_model]`, and how.
 
-    Args:
-        lm: the model.
-        course: the prompts.
-        depth: where the stream is moved.
-        pushes: v, `[copies, rows, seq, d_model]`.
-
-    Returns:
-        Per depth from `depth` to the last `[copies, rows, d_model]`, float32 at least; "jvp" or
-        "difference".
+    Per depth from `depth` to the last `[copies, rows, d_model]`, float32 at least; "jvp" or
+    "difference".
     """
     if depth > _FAILED.get(lm.model, -1):
         try:
@@ -140,37 +133,23 @@ def moved(lm: LanguageModel, course: Course, depth: int, pushes: Tensor) -> list
 
 @torch.no_grad()
 def moved_gaps(
-    lm: LanguageModel,
-    tokens: ReadoutTokens,
-    course: Course,
-    depth: int,
-    pushes: Tensor,
-    aggregator: str = "logsumexp",
+    lm: LanguageModel, tokens: ReadoutTokens, course: Course, depth: int, pushes: Tensor
 ) -> Tensor:
     """Return the gap under pushes `[copies, rows, seq, d_model]`, float64 `[copies, rows]`."""
     batch = _repeated(course.batch, len(pushes))
     hidden = (course.hidden(depth) + pushes).flatten(0, 1)
     with _entering(lm, course, depth, hidden):
         logits = lm.forward(batch, logits_to_keep=1)[:, -1].cpu().double()
-    return gap_of(logits, tokens, aggregator).unflatten(0, (len(pushes), -1))
+    return gap_of(logits, tokens).unflatten(0, (len(pushes), -1))
 
 
 def pulled_back(
-    lm: LanguageModel,
-    tokens: ReadoutTokens,
-    batch: Batch,
-    aggregator: str = "logsumexp",
-    attention: bool = True,
+    lm: LanguageModel, tokens: ReadoutTokens, batch: Batch, attention: bool = True
 ) -> list[Tensor]:
     """Return the gap's gradient by the stream at every depth, float32 `[rows, seq, d_model]` each.
 
-    Args:
-        lm: the model.
-        tokens: the two sets of the gap.
-        batch: the prompts.
-        aggregator: of the gap.
-        attention: False holds what every attention adds as it is: what is left is the path along
-            the stream and through the MLPs, which never leaves its position.
+    Without `attention` what every attention adds is held as it is: what is left is the path along
+    the stream and through the MLPs, which never leaves its position.
     """
     with frozen(lm.model), _entry(lm, traced=True) as streams, Hooks() as hooks:
         for block in lm.sites.blocks:
@@ -179,7 +158,7 @@ def pulled_back(
             for module in lm.sites.attention_added:
                 hooks.after(module, Tensor.detach)
         logits = lm.forward(batch, logits_to_keep=1)[:, -1]
-        gaps = gap_of(logits.float(), tokens, aggregator)
+        gaps = gap_of(logits.float(), tokens)
         # The rows of a batch do not see each other: the gradient of the sum is each row's own.
         parts = torch.autograd.grad(gaps.sum(), streams)
     # What a left-padded column holds is no token: no gradient is to count there.
@@ -194,13 +173,10 @@ def _jvp(lm: LanguageModel, course: Course, depth: int, pushes: Tensor) -> list[
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         dual = forward_ad.make_dual(hidden, pushes.flatten(0, 1).to(hidden.dtype))
         found = [forward_ad.unpack_dual(x) for x in _run(lm, course, depth, dual, copies)]
-    lost = "the derivative is lost on the way to the last block"
-    tangents = []
-    for one in found:
-        if one.tangent is None:
-            raise RuntimeError(lost)
-        tangents.append(_wide(one.tangent).unflatten(0, (copies, -1)))
-    return tangents
+    tangents = [one.tangent for one in found if one.tangent is not None]
+    if len(tangents) < len(found):
+        raise RuntimeError("the derivative is lost on the way to the last block")
+    return [_wide(tangent).unflatten(0, (copies, -1)) for tangent in tangents]
 
 
 def _run(
@@ -234,7 +210,6 @@ def _entering(lm: LanguageModel, course: Course, depth: int, hidden: Tensor) -> 
         with replayed(blocks, depth - 1, course.blocks[depth - 1], hidden):
             yield
         return
-
     with Hooks() as hooks:
         hooks.before(blocks[0], lambda _: hidden)
         yield

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.radius import TINY
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import (
     Course,
     courses,
@@ -37,7 +37,6 @@ from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import spearman
 from trimtab.results.quantiles import Estimate, Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number, percent
-from trimtab.steering.vector import VectorSteering
 
 TOLERANCE = 0.1
 # Lengths tried, over the stream's norm; between two of them the crossing is interpolated.
@@ -129,26 +128,9 @@ class Linearity(Printable):
         return Table("Linearity radius and the size of a token edit", columns, rows, notes)
 
 
-def linearity(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    tokens: ReadoutTokens,
-    prompts: Sequence[Prompt],
-    layers: Sequence[int],
-    aggregator: str = "logsumexp",
-    seed: int = 0,
-) -> Linearity:
-    """Measure how far first order holds after some layers, and how far a token edit goes.
-
-    Args:
-        lm: the unsteered model.
-        vector: whose directions are pushed along.
-        tokens: readout of the gap.
-        prompts: as `lm.encode` takes them; at least two different ones.
-        layers: 0-based layers whose output is pushed.
-        aggregator: of the gap.
-        seed: of random directions, edits and intervals.
-    """
+def linearity(case: Case, prompts: Sequence[Prompt], layers: Sequence[int]) -> Linearity:
+    """Measure how far first order holds after some 0-based layers, and how far a token edit goes."""
+    lm, seed = case.lm, case.seed
     encoded = [lm.encode(prompt) for prompt in prompts]
     if len({tuple(one.ids) for one in encoded}) < 2:
         raise TrimtabError(
@@ -158,7 +140,7 @@ def linearity(
         )
     generator = torch.Generator().manual_seed(seed)
     edited, origins, places = _edited(lm, prompts, encoded, generator)
-    plain = [_Read(lm, tokens, one, aggregator) for one in courses(lm, encoded)]
+    plain = [_Read(case, one) for one in courses(lm, encoded)]
     after = _by_row(courses(lm, edited), len(edited), lm.n_layers)
     before = _by_row([one.course for one in plain], len(encoded), lm.n_layers)
     rows = []
@@ -167,7 +149,7 @@ def linearity(
         norm = before[layer + 1].norm(dim=-1)
         edit = torch.zeros(len(encoded)).index_add_(0, origins, size / EDITS) / norm
         for kind in ("gradient", "vector", "random"):
-            own = direction_at(vector, layer + 1)
+            own = direction_at(case.vector, layer + 1)
             if kind == "vector" and own is None:
                 continue
             radius = torch.empty(len(encoded), dtype=torch.float64)
@@ -213,15 +195,13 @@ def crossing(lengths: Sequence[float], departures: Tensor, tolerance: float = TO
 class _Read:
     """One batch with its gap and gradients."""
 
-    def __init__(
-        self, lm: LanguageModel, tokens: ReadoutTokens, course: Course, aggregator: str
-    ) -> None:
-        self.lm, self.tokens, self.course, self.aggregator = lm, tokens, course, aggregator
-        self.gradients = pulled_back(lm, tokens, course.batch, aggregator)
+    def __init__(self, case: Case, course: Course) -> None:
+        self.case, self.course = case, course
+        self.gradients = pulled_back(case.lm, case.readout, course.batch)
         self.gap = self.moved(0, torch.zeros_like(course.entry)[None])[0]
 
     def moved(self, depth: int, pushes: Tensor) -> Tensor:
-        return moved_gaps(self.lm, self.tokens, self.course, depth, pushes, self.aggregator)
+        return moved_gaps(self.case.lm, self.case.readout, self.course, depth, pushes)
 
     def units(
         self, kind: str, depth: int, own: Tensor | None, generator: torch.Generator
@@ -281,12 +261,10 @@ def _edited(
 
 def _by_row(parts: Sequence[Course], n: int, depths: int) -> list[Tensor]:
     """The stream at the last position, float32 `[n, d_model]` per depth; whole rows for depth 0."""
-    found: list[Tensor] = []
-    for depth in range(1, depths + 1):
-        values = [part.hidden(depth)[:, -1].float().cpu() for part in parts]
-        rows = torch.cat([part.batch.rows.cpu() for part in parts])
-        joined = torch.cat(values)
-        found.append(torch.empty_like(joined).index_copy_(0, rows, joined))
+    found = [torch.empty(n, parts[0].entry.shape[-1]) for _ in range(depths)]
+    for part in parts:
+        for depth, last in enumerate(found, 1):
+            last[part.batch.rows.cpu()] = part.hidden(depth)[:, -1].float().cpu()
     width = max(part.entry.shape[1] for part in parts)
     entries = parts[0].entry.new_zeros(n, width, parts[0].entry.shape[2]).float().cpu()
     for part in parts:
@@ -304,8 +282,7 @@ def _token_edits(
 ) -> TokenEdits:
     """Walk from one token to the other at the embedding."""
     n = len(edited)
-    size, final, change, predicted = (torch.empty(n, dtype=torch.float64) for _ in range(4))
-    share = torch.empty(n, dtype=torch.float64)
+    size, share, final, change, predicted = torch.empty(5, n, dtype=torch.float64)
     for one in plain:
         for index, row in enumerate(one.course.batch.rows.tolist()):
             for edit in (origins == row).nonzero()[:, 0].tolist():

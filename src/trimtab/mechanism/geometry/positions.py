@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens, gap_of
+from trimtab.evaluation.readout import gap_of
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import depth_name, pulled_back
 from trimtab.mechanism.geometry.propagator import SKIP_PATH
 from trimtab.models.chat import Encoded, Insert, Prompt, surroundings
@@ -27,7 +27,6 @@ from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import prompt as prompt_lever
 
 GROUPS = ("start", "prefix", "request", "suffix", "template", "last")
-SLOTS = ("none", "prefix", "suffix")
 
 
 @dataclass(frozen=True)
@@ -119,46 +118,23 @@ def request_span(lm: LanguageModel, prompt: Prompt, encoded: Encoded) -> tuple[i
 
 
 def position_shares(
-    lm: LanguageModel,
-    tokens: ReadoutTokens,
-    prompts: Sequence[Prompt],
-    inserts: Mapping[str, str] | None = None,
-    aggregator: str = "logsumexp",
-    seed: int = 0,
+    case: Case, prompts: Sequence[Prompt], inserts: Mapping[str, str]
 ) -> PositionShares:
-    """Split the gap's gradient by position, without and with a prefix or suffix.
+    """Split the gap's gradient by position, without and with each insert.
 
-    Args:
-        lm: the unsteered model.
-        tokens: readout of the gap.
-        prompts: as `lm.encode` takes them.
-        inserts: `prefix` and `suffix` to the text that is put there; none by default.
-        aggregator: of the gap.
-        seed: of the intervals.
-
-    Raises:
-        TrimtabError: no prompts, or an insert for another slot.
+    `inserts` says what text is put at `prefix` and `suffix`.
     """
-    texts = dict(inserts or {})
-    if not prompts or not set(texts) <= set(SLOTS[1:]):
-        raise TrimtabError(
-            asked=f"shares by position of {len(prompts)} prompts, inserts {sorted(texts)}",
-            found="no prompts, or a slot that is neither prefix nor suffix",
-            advice="give prompts, and texts for prefix and suffix",
-        )
+    lm, seed = case.lm, case.seed
     rows: list[PositionShare] = []
     crossing: dict[str, tuple[Estimate, ...]] = {}
     gaps: dict[str, Tensor] = {}
-    for slot in SLOTS:
-        if slot != "none" and slot not in texts:
-            continue
-        lever = nullcontext() if slot == "none" else prompt_lever(texts[slot], slot=slot).on(lm)
-        with lever:
+    for slot in ("none", *inserts):
+        with nullcontext() if slot == "none" else prompt_lever(inserts[slot], slot=slot).on(lm):
             encoded = [lm.encode(prompt) for prompt in prompts]
         spans = [
             _groups(lm, prompt, one, slot) for prompt, one in zip(prompts, encoded, strict=True)
         ]
-        whole, alone, crossed, gaps[slot] = _gradients(lm, tokens, encoded, aggregator)
+        whole, alone, crossed, gaps[slot] = _gradients(case, encoded)
         rows += _rows(slot, whole, alone, spans, seed)
         crossing[slot] = tuple(Estimate.of(depth, seed) for depth in crossed)
     changes = {
@@ -169,23 +145,23 @@ def position_shares(
 
 
 def _gradients(
-    lm: LanguageModel, tokens: ReadoutTokens, encoded: Sequence[Encoded], aggregator: str
+    case: Case, encoded: Sequence[Encoded]
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Per prompt g by position, whole and without attention; the share to cross by depth; the gaps."""
-    whole: dict[int, Tensor] = {}
-    alone: dict[int, Tensor] = {}
+    lm, tokens = case.lm, case.readout
+    whole, alone = dict[int, Tensor](), dict[int, Tensor]()
     crossed = torch.zeros(lm.n_layers + 1, len(encoded), dtype=torch.float64)
     gaps = torch.zeros(len(encoded), dtype=torch.float64)
     for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         rows = batch.rows.tolist()
         with torch.no_grad():
             logits = lm.forward(batch, logits_to_keep=1)[:, -1].cpu().double()
-        gaps[rows] = gap_of(logits, tokens, aggregator)
-        full = pulled_back(lm, tokens, batch, aggregator)
+        gaps[rows] = gap_of(logits, tokens)
+        full = pulled_back(lm, tokens, batch)
         for depth, gradient in enumerate(full):
             squares = gradient.double().square().sum(-1)
             crossed[depth, rows] = 1 - squares[:, -1] / squares.sum(-1).clamp_min(TINY)
-        held = pulled_back(lm, tokens, batch, aggregator, attention=False)[0]
+        held = pulled_back(lm, tokens, batch, attention=False)[0]
         for index, row in enumerate(rows):
             length = len(encoded[row].ids)
             whole[row], alone[row] = full[0][index, -length:], held[index, -length:]

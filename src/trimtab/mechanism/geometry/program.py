@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog, nnls
 
-from trimtab.errors import TrimtabError
-
 Array = np.ndarray
 
 # A push a million times as long as the hardest prompt alone needs is called none.
@@ -67,17 +65,7 @@ class LargestShare:
 
 
 def smallest_norm(b: Array, g: Array, margin: float = 0.0) -> SmallestNorm:
-    """Return the shortest delta with b + g @ delta >= margin.
-
-    Args:
-        b: gaps `[n]`, positive where satisfied.
-        g: gradients `[n, d]`.
-        margin: that the gap is to exceed 0 by.
-
-    Raises:
-        TrimtabError: shapes that do not fit, or values that are not finite.
-    """
-    b, g = _checked(b, g)
+    """Return the shortest delta with b + g @ delta >= margin, for gaps `[n]` and gradients `[n, d]`."""
     size = np.linalg.norm(g, axis=1)
     wanted = margin - b
     if (wanted <= 0).all():
@@ -113,21 +101,7 @@ def largest_share(b: Array, g: Array, radius: float, margin: float = 0.0) -> Lar
     the largest violation inside the ball, n - sum s is at least the count of any delta: its minimum
     over a polytope around the ball, rounded, is the bound. Tangents are added where the program
     leaves the ball; the points it visits, pulled back into the ball, are the candidates.
-
-    Args:
-        b: gaps `[n]`, positive where satisfied.
-        g: gradients `[n, d]`.
-        radius: largest norm of delta.
-        margin: that the gap is to exceed 0 by.
-
-    Raises:
-        TrimtabError: shapes that do not fit, values that are not finite, a radius below 0.
     """
-    b, g = _checked(b, g)
-    if not radius >= 0:
-        raise TrimtabError(
-            asked=f"a push of norm {radius}", found="no norm", advice="give a number from 0"
-        )
     n, size = len(b), np.linalg.norm(g, axis=1)
     # Only the span of the gradients matters.
     _, s, basis = np.linalg.svd(g, full_matrices=False)
@@ -144,8 +118,6 @@ def largest_share(b: Array, g: Array, radius: float, margin: float = 0.0) -> Lar
         if satisfied > count:
             best, count = radius * inside @ basis, satisfied
 
-    if radius == 0:
-        return LargestShare(best, count, count, n)
     kept = _dropped(b, g, radius, margin, never)
     if len(kept) == n:
         nearest = smallest_norm(b, g, margin).delta
@@ -211,16 +183,3 @@ class _Program:
             self.constraints = np.vstack([self.constraints, cut])
             self.limits = np.append(self.limits, 1.0)
         return bound
-
-
-def _checked(b: Array, g: Array) -> tuple[Array, Array]:
-    b, g = np.asarray(b, dtype=np.float64), np.asarray(g, dtype=np.float64)
-    fits = b.ndim == 1 and g.ndim == 2 and len(b) == len(g) and len(b) > 0
-    if not fits or not (np.isfinite(b).all() and np.isfinite(g).all()):
-        raise TrimtabError(
-            asked="one push for all prompts",
-            found=f"gaps of shape {b.shape} and gradients of shape {g.shape}, or values that are "
-            "not finite",
-            advice="give gaps [n] and gradients [n, d] of at least one prompt",
-        )
-    return b, g

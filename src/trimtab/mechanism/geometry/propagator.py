@@ -21,9 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens
 from trimtab.margins.radius import TINY
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.geometry.jacobian import (
     Course,
     carried,
@@ -34,10 +33,8 @@ from trimtab.mechanism.geometry.jacobian import (
     secant,
 )
 from trimtab.models.chat import Encoded
-from trimtab.models.model import LanguageModel
 from trimtab.results.quantiles import Estimate
 from trimtab.results.tables import ABSENT, Printable, Table, number
-from trimtab.steering.vector import VectorSteering
 
 SKIP_PATH = (
     "The skip path never crosses positions: identity cannot explain what prefix or suffix tokens do "
@@ -45,6 +42,8 @@ SKIP_PATH = (
 )
 PROBES = 4
 KINDS = ("same", "broadcast", "cross")
+SECANTS = ("same", "random same", "broadcast", "random broadcast")
+WHAT = ("gain", "cos", "|Jv-v|")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Propagator(Printable):
             for one in self.layers
         )
         columns = ("pushed at", "|h_L|/|h|")
-        columns += tuple(f"{who} {what}" for who in ("v", "random") for what in _WHAT)
+        columns += tuple(f"{who} {what}" for who in ("v", "random") for what in WHAT)
         columns += ("|J-I|/|I|", "cos(g,g_L)", "|g|/|g_L|")
         notes = (
             "J = I predicts gain 1, cos 1, |Jv-v| 0, |J-I| 0, cos(g, g_L) 1, |g|/|g_L| 1; a random "
@@ -170,27 +169,26 @@ class Propagator(Printable):
             )
             for one in self.layers
         )
-        columns = ("pushed at", *(f"all: {what}" for what in _WHAT))
-        columns += tuple(f"cross, {who}: {what}" for who in ("v", "random") for what in _WHAT[:2])
+        columns = ("pushed at", *(f"all: {what}" for what in WHAT))
+        columns += tuple(f"cross, {who}: {what}" for who in ("v", "random") for what in WHAT[:2])
         columns += ("|J_cross|/|I|",)
         notes = ("cross: the part that other positions' pushes add; identity predicts 0", self.note)
         return Table("Propagator, across positions", columns, rows, notes)
 
     def secant_table(self) -> Table:
         """Return the change under real pushes of the vector's strength, one line per depth."""
-        kinds = ("same", "random same", "broadcast", "random broadcast")
         rows = tuple(
             (
                 one.site,
-                *(cell for kind in kinds for cell in _means(one.secant[kind])[:2]),
+                *(cell for kind in SECANTS for cell in _means(one.secant[kind])[:2]),
                 *_means(one.one_block["vector"])[:2],
                 *_means(one.one_block["random"])[:2],
             )
             for one in self.layers
             if one.secant
         )
-        columns = ("pushed at", *(f"{kind} {what}" for kind in kinds for what in _WHAT[:2]))
-        columns += tuple(f"one block, {w}: {what}" for w in ("v", "random") for what in _WHAT[:2])
+        columns = ("pushed at", *(f"{kind} {what}" for kind in SECANTS for what in WHAT[:2]))
+        columns += tuple(f"one block, {w}: {what}" for w in ("v", "random") for what in WHAT[:2])
         return Table("Propagator, at the real strength and over one block", columns, rows)
 
     def tables(self) -> tuple[Table, ...]:
@@ -198,149 +196,103 @@ class Propagator(Printable):
         return self.table(), self.cross_table(), self.secant_table()
 
 
-_WHAT = ("gain", "cos", "|Jv-v|")
-
-
-def propagator(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    tokens: ReadoutTokens,
-    encoded: Sequence[Encoded],
-    probes: int = PROBES,
-    aggregator: str = "logsumexp",
-    seed: int = 0,
-) -> Propagator:
+def propagator(case: Case, encoded: Sequence[Encoded], probes: int = PROBES) -> Propagator:
     """Push the stream at every depth and see what arrives at the last position of the final stream.
 
     Args:
-        lm: the unsteered model.
-        vector: its direction of each layer is pushed there, at its own strength for the secant; its
-            scope does not matter.
-        tokens: readout of the gap, for the backward form.
+        case: its vector's direction of each layer is pushed there, at its own strength for the
+            secant; the scope does not matter.
         encoded: prompts from `lm.encode`, without completions.
         probes: random directions per prompt and depth.
-        aggregator: of the gap.
-        seed: of the random directions and the intervals.
-
-    Raises:
-        TrimtabError: no prompts or probes, or a vector of another model.
     """
-    vector.check(lm)
-    if not encoded or probes < 1:
-        raise TrimtabError(
-            asked="a propagator",
-            found=f"{len(encoded)} prompts and {probes} random directions",
-            advice="give at least one of each",
-        )
+    lm = case.lm
     parts = courses(lm, encoded)
-    gradients = [pulled_back(lm, tokens, part.batch, aggregator) for part in parts]
-    generator = torch.Generator().manual_seed(seed)
+    gradients = [pulled_back(lm, case.readout, part.batch) for part in parts]
+    generator = torch.Generator().manual_seed(case.seed)
     layers, methods = [], set()
     for depth in range(lm.n_layers):
-        direction = direction_at(vector, depth)
-        scale = vector.strength * vector.scales.get(depth - 1, 0.0)
-        gathered = _Gathered()
-        for part in parts:
-            methods.add(_push(lm, part, depth, direction, scale, probes, generator, gathered))
-        own = torch.cat([g[depth][:, -1] for g in gradients]).double()
-        last = torch.cat([g[-1][:, -1] for g in gradients]).double()
-        layers.append(gathered.layer(depth_name(depth), own, last, seed))
+        pushed = [_push(case, part, depth, probes, generator) for part in parts]
+        methods |= {method for _, method in pushed}
+        arrived = {key: torch.cat([found[key] for found, _ in pushed]) for key in pushed[0][0]}
+        own, last = (torch.cat([g[k][:, -1] for g in gradients]).double() for k in (depth, -1))
+        layers.append(_layer(depth_name(depth), arrived, own, last, case.seed))
     method = "difference" if "difference" in methods else "jvp"
-    return Propagator(vector.label, len(encoded), probes, method, lm.d_model, tuple(layers))
+    return Propagator(case.vector.label, len(encoded), probes, method, lm.d_model, tuple(layers))
+
+
+Arrived = dict[tuple[str, str], Tensor]
 
 
 def _push(
-    lm: LanguageModel,
-    part: Course,
-    depth: int,
-    direction: Tensor | None,
-    scale: float,
-    probes: int,
-    generator: torch.Generator,
-    gathered: _Gathered,
-) -> str:
-    """Carry the vector and the probes of one batch from one depth; the method."""
-    hidden = part.hidden(depth)
+    case: Case, part: Course, depth: int, probes: int, generator: torch.Generator
+) -> tuple[Arrived, str]:
+    """Carry the vector and the probes of one batch from one depth; what arrived, and the method.
+
+    Per kind of direction and way of pushing it: gain, cosine and departure `[rows, 3]`, means over
+    directions. Under "rest" the mean squares that the Frobenius norms are made of, `[rows]`.
+    """
+    lm, vector, hidden = case.lm, case.vector, part.hidden(depth)
     drawn = torch.randn(probes, len(hidden), lm.d_model, generator=generator)
     # Uniform on the sphere of radius sqrt(d): E z z^T = I.
     units = drawn / drawn.norm(dim=-1, keepdim=True)
+    rows = {"random": slice(None)}
+    direction = direction_at(vector, depth)
     if direction is not None:
         units = torch.cat([direction.expand(1, len(hidden), -1), units])
+        rows = {"vector": slice(1), "random": slice(1, None)}
     everywhere = units.to(hidden)[:, :, None] * part.real
     last = torch.zeros_like(everywhere)
     last[:, :, -1] = everywhere[:, :, -1]
     pushes = torch.cat([last, everywhere])
     arrived, method = carried(lm, part, depth, pushes)
-    gathered.add(units, arrived, direction is not None)
-    final = part.hidden(lm.n_layers)[:, -1].float().norm(dim=-1)
-    gathered.growth.append((final / hidden[:, -1].float().norm(dim=-1).clamp_min(TINY)).cpu())
+    same, broadcast = arrived[-1].chunk(2)
+    ways = {"same": same, "broadcast": broadcast, "cross": broadcast - same}
+    found: Arrived = {
+        (who, way): _compared(units[at], moved[at])
+        for who, at in rows.items()
+        for way, moved in ways.items()
+    }
+    near = arrived[1].chunk(2)[0]
+    found |= {("one_block", who): _compared(units[at], near[at]) for who, at in rows.items()}
+    scale = vector.strength * vector.scales.get(depth - 1, 0.0)
     if direction is not None and scale:
-        gathered.add_secant(units, secant(lm, part, depth, scale * pushes)[-1] / scale)
-    return method
+        ends = (secant(lm, part, depth, scale * pushes)[-1] / scale).chunk(2)
+        for way, moved in zip(("same", "broadcast"), ends, strict=True):
+            found["secant", way] = _compared(units[:1], moved[:1])
+            found["secant", f"random {way}"] = _compared(units[1:], moved[1:])
+    # Unit probes: E |(J - I) u|^2 = |J - I|_F^2 / d already.
+    for way, rest in (("same", same - units), ("cross", ways["cross"])):
+        found["rest", way] = rest[rows["random"]].double().square().sum(-1).mean(0)
+    final, start = (part.hidden(k)[:, -1].float().norm(dim=-1) for k in (lm.n_layers, depth))
+    found["growth", ""] = (final / start.clamp_min(TINY)).cpu()
+    return found, method
 
 
-class _Gathered:
-    """What arrived from one depth, over batches; every list holds `[rows]` values."""
+def _compared(units: Tensor, moved: Tensor) -> Tensor:
+    u, m = units.double(), moved.double()
+    gain = m.norm(dim=-1)
+    cosine = (u * m).sum(-1) / gain.clamp_min(TINY)
+    return torch.stack([gain, cosine, (m - u).norm(dim=-1)], dim=-1).mean(0)
 
-    def __init__(self) -> None:
-        self.growth: list[Tensor] = []
-        self.values: dict[tuple[str, ...], list[Tensor]] = {}
-        self.squares: dict[str, list[Tensor]] = {"same": [], "cross": []}
 
-    def add(self, units: Tensor, arrived: list[Tensor], with_vector: bool) -> None:
-        same, everywhere = arrived[-1].chunk(2)
-        first = 1 if with_vector else 0
-        found = {"same": same, "broadcast": everywhere, "cross": everywhere - same}
-        for kind, moved in found.items():
-            if with_vector:
-                self._keep(("vector", kind), units[:1], moved[:1])
-            self._keep(("random", kind), units[first:], moved[first:])
-        near = arrived[min(1, len(arrived) - 1)].chunk(2)[0]
-        if with_vector:
-            self._keep(("one_block", "vector"), units[:1], near[:1])
-        self._keep(("one_block", "random"), units[first:], near[first:])
-        # Unit probes: E |(J - I) u|^2 = |J - I|_F^2 / d already.
-        rest = (same - units)[first:].double().square().sum(-1)
-        self.squares["same"].append(rest.mean(0))
-        self.squares["cross"].append(found["cross"][first:].double().square().sum(-1).mean(0))
+def _layer(site: str, arrived: Arrived, own: Tensor, last: Tensor, seed: int) -> PropagatorLayer:
+    def some(who: str, ways: Sequence[str]) -> dict[str, Carried]:
+        known = {way: arrived[who, way] for way in ways if (who, way) in arrived}
+        return {k: Carried(*(Estimate.of(v, seed) for v in x.T)) for k, x in known.items()}
 
-    def add_secant(self, units: Tensor, moved: Tensor) -> None:
-        for kind, one in zip(("same", "broadcast"), moved.chunk(2), strict=True):
-            self._keep(("secant", kind), units[:1], one[:1])
-            self._keep(("secant", f"random {kind}"), units[1:], one[1:])
-
-    def _keep(self, key: tuple[str, str], units: Tensor, moved: Tensor) -> None:
-        u, m = units.double(), moved.double()
-        gain = m.norm(dim=-1)
-        cosine = (u * m).sum(-1) / gain.clamp_min(TINY)
-        for what, value in (("gain", gain), ("cos", cosine), ("rest", (m - u).norm(dim=-1))):
-            self.values.setdefault((*key, what), []).append(value.mean(0))
-
-    def _carried(self, who: str, kind: str, seed: int) -> Carried | None:
-        if (who, kind, "gain") not in self.values:
-            return None
-        found = [torch.cat(self.values[who, kind, what]) for what in ("gain", "cos", "rest")]
-        return Carried(*(Estimate.of(value, seed) for value in found))
-
-    def layer(self, site: str, own: Tensor, last: Tensor, seed: int) -> PropagatorLayer:
-        def some(who: str, kinds: Sequence[str]) -> dict[str, Carried]:
-            found = {kind: self._carried(who, kind, seed) for kind in kinds}
-            return {kind: one for kind, one in found.items() if one is not None}
-
-        gain = own.norm(dim=-1) / last.norm(dim=-1).clamp_min(TINY)
-        product = own.norm(dim=-1) * last.norm(dim=-1)
-        return PropagatorLayer(
-            site=site,
-            growth=Estimate.of(torch.cat(self.growth), seed),
-            vector=some("vector", KINDS),
-            random=some("random", KINDS),
-            one_block=some("one_block", ("vector", "random")),
-            secant=some("secant", ("same", "random same", "broadcast", "random broadcast")),
-            same_frobenius=_frobenius(torch.cat(self.squares["same"])),
-            cross_frobenius=_frobenius(torch.cat(self.squares["cross"])),
-            backward_cosine=Estimate.of((own * last).sum(-1) / product.clamp_min(TINY), seed),
-            backward_gain=Estimate.of(gain, seed),
-        )
+    product = own.norm(dim=-1) * last.norm(dim=-1)
+    return PropagatorLayer(
+        site=site,
+        growth=Estimate.of(arrived["growth", ""], seed),
+        vector=some("vector", KINDS),
+        random=some("random", KINDS),
+        one_block=some("one_block", ("vector", "random")),
+        secant=some("secant", SECANTS),
+        same_frobenius=_frobenius(arrived["rest", "same"]),
+        cross_frobenius=_frobenius(arrived["rest", "cross"]),
+        backward_cosine=Estimate.of((own * last).sum(-1) / product.clamp_min(TINY), seed),
+        backward_gain=Estimate.of(own.norm(dim=-1) / last.norm(dim=-1).clamp_min(TINY), seed),
+    )
 
 
 def _frobenius(squares: Tensor) -> Frobenius:

@@ -122,22 +122,22 @@ class Ranks(Printable):
 
 
 def pair_differences(
-    lm: LanguageModel, part: Behavior, layers: Sequence[int], max_pairs: int | None = None
+    lm: LanguageModel, part: Behavior, layers: Sequence[int], max_pairs: int
 ) -> dict[int, Tensor]:
     """Return toward - away at the last prompt position after each layer, float64 `[n, d_model]`.
 
     Sides that are not paired are put together in the order given.
     """
-    n = min(len(part.toward), len(part.away), *([] if max_pairs is None else [max_pairs]))
-    sides = [
+    n = min(len(part.toward), len(part.away), max_pairs)
+    toward, away = (
         capture(lm, [lm.encode(example.prompt) for example in side[:n]], layers)
         for side in (part.toward, part.away)
-    ]
-    gap = (sides[0] - sides[1])[:, :, 0].double()
+    )
+    gap = (toward - away)[:, :, 0].double()
     return {layer: gap[:, k] for k, layer in enumerate(layers)}
 
 
-def rank_row(rows: Tensor, what: str, site: str, seed: int = 0, draws: int = DRAWS) -> RankRow:
+def rank_row(rows: Tensor, what: str, site: str, seed: int = 0) -> RankRow:
     """Measure one matrix `[n, d]` beside its nulls.
 
     Raises:
@@ -152,12 +152,10 @@ def rank_row(rows: Tensor, what: str, site: str, seed: int = 0, draws: int = DRA
             advice="give more prompts, or read a layer where the sides differ",
         )
     measured = measures(rows)
-    left_out = _stack(
-        [measures(rows[torch.arange(n) != i]) for i in range(n)],
-    )
+    left_out = _stack([measures(rows[torch.arange(n) != i]) for i in range(n)])
     generator = torch.Generator().manual_seed(seed)
     by_row, by_entry, spectra = [], [], []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         by_row.append(measures(rows * _signs((n, 1), generator)))
         scrambled = rows * _signs((n, d), generator)
         by_entry.append(measures(scrambled))

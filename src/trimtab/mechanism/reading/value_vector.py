@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.mechanism.case import Case
+from trimtab.mechanism.case import Case, check_adds
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
-from trimtab.mechanism.frozen.holding import check_additive, push_before
+from trimtab.mechanism.frozen.holding import push_before
 from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
 from trimtab.mechanism.reading.lens import Lens, Reading
-from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
@@ -76,7 +74,7 @@ class ValueVectors(Printable):
                 one.name,
                 number(one.attribution),
                 number(one.length),
-                with_interval(one.score, None, None),
+                number(one.score),
                 ABSENT
                 if one.null_low is None
                 else f"{number(one.null_low)} to {number(one.null_high)}",
@@ -106,43 +104,8 @@ class ValueVectors(Printable):
         return Table(f"{self.vector}: what its value vectors say", columns, cells, notes)
 
 
-def value_vectors(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    ranking: Mapping[tuple[int, int], float] | None = None,
-    *,
-    top: int = 20,
-    randoms: int = 200,
-    split: str | None = "train",
-    max_prompts: int = 8,
-    seed: int = 0,
-) -> ValueVectors:
-    """Read a steering's value vectors in tokens.
-
-    Args:
-        lm: the unsteered model.
-        behavior: whose readout words score the reading; without words there are tokens only.
-        vector: an additive steering at its strength; a negative one promotes the opposite.
-        ranking: (layer, head) to attribution; heads are listed by its absolute value.
-        top: tokens per reading.
-        randoms: vectors of the null.
-        split: whose prompts the scales are measured on, None for all.
-        max_prompts: at most so many.
-        seed: of the split and the null.
-
-    Raises:
-        TrimtabError: a steering that does not add, of strength 0, or that no attention reads; a
-            model whose heads, norms or head of the vocabulary have no known form.
-    """
-    case = Case(lm, behavior, vector, seed=seed)
-    return read_values(
-        case, ranking, top=top, randoms=randoms, split=split, max_prompts=max_prompts
-    )
-
-
 @torch.no_grad()
-def read_values(
+def value_vectors(
     case: Case,
     ranking: Mapping[tuple[int, int], float] | None = None,
     *,
@@ -151,27 +114,40 @@ def read_values(
     split: str | None = "train",
     max_prompts: int = 8,
 ) -> ValueVectors:
-    """Read the value vectors of a case's steering in tokens, see `value_vectors`."""
-    lm, behavior, vector = case.lm, case.behavior, case.vector
-    check_additive(vector)
+    """Read a steering's value vectors in tokens.
+
+    Args:
+        case: of an additive steering at its strength; a negative one promotes the opposite. Without
+            readout words of its behavior there are tokens only, no scores.
+        ranking: (layer, head) to attribution; heads are listed by its absolute value.
+        top: tokens per reading.
+        randoms: vectors of the null.
+        split: whose prompts the scales are measured on, None for all.
+        max_prompts: at most so many.
+
+    Raises:
+        TrimtabError: a steering that does not add, of strength 0, or that no attention reads; a
+            model whose heads, norms or head of the vocabulary have no known form.
+    """
+    lm, vector = case.lm, case.vector
+    check_adds(vector)
     vector.check(lm)
     layers = reading_layers(lm, vector)
-    if not layers or randoms < 20 or top < 1:
+    if not layers:
         raise TrimtabError(
-            asked=f"the value vectors of {vector.label} with {randoms} random ones, {top} tokens",
-            found="no attention that reads the steered stream, or too small a count",
-            advice="steer below the last layer at a strength other than 0; use 20 random vectors "
-            "or more and at least 1 token",
+            asked=f"the value vectors of {vector.label}",
+            found="no attention that reads the steered stream",
+            advice="steer below the last layer",
         )
     prompts = scored_prompts(case.part(split), 1 if vector.strength > 0 else -1)[:max_prompts]
     scales = head_scales(lm, vector, prompts)
-    lens = Lens.of(lm, behavior, top)
+    lens = Lens.of(lm, case.behavior, top)
     nulls = [random_null(vector, null) for null in null_seeds(case.seed, randoms)]
 
     pushes = [vector, *nulls]  # row 0 is the vector's own, everywhere below
     heads: list[Reading] = []
     total = torch.zeros(len(pushes), lm.d_model)
-    leading, leaders = torch.zeros_like(total), _leaders(ranking)
+    leading, leaders = torch.zeros_like(total), _leaders(ranking or {})
     for layer in layers:
         push = torch.stack([push_before(lm, one, layer, "attention") for one in pushes])
         written = head_values(lm, layer, push) * scales[layer]  # [1 + randoms, heads, d_model]
@@ -185,12 +161,11 @@ def read_values(
     order = (lambda h: -h.length) if ranking is None else (lambda h: -abs(h.attribution or 0.0))
     heads.sort(key=order)
     own = torch.stack([_whole_push(one) for one in pushes])
-    random = lens.read("a random vector, all heads", total[1:2])
     telling = None if lens.contrast is None else sum((h.p or 1) <= 0.05 for h in heads)
     low, high = (None, None) if telling is None else clopper_pearson(telling, len(heads))
     words = lens.tokens
     return ValueVectors(
-        behavior=behavior.name,
+        behavior=case.behavior.name,
         vector=vector.label,
         model=lm.name,
         toward=() if words is None else tuple(words.texts[i] for i in words.toward),
@@ -199,7 +174,7 @@ def read_values(
         own=lens.read("the vector itself", own),
         total=lens.read("all heads", total),
         leading=lens.read(f"{len(leaders)} leading heads", leading) if leaders else None,
-        random=random,
+        random=lens.read("a random vector, all heads", total[1:2]),
         heads=tuple(heads),
         telling=None if telling is None else telling / len(heads),
         telling_low=low,
@@ -213,11 +188,9 @@ def _whole_push(vector: VectorSteering) -> Tensor:
     return torch.stack(parts).sum(0).float()
 
 
-def _leaders(ranking: Mapping[tuple[int, int], float] | None) -> set[tuple[int, int]]:
+def _leaders(ranking: Mapping[tuple[int, int], float]) -> set[tuple[int, int]]:
     """The fewest heads with half of the absolute attribution."""
     found: set[tuple[int, int]] = set()
-    if ranking is None:
-        return found
     left = sum(map(abs, ranking.values())) / 2
     for head in sorted(ranking, key=lambda one: -abs(ranking[one])):
         if left <= 0:

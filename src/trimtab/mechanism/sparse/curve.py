@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.behaviors.behavior import Behavior
-from trimtab.errors import TrimtabError
 from trimtab.evaluation.summary import mean
 from trimtab.mechanism.case import Case
 from trimtab.mechanism.sparse.dimensions import (
@@ -23,9 +21,7 @@ from trimtab.mechanism.sparse.dimensions import (
 )
 from trimtab.mechanism.sparse.sparsify import masked
 from trimtab.models.chat import Prompt
-from trimtab.models.model import LanguageModel
 from trimtab.passes.rollout import rollout
-from trimtab.results import Progress
 from trimtab.results.intervals import share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
@@ -135,58 +131,6 @@ class SparsityCurve(Printable):
 
 
 def sparsity_curve(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    shares: Sequence[float] = SHARES,
-    orders: Sequence[str] = ORDERS,
-    *,
-    strengths: Mapping[int, float] | None = None,
-    steps: int = STEPS,
-    effect_prompts: int = 16,
-    max_prompts: int | None = 32,
-    max_new_tokens: int = 40,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> SparsityCurve:
-    """Measure a vector with fewer and fewer dimensions, raw and with its norm restored.
-
-    Effects are read on the train split, scores on the test split.
-
-    Args:
-        lm: the unsteered model.
-        behavior: split here.
-        vector: at the strength it is used at.
-        shares: of the dimensions to keep.
-        orders: see `dimensions.dimension_scores`.
-        strengths: sign -> magnitude of m, for the directions wanted; both at the vector's own
-            strength when absent.
-        steps: of the integral.
-        effect_prompts: prompts a direction that effects are read on.
-        max_prompts: prompts a direction that are scored.
-        max_new_tokens: length of answers.
-        seed: of the split, the random order, the nulls and the intervals.
-        progress: called with (sparse vectors measured, in all).
-
-    Raises:
-        TrimtabError: a vector that does not add or changes nothing, a share outside (0, 1], an
-            unknown order.
-    """
-    case = Case(
-        lm, behavior, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
-    )
-    return thin_out(
-        case,
-        shares,
-        orders,
-        strengths=strengths,
-        steps=steps,
-        effect_prompts=effect_prompts,
-        progress=progress,
-    )
-
-
-def thin_out(
     case: Case,
     shares: Sequence[float] = SHARES,
     orders: Sequence[str] = ORDERS,
@@ -194,19 +138,27 @@ def thin_out(
     strengths: Mapping[int, float] | None = None,
     steps: int = STEPS,
     effect_prompts: int = 16,
-    progress: Progress | None = None,
 ) -> SparsityCurve:
-    """Measure a case's vector with fewer and fewer dimensions, see `sparsity_curve`."""
-    lm, vector, seed = case.lm, case.vector, case.seed
+    """Measure a vector with fewer and fewer dimensions, raw and with its norm restored.
+
+    Effects are read on the train split, scores on the test split.
+
+    Args:
+        case: whose vector loses dimensions.
+        shares: of the dimensions to keep.
+        orders: see `dimensions.dimension_scores`.
+        strengths: sign -> magnitude of m, for the directions wanted; those of the case at the
+            vector's own strength when absent.
+        steps: of the integral.
+        effect_prompts: prompts a direction that effects are read on.
+
+    Raises:
+        TrimtabError: a vector that does not add or changes nothing, a share outside (0, 1], an
+            unknown order.
+    """
+    lm, vector = case.lm, case.vector
     given = strengths or dict.fromkeys(case.signs, vector.strength)
     at = {sign: sign * abs(m) for sign, m in given.items()}
-    if not shares or not orders or not set(at) <= {1, -1}:
-        raise TrimtabError(
-            asked=f"a sparsity curve over {len(shares)} shares and {len(orders)} orders in the "
-            f"directions {sorted(at)}",
-            found="nothing to measure",
-            advice="give at least one share and order, and strengths by sign: {1: m, -1: m}",
-        )
     sets = [
         run
         for sign, m in at.items()
@@ -218,16 +170,14 @@ def thin_out(
     ]
     effects = dimension_effects(lm, sets, steps)
     measure = _Measure(case, at)
-    cells = [(order, share) for order in orders for share in shares]
     points: list[SparsityPoint] = []
-    for done, (order, share) in enumerate(cells):
-        draws = null_seeds(seed, DRAWS if order == "random" else 1)
+    for order in orders:
+        draws = null_seeds(case.seed, DRAWS if order == "random" else 1)
         scores = [dimension_scores(vector, effects, order, draw) for draw in draws]
-        sparse = [masked(vector, kept_dimensions(each, share), False) for each in scores]
-        for sign in at:
-            points += measure.points(sparse, order, share, sign)
-        if progress is not None:
-            progress(done + 1, len(cells))
+        for share in shares:
+            sparse = [masked(vector, kept_dimensions(each, share), False) for each in scores]
+            for sign in at:
+                points += measure.points(sparse, order, share, sign)
     return SparsityCurve(
         label=vector.label,
         layers=vector.layers,

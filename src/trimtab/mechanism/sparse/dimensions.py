@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.case import check_adds
 from trimtab.mechanism.circuits.teacher_forced import TokenRuns
 from trimtab.models.gradients import frozen
 from trimtab.models.model import LanguageModel
@@ -49,26 +50,11 @@ def dimension_effects(
     Returns:
         Active layer -> mean over samples of IE, float32 `[d_model]` on the CPU, in logits. Positive
         where the dimension helps what the steering of its run does, whichever way that is.
-
-    Raises:
-        TrimtabError: no runs, a steering that does not add, or fewer than one step.
     """
-    if not runs or steps < 1:
-        raise TrimtabError(
-            asked=f"the dimensions' effects on {len(runs)} sets in {steps} steps",
-            found="nothing to integrate",
-            advice="give at least one set of runs and one step",
-        )
     total = {layer: torch.zeros(lm.d_model) for layer in runs[0].vector.layers}
     work = [(run, *part) for run in runs for part in run.batches(lm)]
     for done, (run, batch, targets) in enumerate(work):
         moved = changes(run.vector)
-        if set(moved) != set(total):
-            raise TrimtabError(
-                asked="the dimensions' effects of one vector",
-                found=f"runs at the layers {sorted(moved)} and at {sorted(total)}",
-                advice="make every set with the same vector",
-            )
         for step in range(steps):
             share = (step + 0.5) / steps
             leaves = {
@@ -102,18 +88,8 @@ def whole_effect(lm: LanguageModel, runs: Sequence[TokenRuns]) -> float:
 
 
 def changes(vector: VectorSteering) -> dict[int, Tensor]:
-    """Return active layer -> what is added to the stream, float32 `[d_model]`.
-
-    Raises:
-        TrimtabError: a steering that does not add a fixed vector.
-    """
-    if vector.operation != "add" or vector.strength == 0:
-        raise TrimtabError(
-            asked=f"the dimensions of {vector.label}",
-            found=f"the operation {vector.operation!r} at strength {vector.strength:g}, which adds "
-            "no fixed vector",
-            advice="use a vector that adds, at the strength it is used at",
-        )
+    """Return active layer -> what is added to the stream, float32 `[d_model]`."""
+    check_adds(vector)
     return {layer: a * vector.directions[layer] for layer, a in vector.alphas.items()}
 
 
@@ -129,21 +105,11 @@ def dimension_scores(
             |r| = |IE / s|, the source's; `magnitude`: |s|; `random`; `bottom`: the reverse of
             `attribution`.
         seed: of `random`.
-
-    Raises:
-        TrimtabError: an unknown order, or effects of other layers.
     """
     choice("order", order, ORDERS)
-    moved = changes(vector)
-    if set(effects) != set(moved):
-        raise TrimtabError(
-            asked=f"the dimensions of {vector.label} by their effects",
-            found=f"effects at the layers {sorted(effects)}, a vector at {sorted(moved)}",
-            advice="compute dimension_effects for this vector",
-        )
     generator = torch.Generator().manual_seed(seed)
     scores: dict[int, Tensor] = {}
-    for layer, s in moved.items():
+    for layer, s in changes(vector).items():
         if order == "random":
             scores[layer] = torch.rand(len(s), generator=generator)
         elif order == "magnitude":
@@ -157,13 +123,7 @@ def dimension_scores(
 
 
 def kept_dimensions(scores: Effects, share: float) -> dict[int, Tensor]:
-    """Return layer -> bool `[d_model]`: the share of highest score, dimensions of all layers pooled.
-
-    At least one is kept.
-
-    Raises:
-        TrimtabError: a share outside (0, 1].
-    """
+    """Return layer -> bool `[d_model]`: the share of highest score, all layers pooled; at least one."""
     if not 0 < share <= 1:
         raise TrimtabError(
             asked=f"to keep a share of {share} of the dimensions",

@@ -6,15 +6,14 @@ Source: section 5 of arXiv 2604.08524 (docs/methods/sparsify.md says where its c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.mechanism.circuits.teacher_forced import four_sets
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.sparse.dimensions import (
     STEPS,
     Effects,
@@ -23,65 +22,27 @@ from trimtab.mechanism.sparse.dimensions import (
     dimension_scores,
     kept_dimensions,
 )
-from trimtab.models.model import LanguageModel
 from trimtab.results import Progress
 from trimtab.steering.vector import VectorSteering
 
 
-def effects_of(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
-    *,
-    signs: Sequence[int] = (1, -1),
-    steps: int = STEPS,
-    max_prompts: int = 16,
-    max_new_tokens: int = 24,
-    progress: Progress | None = None,
-) -> dict[int, Tensor]:
-    """Return the dimensions' effects of a vector at +-|m| on the four sets of a split.
-
-    Raises:
-        TrimtabError: a vector that does not add, or that changes no greedy token.
-    """
-    changes(vector)
-    runs = four_sets(
-        lm, behavior, vector, max_prompts=max_prompts, max_new_tokens=max_new_tokens, signs=signs
-    )
-    return dimension_effects(lm, list(runs.values()), steps, progress)
-
-
 def sparsify(
-    lm: LanguageModel,
-    behavior: Behavior,
-    vector: VectorSteering,
+    case: Case,
     keep: float = 0.1,
     order: str = "attribution",
     restore_norm: bool = True,
     *,
-    split: str | None = "train",
-    signs: Sequence[int] = (1, -1),
     steps: int = STEPS,
-    max_prompts: int = 16,
-    max_new_tokens: int = 24,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorSteering:
-    """Return the vector with only the dimensions that carry its effect.
+    """Return a case's vector with only the dimensions that carry its effect on the train split.
 
     Args:
-        lm: the unsteered model.
-        behavior: what the vector is for.
-        vector: at the strength it is used at; its effect is read there.
+        case: of a vector at the strength it is used at; its signs are the directions that count.
         keep: share of the dimensions, those of all active layers pooled.
         order: what keeps a dimension, see `dimension_scores`.
         restore_norm: lengthen the rest to the dense vector's length, one factor for all layers.
-        split: of the behavior that effects are read on; None for all of it.
-        signs: the directions whose effects count.
         steps: of the integral.
-        max_prompts: at most so many a direction.
-        max_new_tokens: length of a response.
-        seed: of the split, and of the order `random`.
         progress: called with (passes done, passes in all).
 
     Returns:
@@ -91,15 +52,19 @@ def sparsify(
         TrimtabError: a vector that does not add, or that changes no greedy token at its strength; a
             share outside (0, 1]; an unknown order.
     """
-    part = behavior if split is None else behavior.split(seed).named(split)
-    effects: Effects = {layer: torch.zeros(lm.d_model) for layer in changes(vector)}
+    vector = case.vector
+    effects: Effects = {layer: torch.zeros(case.lm.d_model) for layer in changes(vector)}
     if order not in ("magnitude", "random"):
-        effects = effects_of(
-            lm, part, vector, signs=signs, steps=steps, max_prompts=max_prompts,
-            max_new_tokens=max_new_tokens, progress=progress,
-        )  # fmt: skip
-    kept = kept_dimensions(dimension_scores(vector, effects, order, seed), keep)
-    note = {"keep": keep, "order": order, "split": split, "signs": list(signs), "steps": steps}
+        runs = list(case.runs(case.splits.train).values())
+        effects = dimension_effects(case.lm, runs, steps, progress)
+    kept = kept_dimensions(dimension_scores(vector, effects, order, case.seed), keep)
+    note = {
+        "keep": keep,
+        "order": order,
+        "split": "train",
+        "signs": list(case.signs),
+        "steps": steps,
+    }
     return masked(vector, kept, restore_norm, note)
 
 
@@ -116,11 +81,7 @@ def masked(
         kept: active layer -> bool `[d_model]`.
         restore_norm: multiply by the ratio of lengths, dense over sparse, layers pooled.
         note: what else the provenance should say.
-
-    Raises:
-        TrimtabError: nothing left.
     """
-    changes(vector)
     dense = {layer: vector.directions[layer].double() for layer in vector.layers}
     sparse = {layer: c * kept[layer] for layer, c in dense.items()}
     sparse = {layer: c for layer, c in sparse.items() if float(c.norm()) > 0}

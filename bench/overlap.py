@@ -10,7 +10,8 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.sparse.dimensions import Effects, kept_dimensions
-from trimtab.results.tables import Printable, Table, number
+
+PERMUTATIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Pair:
     """Two sets of surviving dimensions.
 
     Attributes:
-        first: a name; second: the other's.
+        first: a name; `second`: the other's.
         iou: intersection over union.
         expected: mean IoU of permuted dimensions; `high` their 95th percentile.
         p: share of permutations with at least this IoU, the observed one counted in.
@@ -32,45 +33,13 @@ class Pair:
     p: float
 
 
-@dataclass(frozen=True)
-class Overlap(Printable):
-    """How many surviving dimensions the vectors share.
-
-    Attributes:
-        share: of the dimensions that survive.
-        dimensions: in all.
-        permutations: of the null.
-        pairs: every two of the vectors.
-    """
-
-    share: float
-    dimensions: int
-    permutations: int
-    pairs: tuple[Pair, ...]
-
-    def table(self) -> Table:
-        """Return one line per pair."""
-        rows = tuple(
-            (
-                f"{p.first}, {p.second}",
-                number(p.iou),
-                f"{number(p.expected)} (95 %: {number(p.high)})",
-                number(p.p, 4),
-            )
-            for p in self.pairs
-        )
-        title = f"shared dimensions: the top {self.share:.0%} of {self.dimensions}"
-        note = f"null: {self.permutations} permutations of one set's dimensions inside each layer"
-        return Table(title, ("vectors", "IoU", "by chance", "p"), rows, (note,))
-
-
 def dimension_overlap(
     scores: Mapping[str, Effects],
     share: float = 0.1,
-    permutations: int = 2000,
+    permutations: int = PERMUTATIONS,
     seed: int = 0,
-) -> Overlap:
-    """Compare the dimensions that survive in different vectors, with a permutation test.
+) -> list[Pair]:
+    """Compare the dimensions that survive in every two vectors, with a permutation test.
 
     Permuting inside each layer keeps how many of a layer's dimensions survive. The test asks whether
     dimensions are shared, not why: a model in which few dimensions matter to any direction shares
@@ -115,5 +84,4 @@ def dimension_overlap(
                 p=(1 + int((drawn >= shared).sum())) / (1 + permutations),
             )
         )
-    dimensions = sum(len(each) for each in next(iter(kept.values())).values())
-    return Overlap(share, dimensions, permutations, tuple(pairs))
+    return pairs
