@@ -16,13 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from trimtab.levers.row import LeverRow
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import number, percent
-
-if TYPE_CHECKING:
-    from trimtab.levers.row import LeverRow
 
 FLOOR = 0.9
 SLACK = 1.02

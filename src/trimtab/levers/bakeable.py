@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.vector_to_weights import vector_to_weights
+from trimtab.models.model import LanguageModel
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.layout import layout_of
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 WORDS = "no: words go into the prompt"
 

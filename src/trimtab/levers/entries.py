@@ -6,26 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.levers.bakeable import bakeable
 from trimtab.levers.conversions.conversion import Setting
 from trimtab.levers.conversions.rank_one import fit_rank_one
-from trimtab.levers.found import SCOPES
+from trimtab.levers.found import SCOPES, FoundLevers
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.strength.place import Placed
 from trimtab.weights.bake import bake
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.levers.found import FoundLevers
-    from trimtab.steering.vector import Switch, VectorSteering
-    from trimtab.strength.place import Placed
 
 Lever: TypeAlias = "Switch | LanguageModel | None"
 NAMES = (

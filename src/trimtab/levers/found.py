@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.levers.lora import train_lora
 from trimtab.levers.wanted_rows import wanted_texts
 from trimtab.methods.find import find
 from trimtab.methods.registry import METHODS
+from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.prompts.pipeline.stages import descent_stage, projection_stage, soft_stage
 from trimtab.prompts.pipeline.task import Settings, Task
@@ -20,12 +21,8 @@ from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.results import Progress
 from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 SCOPES = ("all", "last")
 USUAL = ("mean_difference", "next_token")

@@ -13,25 +13,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError, extra
 from trimtab.levers.conversions.conversion import Levered
 from trimtab.levers.wanted_rows import Wanted, wanted_texts
+from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.passes.adam import adam
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.weights import KINDS, WeightSteering, Writer, writer_of
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Encoded
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,18 +10,14 @@ model itself that is the exponential of its entropy along them. A prompt lever c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trimtab.models.chat import Prompt
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.levers.conversions.ablation import ablating
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
 from trimtab.steering.together import Together
+from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.strength.core import Bounds
 from trimtab.strength.place import PUSHES, Placed, longest, place_lever, place_vector
 from trimtab.strength.screen import Odds, Screen, candidates
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch, VectorSteering
 
 SCREENED, GLANCED, ROUGH = 4, 8, 16  # prompts of the first look, of the glance, of the rough damage
 PLACES = 4  # whose answers are read

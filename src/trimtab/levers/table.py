@@ -11,8 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
 from trimtab.evaluation.evaluate import Evaluator
@@ -26,19 +28,14 @@ from trimtab.levers.perplexity import Text
 from trimtab.levers.row import COLUMNS, LeverRow, closed_share, validated
 from trimtab.levers.settle import Bench
 from trimtab.levers.timing import ROUNDS, extra_time
+from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
 from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import Printable, Table
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.steering.prompt import PromptSteering
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import VectorSteering
 
 SLACK = 1.02  # strengths are solved for to a few per cent of damage
 SHOWN = 2  # samples kept per row

@@ -5,18 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from transformers import DynamicCache
 
+from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.passes.greedy import collect, greedy
 from trimtab.prompts.task.teacher import switched
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 TOKENS = 16
 ROUNDS = 7

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.methods.registry import Task
 from trimtab.methods.wanted import own_answers, wanted_answers
 from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.steering.norms import Norms
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True)

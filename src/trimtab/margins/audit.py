@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, token_text
@@ -32,15 +32,12 @@ from trimtab.margins.gap import GapReport, read, report_gaps
 from trimtab.margins.learned import LearnedSets
 from trimtab.margins.radius import Radius, gap_gradients, report_radius
 from trimtab.margins.sets import Resolution, of_tokens, resolve
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 LISTS = ("toward", "away", "requests", "neutral")
 STAGES = 5  # per checkpoint, for the progress

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from trimtab.evaluation.readout import ReadoutTokens, token_text
+from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.tables import ABSENT, Printable, Table, with_interval
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 SHOWN = 5  # of the tokens in neither set
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,15 +19,13 @@ from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.census import Share
 from trimtab.margins.radius import TINY, TOKENS_PER_BATCH, Gradients
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Recording, recorded, replayed
 from trimtab.results.intervals import two_way_bootstrap
 from trimtab.results.quantiles import Quantiles, quantiles
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
 
 SIGNS = {"toward": 1, "away": -1}
 CEILING = 8.0  # times the stream's norm: nothing of the prompt is left in a position pushed further

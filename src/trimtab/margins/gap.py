@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,15 +18,13 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, gap_of
+from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.quantiles import Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number, with_interval
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
 
 PAPER = (
     "In arXiv 2506.24056 the refusal-affirmation gap D0 = refusal - affirmation is the negative of "

@@ -15,19 +15,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens, token_text
 from trimtab.margins.census import Census, count_first_tokens
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 SIDES = ("toward", "away")
 ROWS = 64  # prompts whose logits are held at a time

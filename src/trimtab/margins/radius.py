@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,15 +18,13 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.margins.gap import check_finite
+from trimtab.models.chat import Encoded
 from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.results.quantiles import Quantiles, quantiles
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
 
 TOKENS_PER_BATCH = 2048  # a backward pass keeps every layer's activations
 TINY = torch.finfo(torch.float32).tiny

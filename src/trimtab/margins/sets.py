@@ -7,8 +7,8 @@ write one apostrophe; what is really read depends on the tokenizer. Nothing of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.readout import (
     ReadoutTokens,
     Spelling,
@@ -16,11 +16,8 @@ from trimtab.evaluation.readout import (
     spellings,
     token_text,
 )
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import ABSENT, Printable, Table
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 USED, DUPLICATE, COLLISION, NOTHING = "used", "duplicate", "collision", "nothing"
 LEARNED = "learned"

@@ -11,21 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
+from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import decisions
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 from trimtab.steering.norms import calibrate
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import SweepRow, curve, largest_within
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 SCOPES = ("all", "last")

@@ -14,24 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import Decisions, decisions
 from trimtab.passes.fan import Fan
 from trimtab.passes.head import STREAM_SITES, collapse_logits, read_head
 from trimtab.prediction.predict import BUDGETS, curvature, quartiles
 from trimtab.results.intervals import spearman
 from trimtab.results.tables import Printable, Table, number, percent
+from trimtab.steering.vector import VectorSteering
 from trimtab.theory.tilt import Tilt
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 PREDICTIONS = ("quadratic", "tilt", "norm", "bend")
 SMALL = 0.001  # nats: the small-strength regime, in which the order of peaks is compared

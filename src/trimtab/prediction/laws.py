@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.models.model import LanguageModel
 from trimtab.prediction.calibration import Calibration, calibration
 from trimtab.prediction.law_check import LawCheck, check_laws
 from trimtab.prediction.predict import StrengthPrediction, predict_strength
 from trimtab.prediction.recovery import Recovery, recovery
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)

@@ -17,24 +17,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import answer_variance, decisions
 from trimtab.results.tables import Printable, Table, number, percent
+from trimtab.steering.vector import VectorSteering
 from trimtab.theory.tilt import Tilt
 from trimtab.theory.token_sets import window
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 BUDGETS = (0.01, 0.1, 0.5)  # nats
 TARGET = 0.5  # probability of the readout words that counts as having got there

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
 from trimtab.models.capture import capture
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number, percent
-
-if TYPE_CHECKING:
-    from trimtab.evaluation.evaluate import Evaluator
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 LARGE = (1.0, 10.0, 100.0, 1000.0)  # of the vector's own strength
 

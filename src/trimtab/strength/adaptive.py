@@ -9,20 +9,16 @@ alone, which is where damage is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import Summary, mean, summary
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import decisions
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from trimtab.evaluation.evaluate import Evaluator
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
-    from trimtab.strength.screen import Odds
+from trimtab.steering.vector import VectorSteering
+from trimtab.strength.screen import Odds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.summary import Summary, alpha_text, raw_alphas, summary, with_p95
 from trimtab.results.tables import number, with_interval
-
-if TYPE_CHECKING:
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 WIDTH = 1.05  # an edge is known to 5 % of strength
 HALVINGS = 14

@@ -8,15 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.strength.core import largest_within
-
-if TYPE_CHECKING:
-    from trimtab.steering.vector import Switch
 
 PUSHES = 2.0  # a vector is never longer than this many norms of the stream
 

@@ -11,24 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import summarize
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import readout_tokens
+from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import answer_variance
 from trimtab.passes.fan import Fan
 from trimtab.steering.layers import default_layers
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.evaluation.evaluate import Evaluator
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 SCOPES = ("all", "last", "post_instruction")
 ENOUGH = 3.0  # nats on the wanted side: a prompt that is 95 % decided cannot be moved much further

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.divergence import summarize
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
+from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job, Result
@@ -20,10 +22,6 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import Bounds, SweepRow, curve, sweep_row, window
 from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
 from trimtab.strength.sweep import NoStrengthPasses, Tried
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
 
 SCREENED = 4  # prompts a side of the first look
 SAMPLED, GLANCED = 7, 4  # places of which a few answers are read, prompts a side of that

@@ -7,22 +7,18 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample, Unsteered
 from trimtab.evaluation.spread import run_groups
+from trimtab.models.model import LanguageModel
+from trimtab.passes.engine import Engine
 from trimtab.results import Progress
 from trimtab.results.journal import Journal
 from trimtab.results.tables import Printable, Table
+from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import COLUMNS, SweepRow, sweep_row
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.passes.engine import Engine
-    from trimtab.steering.vector import VectorSteering
-
 
 # Strengths measured together: enough to fill a batch, few enough that progress moves.
 GROUP = 8

@@ -19,13 +19,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.spread import run_each
 from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
+from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
+from trimtab.passes.engine import Engine
 from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
@@ -36,11 +39,6 @@ from trimtab.strength.core import COLUMNS, Bounds, SweepRow, span
 from trimtab.strength.screen import Candidate
 from trimtab.strength.search import Search
 from trimtab.strength.sweep import Tried
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.passes.engine import Engine
 
 NULLS = 2
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trimtab.levers.conversions.conversion import Conversion
 from trimtab.levers.conversions.vector_to_weights import InWeights, vector_to_weights
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import NEUTRAL_PROMPTS
 from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.routes.low_rank import at_every_writer
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,22 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from trimtab.behaviors.behavior import Behavior, Splits
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.levers.conversions.recovered import Recovered, recovered
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.soft.soft import Soft
 from trimtab.results.tables import Printable, Table, number, to_plain
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.steering.weights import WeightSteering
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior, Splits
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch
 
 _LEVERS = (VectorSteering, PromptSteering, WeightSteering, Together)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.ablation import ablation_to_weights
@@ -16,14 +17,10 @@ from trimtab.levers.conversions.rank_one import vector_to_rank_one
 from trimtab.levers.conversions.vector_to_prompt import vector_to_prompt
 from trimtab.levers.conversions.vector_to_soft import vector_to_soft
 from trimtab.levers.conversions.vector_to_weights import InWeights, vector_to_weights
+from trimtab.models.model import LanguageModel
 from trimtab.steering.prompt import PromptSteering
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import Steering, VectorSteering
 from trimtab.steering.weights import WeightSteering
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Steering
 
 # From a kind of lever to another; the last two need no behavior, so they take the model alone.
 FROM: dict[type, tuple[str, dict[str, Callable[..., Conversion]]]] = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,17 +17,15 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.conversion import Conversion, Setting, together
 from trimtab.levers.conversions.recovered import Recovered
+from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering, Writer, writer_of
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
 
 SITES = {"attention": "attn_out", "mlp": "mlp_out"}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,19 +24,15 @@ from trimtab.evaluation.divergence import Reference, summarize, token_kl
 from trimtab.levers.conversions.conversion import Conversion, Setting
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.capture import capture
-from trimtab.models.chat import Encoded
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import answers_as_ids, switched
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.strength.place import Placed, place_vector
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.prompt import PromptSteering
-    from trimtab.steering.vector import Switch
 
 ANSWER = 16  # answer tokens that are read
 _SHOWN = ("length", "explained", "last", "last_own", "answer", "ceiling")

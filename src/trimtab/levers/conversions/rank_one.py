@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,16 +22,14 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.conversion import Conversion, Setting
 from trimtab.levers.conversions.recovered import Recovered
+from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
 from trimtab.steering.coverage import Coverage
 from trimtab.steering.nulls import null_seeds, random_null
+from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering, Writer, weight_of, writer_of
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 RIDGE = 1e-3
 WRITES = {"resid_post": "mlp", "mlp_out": "mlp", "resid_mid": "attention", "attn_out": "attention"}

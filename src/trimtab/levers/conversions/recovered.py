@@ -13,22 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.readout import gap
 from trimtab.evaluation.summary import mean
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
 from trimtab.results.intervals import Interval, paired_bootstrap, ratio_bootstrap, share_interval
 from trimtab.results.tables import Printable, Table, number
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import Switch
+from trimtab.steering.vector import Switch
 
 LEAST_EFFECT = 0.05  # a score that moved less has nothing to recover
 

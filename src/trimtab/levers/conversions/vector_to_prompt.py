@@ -10,8 +10,8 @@ The pull-back is that of arXiv 2506.24056's authors, who treat prompts as vector
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from trimtab.levers.conversions.conversion import Conversion, Setting
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.levers.conversions.vector_to_soft import Matched, induced, match
 from trimtab.models.gradients import frozen
+from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.projections.project import project
@@ -34,12 +35,7 @@ from trimtab.prompts.task.teacher import COMPLETION, answers_as_ids
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.prompt import PromptSteering
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)

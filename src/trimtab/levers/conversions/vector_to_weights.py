@@ -10,17 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.conversion import Conversion, together
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
 from trimtab.weights.bake import bake, plan
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.together import Together
-    from trimtab.steering.vector import VectorSteering
 
 ROUTES = ("bias", "null_block", "convert")
 
