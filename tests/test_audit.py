@@ -16,7 +16,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import token_kl
 from trimtab.evaluation.readout import ReadoutTokens, gap_of, readout_tokens
 from trimtab.margins import audit, close, learn_sets
-from trimtab.margins.close import close_side, pusher, shared_direction, steepest_layer
+from trimtab.margins.close import close_side, pusher, steepest_layer
 from trimtab.margins.radius import gap_gradients
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -68,7 +68,7 @@ def test_closing_stops_where_the_gap_crosses_zero(llama: LanguageModel) -> None:
     tokens = undecided(llama.next_logits(prompts))
     gradients = gap_gradients(llama, tokens, encoded)
     pushes = pusher(llama, tokens, encoded, layer)
-    shared = shared_direction(gradients, layer)
+    shared = gradients.grad[:, layer].mean(0)
     for side, sign in (("toward", 1), ("away", -1)):
         rows = (sign * gradients.gap > 0).nonzero()[:, 0]
         own, one = close_side(pushes, side, gradients, shared)

@@ -10,31 +10,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-import torch
-
 from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, token_text
 from trimtab.margins.baked import held_out, null_changes
-from trimtab.margins.census import Census, count_first_tokens
+from trimtab.margins.census import count_first_tokens
 from trimtab.margins.close import (
     SIGNS,
     CloseRow,
     KlToClose,
     close_side,
     pusher,
-    shared_direction,
     steepest_layer,
 )
 from trimtab.margins.compared import Compared, Parts, compare
-from trimtab.margins.gap import GapReport, read, report_gaps
+from trimtab.margins.gap import read, report_gaps
 from trimtab.margins.learned import LearnedSets
-from trimtab.margins.radius import Radius, gap_gradients, report_radius
+from trimtab.margins.radius import gap_gradients, report_radius
 from trimtab.margins.sets import Resolution, of_tokens, resolve
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
-from trimtab.results import Progress
+from trimtab.results import Progress, stepper
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
 from trimtab.steering.vector import VectorSteering
@@ -67,26 +64,16 @@ class Audited:
     seconds: float
 
 
-@dataclass(frozen=True)
-class AuditReport(Printable):
-    """An audit.
+@dataclass(frozen=True, kw_only=True)
+class AuditReport(Parts, Printable):
+    """An audit: its parts, and what they are of.
 
     Attributes:
         audited: model, behavior, prompts.
-        gap: the gap over prompts: aggregators, units, quantiles, values.
-        census: where greedy first tokens fall.
-        resolution: what the readout words became under the tokenizer.
-        radius: first-order radius by layer.
-        kl_to_close: nats it takes to close the gap, beside a null.
         compared: the second checkpoint and the paired differences; None without one.
     """
 
     audited: Audited
-    gap: GapReport
-    census: Census
-    resolution: Resolution
-    radius: Radius
-    kl_to_close: KlToClose
     compared: Compared | None
 
     def tables(self) -> tuple[Table, ...]:
@@ -182,14 +169,7 @@ def audit(
     # Read first: what cannot be resolved under the second tokenizer should cost no forward pass.
     models = [lm] if other is None else [lm, other]
     resolved = [_resolution(model, behavior, sets, lm) for model in models]
-    done, total = 0, STAGES * len(models)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
+    step = stepper(progress, STAGES * len(models))
     plan = _Plan(behavior, aggregator, max_prompts, seed, step)
     found: list[Parts] = []
     for model, resolution in zip(models, resolved, strict=True):
@@ -201,16 +181,10 @@ def audit(
     compared = None
     if other is not None:
         name = other.name if other.name != lm.name else f"{other.name} (other)"
-        nulls = {}
+        nulls, new = {}, None
         if baked:
-            before = {
-                side: torch.tensor(one.values[aggregator]).double()
-                for side, one in found[1].gap.sides.items()
-            }
-            read_at = plan.encoded(other, "test")
-            tokens = resolved[1].tokens
-            nulls = null_changes(other, tokens, read_at, before, baked, aggregator, seed)
-        new = held_out(baked, behavior, seed) if baked else None
+            nulls = null_changes(other, found[1], plan.encoded(other, "test"), baked, seed)
+            new = held_out(baked, behavior, seed)
         compared = compare(lm.name, mine, name, found[1], seed, nulls, new)
     about = Audited(
         lm.name,
@@ -222,9 +196,7 @@ def audit(
         {side: one.n for side, one in mine.gap.sides.items()},
         perf_counter() - started,
     )
-    return AuditReport(
-        about, mine.gap, mine.census, mine.resolution, mine.radius, mine.kl_to_close, compared
-    )
+    return AuditReport(**vars(mine), audited=about, compared=compared)
 
 
 def _resolution(
@@ -287,7 +259,7 @@ def _measure(
     rows = []
     for side in SIGNS:
         pushes = pusher(lm, tokens, encoded[side], at, aggregator)
-        rows += close_side(pushes, side, tested[side], shared_direction(learned[side], at), seed)
+        rows += close_side(pushes, side, tested[side], learned[side].grad[:, at].mean(0), seed)
         plan.step()
     return Parts(
         gap, census, resolution, radius, KlToClose(at, layer_from, aggregator, tuple(rows))

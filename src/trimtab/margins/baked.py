@@ -10,7 +10,7 @@ import torch
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.readout import ReadoutTokens
+from trimtab.margins.compared import Parts
 from trimtab.margins.gap import read
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Encoded
@@ -65,42 +65,33 @@ def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteer
 
 def null_changes(
     lm: LanguageModel,
-    tokens: ReadoutTokens,
+    before: Parts,
     encoded: Mapping[str, Sequence[Encoded]],
-    before: Mapping[str, torch.Tensor],
     vectors: Sequence[VectorSteering],
-    aggregator: str,
     seed: int,
 ) -> dict[str, float]:
     """Return the mean change of the gap, nats, by list of prompts, over `NULLS` random draws.
 
-    Args:
-        lm: the model without the vectors; `before` are its gaps `[n]` by list of prompts.
-        tokens: read at the first answer position.
-        encoded: the prompts by list.
-        before: see `lm`.
-        vectors: their random counterparts are switched on together.
-        aggregator: of the gap.
-        seed: of the random directions.
+    `before` was read of `lm`, which is without the vectors, on the same prompts; the vectors' random
+    counterparts are switched on together.
     """
+    gap = before.gap
     moved = dict.fromkeys(encoded, 0.0)
     for null_seed in null_seeds(seed, NULLS):
         with ExitStack() as stack:
             for number, vector in enumerate(vectors):
                 stack.enter_context(random_null(vector, null_seed + 101 * number).on(lm))
             for side, prompts in encoded.items():
-                change = read(lm, tokens, prompts).gaps[aggregator] - before[side]
-                moved[side] += float(change.mean()) / NULLS
+                after = read(lm, before.resolution.tokens, prompts).gaps[gap.aggregator]
+                moved[side] += (float(after.mean()) - gap.sides[side].gap.mean) / NULLS
     return moved
 
 
 def held_out(vectors: Sequence[VectorSteering], behavior: Behavior, seed: int) -> bool | None:
     """Tell from what the vectors record whether the test part is new to them; None if they do not."""
-    answers: list[bool | None] = []
-    for vector in vectors:
-        made = vector.provenance
-        if made.get("data_hash") == behavior.data_hash and made.get("seed") == seed:
-            answers.append(made.get("split") in ("train", "validation"))
-        else:
-            answers.append(None)
+    same = {"data_hash": behavior.data_hash, "seed": seed}.items()
+    answers = [
+        made.get("split") in ("train", "validation") if same <= made.items() else None
+        for made in (vector.provenance for vector in vectors)
+    ]
     return False if False in answers else None if None in answers else True

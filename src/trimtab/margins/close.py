@@ -112,26 +112,6 @@ class KlToClose(Printable):
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """A batch of prompts and what a push at one layer leaves as it is.
-
-    Attributes:
-        batch: the prompts; its `rows` are places in the pusher's prompts.
-        recording: what the block returned, `[rows, seq, d_model]`.
-    """
-
-    batch: Batch
-    recording: Recording
-
-    def select(self, places: Tensor) -> tuple[Batch, Tensor]:
-        """Return some rows of the batch and of what the block returned."""
-        at = places.to(self.batch.input_ids.device)
-        batch = Batch(*(getattr(self.batch, item.name)[at] for item in fields(self.batch)))
-        hidden = self.recording.hidden
-        return batch, hidden[places.to(hidden.device)]
-
-
-@dataclass(frozen=True, eq=False)
 class Pusher:
     """Prompts, and what pushes of their last position at one layer do; made by `pusher`.
 
@@ -140,7 +120,7 @@ class Pusher:
         tokens: the two sets.
         aggregator: of the gap.
         layer: whose output is pushed; blocks up to it run once, not for every push.
-        parts: the prompts in batches.
+        parts: the prompts in batches, with what the block at the layer returned.
         log_p: unsteered log-probabilities of the first answer token, float32 `[n, vocab]`.
     """
 
@@ -148,22 +128,24 @@ class Pusher:
     tokens: ReadoutTokens
     aggregator: str
     layer: int
-    parts: Sequence[Kept]
+    parts: Sequence[tuple[Batch, Recording]]
     log_p: Tensor
 
     @torch.no_grad()
     def push(self, rows: Tensor, pushes: Tensor) -> tuple[Tensor, Tensor]:
         """Return gap and KL, float64 `[k]`, of different prompts `rows [k]` under pushes `[k, d_model]`."""
         gap, kl = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
-        for part in self.parts:
+        for whole, recording in self.parts:
             # Which of this part's rows are asked for, and where in the request.
-            same = part.batch.rows.cpu()[:, None] == rows
+            same = whole.rows.cpu()[:, None] == rows
             places, asked = same.nonzero(as_tuple=True)
             if not len(places):
                 continue
-            batch, hidden = part.select(places)
+            at = places.to(whole.input_ids.device)
+            batch = Batch(*(getattr(whole, item.name)[at] for item in fields(whole)))
+            hidden = recording.hidden[places.to(recording.hidden.device)]
             hidden[:, -1] += pushes[asked].to(hidden.device, hidden.dtype)
-            with replayed(list(self.lm.sites.blocks), self.layer, part.recording, hidden):
+            with replayed(list(self.lm.sites.blocks), self.layer, recording, hidden):
                 logits = self.lm.forward(batch, logits_to_keep=1)[:, -1].float().cpu()
             gap[asked] = gap_of(logits.double(), self.tokens, self.aggregator)
             kl[asked] = token_kl(self.log_p[rows[asked]], logits.log_softmax(-1))
@@ -179,33 +161,25 @@ def pusher(
     aggregator: str = "logsumexp",
 ) -> Pusher:
     """Read prompts once, so that pushes after block `layer` need only the blocks above it."""
-    parts: list[Kept] = []
+    parts: list[tuple[Batch, Recording]] = []
     log_p: dict[int, Tensor] = {}
     for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         recording = Recording(stop=False)
         with recorded(lm.sites.blocks[layer], recording):
             logits = lm.forward(batch, logits_to_keep=1)[:, -1].float().cpu()
         log_p.update(zip(batch.rows.tolist(), logits.log_softmax(-1), strict=True))
-        parts.append(Kept(batch, recording))
+        parts.append((batch, recording))
     ordered = torch.stack([log_p[row] for row in range(len(encoded))])
     return Pusher(lm, tokens, aggregator, layer, tuple(parts), ordered)
 
 
 def close_side(
-    pushes: Pusher,
-    side: str,
-    gradients: Gradients,
-    shared: Tensor,
-    seed: int = 0,
+    pushes: Pusher, side: str, gradients: Gradients, shared: Tensor, seed: int = 0
 ) -> list[CloseRow]:
-    """Close the gap of one side's prompts by both levers.
+    """Close the gap of one side's prompts by both levers: down for `toward`, up for `away`.
 
-    Args:
-        pushes: the prompts.
-        side: `toward` (gaps are pushed down) or `away` (up).
-        gradients: of the same prompts.
-        shared: mean gradient of other prompts of the side, `[d_model]`.
-        seed: of the random directions.
+    `gradients` are of the prompts of `pushes`; `shared` is the mean gradient of other prompts of the
+    side, `[d_model]`.
     """
     sign = SIGNS[side]
     rows = (sign * gradients.gap > 0).nonzero()[:, 0]
@@ -232,11 +206,6 @@ def close_side(
             )
         )
     return found
-
-
-def shared_direction(gradients: Gradients, layer: int) -> Tensor:
-    """Return the mean gradient `[d_model]` of prompts at a layer."""
-    return gradients.grad[:, layer].mean(0)
 
 
 def steepest_layer(gradients: Mapping[str, Gradients], layers: Sequence[int]) -> int:

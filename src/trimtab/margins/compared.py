@@ -24,7 +24,15 @@ _WHOSE = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that is audited of one checkpoint."""
+    """Everything that is audited of one checkpoint.
+
+    Attributes:
+        gap: the gap over prompts: aggregators, units, quantiles, values.
+        census: where greedy first tokens fall.
+        resolution: what the readout words became under the tokenizer.
+        radius: first-order radius by layer.
+        kl_to_close: nats it takes to close the gap, beside a null.
+    """
 
     gap: GapReport
     census: Census
@@ -59,19 +67,14 @@ class Difference:
     null: float | None = None
 
 
-@dataclass(frozen=True)
-class Compared(Printable):
-    """A second checkpoint and how the audited one differs from it.
+@dataclass(frozen=True, kw_only=True)
+class Compared(Parts, Printable):
+    """A second checkpoint, whose parts these are, and how the audited one differs from it.
 
     Attributes:
         model: the audited one; other: the one it is compared with.
         sign: what a positive difference means.
         difference: list of prompts to the paired difference.
-        gap: of the other, like the remaining fields.
-        census: of the other.
-        resolution: of the other.
-        radius: of the other.
-        kl_to_close: of the other.
         held_out: whether what was baked in was found on other prompts; None where nothing says so.
     """
 
@@ -79,12 +82,7 @@ class Compared(Printable):
     other: str
     sign: str
     difference: dict[str, Difference]
-    gap: GapReport
-    census: Census
-    resolution: Resolution
-    radius: Radius
-    kl_to_close: KlToClose
-    held_out: bool | None = None
+    held_out: bool | None
 
     def table(self) -> Table:
         """Return one line per list of prompts."""
@@ -116,9 +114,9 @@ def compare(
     mine: Parts,
     other: str,
     theirs: Parts,
-    seed: int = 0,
-    nulls: Mapping[str, float] | None = None,
-    held_out: bool | None = None,
+    seed: int,
+    nulls: Mapping[str, float],
+    held_out: bool | None,
 ) -> Compared:
     """Pair two audits of the same prompts; `nulls` has a figure per list of prompts."""
     aggregator = mine.gap.aggregator
@@ -138,7 +136,7 @@ def compare(
             _radii(mine.radius, theirs.radius, side, seed),
             None if sign is None else Share.of(int((sign * delta > 0).sum()), one.n),
             tuple(delta.tolist()),
-            (nulls or {}).get(side),
+            nulls.get(side),
         )
     said = (
         f"difference = gap of {model} - gap of {other}, paired by prompt. The margin is wider where "
@@ -146,16 +144,12 @@ def compare(
         "of one model; between families use the units over sd or the radius."
     )
     return Compared(
-        model,
-        other,
-        said,
-        difference,
-        theirs.gap,
-        theirs.census,
-        theirs.resolution,
-        theirs.radius,
-        theirs.kl_to_close,
-        held_out,
+        **vars(theirs),
+        model=model,
+        other=other,
+        sign=said,
+        difference=difference,
+        held_out=held_out,
     )
 
 

@@ -8,14 +8,12 @@ gradient (radius.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import AGGREGATORS, ReadoutTokens, gap_of
 from trimtab.models.chat import Encoded
@@ -138,9 +136,11 @@ def read(lm: LanguageModel, tokens: ReadoutTokens, encoded: Sequence[Encoded]) -
     spread, greedy = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
     for batch in lm.batches(encoded):
         rows = batch.rows.cpu()
-        with torch.no_grad(), unembedded(lm) as seen:
+        seen: list[Tensor] = []  # what the unembedding returns, before any scale or cap
+        with torch.no_grad(), Hooks() as hooks:
+            hooks.after(lm.sites.unembedding, seen.append)
             logits = lm.forward(batch, logits_to_keep=1)[:, -1].cpu().double()
-        check_finite(lm, logits)
+        check_finite(lm, logits, "logits")
         spread[rows], greedy[rows] = logits.std(-1, correction=0), logits.argmax(-1)
         for name in AGGREGATORS:
             gaps[name][rows] = gap_of(logits, tokens, name)
@@ -158,7 +158,6 @@ def report_gaps(
     seed: int = 0,
 ) -> GapReport:
     """Summarize readings, one entry per list of prompts."""
-    choice("aggregator", aggregator, AGGREGATORS)
     sides = {side: _side(one, aggregator, seed) for side, one in readings.items()}
     return GapReport(aggregator, sign_words(tokens, behavior), soft_cap(lm), sides)
 
@@ -181,29 +180,20 @@ def soft_cap(lm: LanguageModel) -> float | None:
     return float(cap) if cap else None
 
 
-def check_finite(lm: LanguageModel, logits: Tensor) -> None:
-    """Refuse logits that are not finite."""
-    if not bool(logits.isfinite().all()):
+def check_finite(lm: LanguageModel, values: Tensor, what: str) -> None:
+    """Refuse logits or gradients that are not finite."""
+    if not bool(values.isfinite().all()):
         raise TrimtabError(
             asked=f"the logit gap of {lm.name}",
-            found="logits that are not finite",
+            found=f"{what} that are not finite",
             advice="load the model in bfloat16 or float32",
         )
-
-
-@contextmanager
-def unembedded(lm: LanguageModel) -> Iterator[list[Tensor]]:
-    """Record what the unembedding returns, before any scale or cap `[batch, kept, vocab]`."""
-    seen: list[Tensor] = []
-
-    with Hooks() as hooks:
-        hooks.after(lm.sites.unembedding, seen.append)
-        yield seen
 
 
 def _side(one: Readings, aggregator: str, seed: int) -> GapSide:
     chosen = one.gaps[aggregator]
     n, above = chosen.numel(), int((chosen > 0).sum())
+    positive_low, positive_high = clopper_pearson(above, n)
     standard = chosen / one.spread.clamp_min(torch.finfo(torch.float64).tiny)
     values = {**one.gaps, "standard": standard}
     if one.pre_cap is not None:
@@ -212,8 +202,8 @@ def _side(one: Readings, aggregator: str, seed: int) -> GapSide:
         n=n,
         gap=quantiles(chosen, seed),
         positive=above / n,
-        positive_low=clopper_pearson(above, n)[0],
-        positive_high=clopper_pearson(above, n)[1],
+        positive_low=positive_low,
+        positive_high=positive_high,
         standard=quantiles(standard, seed),
         pre_cap=None if one.pre_cap is None else quantiles(values["pre_cap"], seed),
         aggregators={name: quantiles(gaps, seed) for name, gaps in one.gaps.items()},

@@ -27,6 +27,10 @@ from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table, number
 
 SIDES = ("toward", "away")
+MOST = 8  # tokens a set may have
+LEAST = 2  # answers that a token must open
+LEAST_RATIO = 3.0  # smoothed odds ratio that a token must reach
+LEAST_Z = 1.0  # below it a token is left out
 ROWS = 64  # prompts whose logits are held at a time
 
 
@@ -80,40 +84,21 @@ class LearnedSets(Printable):
         return Table("Learned readout tokens", columns, rows, tuple(right))
 
 
-def learn_sets(
-    lm: LanguageModel,
-    behavior: Behavior,
-    *,
-    seed: int = 0,
-    most: int = 8,
-    least: int = 2,
-    least_ratio: float = 3.0,
-    least_z: float = 1.0,
-) -> LearnedSets:
+def learn_sets(lm: LanguageModel, behavior: Behavior, *, seed: int = 0) -> LearnedSets:
     """Learn both sets from greedy first tokens of the train split.
 
     Args:
         lm: the model.
         behavior: its prompts; readout words are not looked at.
         seed: of the split.
-        most: tokens a set may have.
-        least: answers that a token must open.
-        least_ratio: smoothed odds ratio that a token must reach.
-        least_z: below it a token is left out.
 
     Raises:
         TrimtabError: when answers of both sides open alike, so that a set stays empty.
     """
     splits = behavior.split(seed)
     found = {s: _greedy(lm, splits.train, s) for s in SIDES}
-    rows = _rank(
-        lm,
-        {s: Counter(ids.tolist()) for s, ids in found.items()},
-        least,
-        math.log(least_ratio),
-        least_z,
-    )
-    chosen = [row for s in SIDES for row in [r for r in rows if r.side == s][:most]]
+    rows = _rank(lm, {s: Counter(ids.tolist()) for s, ids in found.items()})
+    chosen = [row for s in SIDES for row in [r for r in rows if r.side == s][:MOST]]
     for side in SIDES:
         if not any(row.side == side for row in chosen):
             raise TrimtabError(
@@ -138,19 +123,13 @@ def log_odds(counts: Mapping[str, int], totals: Mapping[str, int]) -> tuple[floa
     return value, value / math.sqrt(variance)
 
 
-def _rank(
-    lm: LanguageModel,
-    counts: Mapping[str, Counter[int]],
-    least: int,
-    least_odds: float,
-    least_z: float,
-) -> list[LearnedToken]:
+def _rank(lm: LanguageModel, counts: Mapping[str, Counter[int]]) -> list[LearnedToken]:
     totals = {side: counts[side].total() for side in SIDES}
     rows = []
     for token in sorted({*counts["toward"], *counts["away"]}):
         seen = {side: counts[side][token] for side in SIDES}
         value, z = log_odds(seen, totals)
-        if max(seen.values()) < least or abs(value) < least_odds or abs(z) < least_z:
+        if max(seen.values()) < LEAST or abs(value) < math.log(LEAST_RATIO) or abs(z) < LEAST_Z:
             continue
         side = "toward" if z > 0 else "away"
         text = token_text(lm, token)

@@ -131,17 +131,12 @@ def gap_gradients(
             gaps = gap_of(logits.float(), tokens, aggregator)
             # The rows of a batch do not see each other: the gradient of the sum is each row's own.
             parts = torch.autograd.grad(gaps.sum(), streams)
-        check_finite(lm, logits.detach())
+        check_finite(lm, logits.detach(), "logits")
         gap[rows] = gaps.detach().cpu().double()
         for layer, (part, stream) in enumerate(zip(parts, streams, strict=True)):
             grad[rows, layer] = part[:, -1].float().cpu()
             norm[rows, layer] = stream.detach()[:, -1].float().cpu().double().norm(dim=-1)
-    if not bool(grad.isfinite().all()):
-        raise TrimtabError(
-            asked=f"the gradient of the gap of {lm.name}",
-            found="values that are not finite",
-            advice="load the model in bfloat16 or float32",
-        )
+    check_finite(lm, grad, "gradients")
     return Gradients(gap, grad, norm)
 
 
