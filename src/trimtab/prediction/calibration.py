@@ -118,22 +118,10 @@ def calibration(
     unsteered: Unsteered | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Run the protocol.
+    """Run the protocol on a split, for a calibrated vector (its scales are mu_l / sqrt(d_model)).
 
-    Args:
-        lm: the unsteered model.
-        behavior: the split that is measured on.
-        vector: directions, calibrated (its scales are mu_l / sqrt(d_model)).
-        layers: layer sets; by default up to four single layers over the depth, and the default range
-            together.
-        scopes: injection modes.
-        signs: sides.
-        strengths: |m|; 1 and 3 are in the table, so they are always measured.
-        max_new_tokens: length of answers.
-        max_prompts: cap per side.
-        seed: of the intervals.
-        unsteered: answers to share.
-        progress: called with (places done, places in all).
+    Without `layers`, up to four single layers over the depth are taken, and the default range
+    together. Strengths are |m|; 1 and 3 are in the table, so they are always measured.
     """
     profile = calibrate(lm).mean
     if layers is None:
@@ -172,8 +160,13 @@ def cliff(
 
     Known rows are used first. 0 where the text is no better at `NEAREST`.
     """
+
+    def broken(magnitudes: Sequence[float]) -> list[float]:
+        answered = evaluator.run_many(vector, [side * m for m in magnitudes], side)
+        return [-mean(result.coherences) for result in answered]
+
     within, beyond = largest_within(
-        lambda magnitudes: [-c for c in _coherence(evaluator, vector, side, magnitudes)],
+        broken,
         -COLLAPSED,
         smallest=NEAREST,
         largest=FURTHEST,
@@ -184,13 +177,6 @@ def cliff(
     if beyond == math.inf:
         return None
     return beyond if within else 0.0
-
-
-def _coherence(
-    evaluator: Evaluator, vector: VectorSteering, side: int, magnitudes: Sequence[float]
-) -> list[float]:
-    answered = evaluator.run_many(vector, [side * m for m in magnitudes], side)
-    return [mean(result.coherences) for result in answered]
 
 
 def _arrival(lm: LanguageModel, vector: VectorSteering, evaluator: Evaluator, side: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.divergence import token_kl
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import Decisions, decisions
@@ -156,14 +157,9 @@ def check_laws(
 ) -> LawCheck:
     """Compare what one derivative predicts with what the model does, at the first answer position.
 
-    Args:
-        lm: the unsteered model, best in float32: divergences of a thousandth of a nat are read.
-        vector: its own strength does not matter.
-        prompts: contexts; those that the vector does not move at all are left out.
-        sign: +1 for m > 0, -1 for m < 0.
-        wanted: readout tokens of that side, for the probability curve.
-        budgets: nats.
-        points: strengths of the curve.
+    The model is best in float32: divergences of a thousandth of a nat are read. Prompts that the
+    vector does not move at all are left out; `wanted` are the readout tokens of the side, for the
+    probabilities on the curve of so many `points`.
 
     Raises:
         TrimtabError: as `decisions`; no head of a known form; a vector that moves no prompt.
@@ -227,8 +223,7 @@ def _predictions(
     p0 = tilt.log_p0
 
     def norm(m: Tensor) -> Tensor:
-        q = head.along(found.stream, found.stream_slope, m).log_softmax(-1)
-        return (p0.exp() * (p0 - q)).sum(-1)
+        return token_kl(p0, head.along(found.stream, found.stream_slope, m).log_softmax(-1))
 
     def bent(m: Tensor) -> Tensor:
         return Tilt(p0, tilt.slope + bend * (m / 2)[:, None]).kl(m)
@@ -256,8 +251,7 @@ def _measured(
 ) -> Tensor:
     """KL(p0 || p_m) of every prompt at its own strength, float64 `[n]`."""
     with vector.on(lm, row_strengths=m.tolist()):
-        q = lm.next_logits(list(prompts)).double().log_softmax(-1)
-    return (tilt.log_p0.exp() * (tilt.log_p0 - q)).sum(-1)
+        return token_kl(tilt.log_p0, lm.next_logits(list(prompts)).double().log_softmax(-1))
 
 
 def _exponent(
@@ -271,11 +265,17 @@ def _exponent(
     return float(rise.median()) if rise.numel() else math.nan
 
 
+def _around_zero(fan: Fan, tilt: Tilt, nats: float) -> tuple[Tensor, Tensor]:
+    """Strengths up to a divergence on both sides, and log-probabilities there `[GRID, n, vocab]`."""
+    radius = float(tilt.strength_for_kl(nats).median())
+    grid = torch.linspace(-radius, radius, GRID, dtype=torch.float64)
+    return grid, fan.next_logits(grid.tolist()).double().log_softmax(-1)
+
+
 def _peaks(fan: Fan, tilt: Tilt) -> tuple[float, float]:
     """Rank correlation of predicted and measured peaks: all tokens, and those predicted inside."""
-    radius = float(tilt.strength_for_kl(SMALL).median())
-    grid = torch.linspace(-radius, radius, GRID, dtype=torch.float64)
-    logp = fan.next_logits(grid.tolist()).double().log_softmax(-1)  # [GRID, n, vocab]
+    grid, logp = _around_zero(fan, tilt, SMALL)
+    radius = float(grid[-1])
     predicted = tilt.peaks().clamp(-radius, radius)
     every: list[float] = []
     inside: list[float] = []
@@ -291,9 +291,7 @@ def _peaks(fan: Fan, tilt: Tilt) -> tuple[float, float]:
 
 
 def _one_bump(fan: Fan, tilt: Tilt) -> float:
-    radius = float(tilt.strength_for_kl(MIDDLE).median())
-    grid = torch.linspace(-radius, radius, GRID, dtype=torch.float64)
-    logp = fan.next_logits(grid.tolist()).double().log_softmax(-1)
+    _, logp = _around_zero(fan, tilt, MIDDLE)
     falls, total = 0, 0
     for i in range(logp.shape[1]):
         curve = logp[:, i, tilt.log_p0[i] > LIKELY]
@@ -304,9 +302,8 @@ def _one_bump(fan: Fan, tilt: Tilt) -> float:
     return 1 - falls / total if total else math.nan
 
 
-def _median(values: Sequence[float]) -> float:
-    kept = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
-    return float(kept.quantile(0.5)) if kept.numel() else math.nan
+def _median(values: list[float]) -> float:
+    return float(torch.tensor(values or [math.nan], dtype=torch.float64).nanquantile(0.5))
 
 
 def _top(curve: Tensor, grid: Tensor) -> Tensor:
@@ -350,25 +347,25 @@ def _curve(
     ends = [float(tilt.strength_for_kl(nats).abs().median()) for nats in (1e-3, 2.0)]
     grid = torch.logspace(math.log10(ends[0]), math.log10(ends[1]), points, dtype=torch.float64)
     logp = fan.next_logits((side * grid).tolist()).double().log_softmax(-1)
-    n = tilt.log_p0.shape[0]
+    chosen = list(wanted)
     rows: list[CurvePoint] = []
-    for m, q in zip(grid.tolist(), logp, strict=True):
-        kl = (tilt.log_p0.exp() * (tilt.log_p0 - q)).sum(-1)
-        at = torch.full((n,), side * m, dtype=torch.float64)
+    for m, q in zip((side * grid).tolist(), logp, strict=True):
+        kl = token_kl(tilt.log_p0, q)
+        at = torch.full((len(kl),), m, dtype=torch.float64)
         norm = head.along(found.stream, found.stream_slope, at).softmax(-1)
-        chosen = list(wanted)
+        shares: list[float | None] = [None] * 3
+        if chosen:
+            masses = [p[:, chosen].sum(-1) for p in (q.exp(), norm)]
+            masses.insert(1, tilt.concept_probability(chosen, at))
+            shares = [float(mass.mean()) for mass in masses]
         rows.append(
             CurvePoint(
-                strength=side * m,
-                kl=float(kl.median()),
-                kl_low=float(kl.quantile(0.25)),
-                kl_high=float(kl.quantile(0.75)),
-                predicted={name: float(law(at).median()) for name, law in laws.items()},
-                probability=float(q.exp()[:, chosen].sum(-1).mean()) if chosen else None,
-                probability_tilt=float(tilt.concept_probability(chosen, at).mean())
-                if chosen
-                else None,
-                probability_norm=float(norm[:, chosen].sum(-1).mean()) if chosen else None,
+                m,
+                float(kl.median()),
+                float(kl.quantile(0.25)),
+                float(kl.quantile(0.75)),
+                {name: float(law(at).median()) for name, law in laws.items()},
+                *shares,
             )
         )
     return tuple(rows)

@@ -12,7 +12,7 @@ from trimtab.prediction.calibration import Calibration, calibration
 from trimtab.prediction.law_check import LawCheck, check_laws
 from trimtab.prediction.predict import StrengthPrediction, predict_strength
 from trimtab.prediction.recovery import Recovery, recovery
-from trimtab.results import Progress
+from trimtab.results import Progress, stepper
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import VectorSteering
 
@@ -93,14 +93,7 @@ def laws(
     words = None if behavior.readout is None else readout_tokens(lm, behavior)
     wanted = () if words is None else (words.toward if sign > 0 else words.away)
     layers = sorted(vector.directions)
-    steps, done = len(layers) + 4, 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, steps)
-
+    step = stepper(progress, len(layers) + 4)
     predicted = predict_strength(
         lm, test, vector, sign=sign, max_prompts=max_prompts, max_new_tokens=max_new_tokens,
         unsteered=known,

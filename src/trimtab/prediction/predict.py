@@ -170,11 +170,17 @@ def predict_strength(
     )
     words = None if behavior.readout is None else readout_tokens(lm, behavior)
     wanted = () if words is None else (words.toward if side > 0 else words.away)
+    mean_spread = float(spread.mean())
+    windows: list[tuple[float | None, float]] = []
+    if wanted:
+        ends = (end.tolist() for end in window(tilt, wanted, TARGET, max(budgets), side))
+        windows = [(None if math.isnan(a) else abs(a), abs(b)) for a, b in zip(*ends, strict=True)]
     rows = []
     for nats in budgets:
         reached = tilt.strength_for_kl(nats, side).abs()
         low, middle, high = quartiles(reached)
-        rows.append(BudgetStrength(nats, _kappa(spread, nats), middle, low, high))
+        kappa = math.sqrt(2 * nats / mean_spread) if mean_spread > 0 else math.inf
+        rows.append(BudgetStrength(nats, kappa, middle, low, high))
     steepest = Counter(tilt.collapse_token(side).tolist())
     arrived = found.stream_slope.double().norm(dim=-1) / found.stream.double().norm(dim=-1)
     return StrengthPrediction(
@@ -189,7 +195,7 @@ def predict_strength(
         trusted=trusted(lm, vector, scored, tilt, side),
         cumulative=float(arrived.mean()),
         gap_slope=None if words is None else side * gap_slope(tilt, words.toward, words.away),
-        windows=_windows(tilt, wanted, max(budgets), side) if wanted else (),
+        windows=tuple(windows),
         reach=sum(steepest[token] for token in wanted) / len(scored) if wanted else None,
         collapse=tuple(
             (str(lm.tokenizer.decode([token])), count / len(scored))
@@ -240,16 +246,6 @@ def trusted(
     return float(torch.where(agreed.isnan(), before, agreed).median())
 
 
-def _windows(
-    tilt: Tilt, wanted: Sequence[int], nats: float, side: int
-) -> tuple[tuple[float | None, float], ...]:
-    low, high = window(tilt, wanted, TARGET, nats, side)
-    return tuple(
-        (None if math.isnan(a) else abs(a), abs(b))
-        for a, b in zip(low.tolist(), high.tolist(), strict=True)
-    )
-
-
 def quartiles(values: Tensor) -> tuple[float, float, float]:
     """Return the quartiles of `[n]` values, some of them infinite perhaps; nan for no values."""
     if not values.numel():
@@ -258,8 +254,3 @@ def quartiles(values: Tensor) -> tuple[float, float, float]:
     how = "linear" if bool(values.isfinite().all()) else "nearest"
     low, middle, high = (float(values.quantile(q, interpolation=how)) for q in (0.25, 0.5, 0.75))
     return low, middle, high
-
-
-def _kappa(variance: Tensor, nats: float) -> float:
-    mean = float(variance.mean())
-    return math.sqrt(2 * nats / mean) if mean > 0 else math.inf

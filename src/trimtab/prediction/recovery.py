@@ -93,13 +93,8 @@ def recovery(
 ) -> Recovery:
     """Push very hard and look at every layer, at the last prompt token, and at the answers.
 
-    Args:
-        lm: the unsteered model.
-        vector: what is pushed along.
-        prompts: contexts.
-        strengths: multipliers m; by default the vector's own times 1, 10, 100 and 1000.
-        evaluator: judges the answers' coherence; None leaves it out.
-        max_new_tokens: length of answers.
+    The strengths are the vector's own times 1, 10, 100 and 1000 by default; without an evaluator the
+    answers' coherence is left out.
     """
     chosen = [vector.strength * f for f in LARGE] if strengths is None else list(strengths)
     listed = list(prompts)
