@@ -29,7 +29,7 @@ def push(lm: LanguageModel, scope: str = "all", site: str = "resid_post") -> Vec
 
 
 def setting(lm: LanguageModel) -> Setting:
-    return Setting.of(lm, behavior(), **SMALL)
+    return Setting(lm, behavior(), **SMALL)
 
 
 def inputs(lm: LanguageModel, encoded) -> torch.Tensor:

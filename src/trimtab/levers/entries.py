@@ -190,7 +190,7 @@ class _Maker:
             vector, _, spent = self._vector("all")
             with counting(self.bench.lm) as calls:
                 tokens = self.bench.validation.max_new_tokens
-                setting = Setting.of(
+                setting = Setting(
                     self.bench.lm, self.behavior, train_requests=TRAIN, max_new_tokens=tokens,
                     seed=self.bench.seed, known=self.bench.known,
                 )  # fmt: skip

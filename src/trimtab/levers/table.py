@@ -152,7 +152,7 @@ def levers_table(
             advice="give nats per token such as 0.5 and at least one null",
         )
     started, side = time.monotonic(), 1 if sign > 0 else -1
-    setting = Setting.of(
+    setting = Setting(
         lm, behavior, sign=side, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
     )
     validation, test = setting.validation, setting.test

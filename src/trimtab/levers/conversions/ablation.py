@@ -68,12 +68,8 @@ def ablation_to_weights(
 ) -> AblationAsWeights:
     """Take a direction out of every writer, and check that against the stream and against weights.
 
-    Args:
-        lm: the model.
-        vector: holds the direction.
-        layer: whose direction; the only active one by default.
-        prompts: whose next-token logits are compared.
-        verify: whether the checkpoint is written and reloaded.
+    The direction is that of `layer`, of the only active one by default; `prompts` are those whose
+    next-token logits are compared. Without `verify` no checkpoint is written and reloaded.
 
     Raises:
         TrimtabError: several active layers and none named.
@@ -102,12 +98,7 @@ def ablation_to_weights(
 
 
 def ablating(vector: VectorSteering, layer: int | None = None) -> Together:
-    """Return the lever that takes a share m of one direction out of every writer, at m = 1.
-
-    Args:
-        vector: holds the direction.
-        layer: whose; the only active one by default.
-    """
+    """Return the lever that takes a share m of one direction out of every writer, at m = 1."""
     plain = vector.at(1.0).select(operation="ablate", scope="all")
     return Together(tuple(v.at(1.0) for v in at_every_writer(plain, layer)), "ablation")
 

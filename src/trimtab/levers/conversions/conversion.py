@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
-from trimtab.behaviors.behavior import Behavior, Splits
+import torch
+from torch import Tensor
+
+from trimtab.behaviors.behavior import Behavior
+from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.soft.soft import Soft
 from trimtab.results.tables import Printable, Table, number, to_plain
+from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.together import Together
 from trimtab.steering.vector import Switch, VectorSteering
-from trimtab.steering.weights import WeightSteering
+from trimtab.steering.weights import WeightSteering, Writer, writer_of
 
 _LEVERS = (VectorSteering, PromptSteering, WeightSteering, Together)
 
@@ -85,31 +90,22 @@ class Conversion(Levered, ABC):
         return {"residual": to_plain(self.residual), **super().to_dict()}
 
 
-@dataclass(frozen=True, eq=False)
 class Setting:
     """A behavior split once, for one or several conversions.
 
-    Attributes:
+    Args:
         lm: the unsteered model.
-        splits: of the behavior.
-        known: unsteered answers, shared by all evaluators.
+        behavior: split here.
         sign: side of the scored prompts, as in `Evaluator`: +1 toward, -1 away.
         train_requests: most train prompts of each side; None for the conversion's own number.
         max_prompts: most prompts of each side of the other splits.
+        max_new_tokens: length of answers.
         seed: of the split, of nulls and intervals, and of everything else that is random.
+        known: unsteered answers of that length to share.
     """
 
-    lm: LanguageModel
-    splits: Splits
-    known: Unsteered
-    sign: int = 1
-    train_requests: int | None = None
-    max_prompts: int = 32
-    seed: int = 0
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         lm: LanguageModel,
         behavior: Behavior,
         *,
@@ -119,14 +115,14 @@ class Setting:
         max_new_tokens: int = 40,
         seed: int = 0,
         known: Unsteered | None = None,
-    ) -> Setting:
-        """Split a behavior; `max_new_tokens` is the length of answers."""
-        answers = known or Unsteered(lm, max_new_tokens)
-        splits = behavior.split(seed)
-        return cls(lm, splits, answers, sign, train_requests, max_prompts, seed)
+    ) -> None:
+        self.lm, self.sign, self.seed = lm, sign, seed
+        self.train_requests, self.max_prompts = train_requests, max_prompts
+        self.splits = behavior.split(seed)
+        self.known = known or Unsteered(lm, max_new_tokens)
 
     def train(self, usual: int) -> Evaluator:
-        """Return the evaluator of train prompts, at most `usual` of each side unless told."""
+        """Return the evaluator of train prompts, at most `usual` of each side unless told otherwise."""
         return self._evaluator(self.splits.train, self.train_requests or usual)
 
     @cached_property
@@ -158,6 +154,10 @@ class Setting:
             for prompt, answer in zip(part.prompts(side), part.unsteered(side), strict=True)
         ]
 
+    def null(self, vector: VectorSteering) -> VectorSteering:
+        """Return a random direction as long as the vector."""
+        return random_null(vector, null_seeds(self.seed, 1)[0])
+
     def recovered(self, before: Switch, after: Switch, null: Switch | None = None) -> Recovered:
         """Measure a lever and what it became on test prompts, beside a null."""
         return recovered(
@@ -168,3 +168,38 @@ class Setting:
 def together(vectors: Sequence[VectorSteering], name: str) -> VectorSteering | Together:
     """Return one vector as it is, several as one lever."""
     return vectors[0] if len(vectors) == 1 else Together(tuple(vectors), name)
+
+
+@torch.no_grad()
+def read_writers(
+    lm: LanguageModel,
+    encoded: Sequence[Encoded],
+    writers: Iterable[Writer],
+    read: Callable[[Writer, Tensor, Tensor], None],
+) -> None:
+    """Call `read` with each writer, its inputs `[batch, seq, width]` and a mask without the padding."""
+    inside = torch.empty(0)
+
+    def seen(writer: Writer, x: Tensor) -> None:
+        read(writer, x, inside.to(x.device))
+
+    with Hooks() as hooks:
+        for writer in writers:
+            hooks.before(writer_of(lm, writer), partial(seen, writer))
+        for batch in lm.batches(encoded):
+            inside = batch.attention_mask.bool()
+            lm.forward(batch, logits_to_keep=1)
+
+
+def refuse_post_norm(lm: LanguageModel, asked: str, advice: str) -> None:
+    """Refuse a model in which what a writer adds is not what the stream gets."""
+    if lm.sites.post_norm:
+        found = (
+            f"{type(lm.model).__name__} puts a norm between the output projection and the stream"
+        )
+        raise TrimtabError(asked, found, advice)
+
+
+def explained(values: Tensor, v: Tensor) -> float:
+    """Return the uncentered share of the squares of `[n, d_model]` values that a constant explains."""
+    return float(1 - (values - v).square().sum() / values.square().sum().clamp(min=1e-12))

@@ -103,7 +103,9 @@ def convert(
     if to in ("bias", "ablation"):
         found = way(lm, lever, **options)
     else:
-        setting = Setting.of(
+        if not lever.strength:
+            raise TrimtabError(f"{lever.label} as {to!r}", "strength 0", "give one that steers")
+        setting = Setting(
             lm, behavior, sign=sign, train_requests=train_requests, max_prompts=max_prompts,
             max_new_tokens=max_new_tokens, seed=seed,
         )  # fmt: skip

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.conversion import Conversion, Setting, together
+from trimtab.levers.conversions.conversion import (
+    Conversion,
+    Setting,
+    explained,
+    read_writers,
+    refuse_post_norm,
+    together,
+)
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.chat import Encoded
-from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import WeightSteering, Writer, writer_of
+from trimtab.steering.weights import WeightSteering, Writer
 
 SITES = {"attention": "attn_out", "mlp": "mlp_out"}
 
@@ -89,24 +93,14 @@ class LowRankAsVector(Conversion):
 def low_rank_to_vector(setting: Setting, update: WeightSteering) -> LowRankAsVector:
     """Convert a low-rank update into the vectors that it adds on average.
 
-    Args:
-        setting: means are of its train prompts with the unsteered answers, the shares and the
-            recovery of test prompts.
-        update: at the strength to convert.
+    Means are of train prompts with the unsteered answers, the shares and the recovery of test prompts.
 
     Raises:
-        TrimtabError: an update of another model, at strength 0, or behind a post-norm.
+        TrimtabError: an update of another model, or behind a post-norm.
     """
     lm, seed = setting.lm, setting.seed
     update.check(lm)
-    if not update.strength:
-        raise TrimtabError(f"{update.label} as a vector", "strength 0", "give one that steers")
-    if lm.sites.post_norm:
-        raise TrimtabError(
-            asked=f"{update.label} as a vector",
-            found=f"{type(lm.model).__name__} puts a norm between the output projection and the stream",
-            advice="keep the update",
-        )
+    refuse_post_norm(lm, f"{update.label} as a vector", "keep the update")
     fitted, held = (
         outputs_of(lm, update, setting.answered(part)) for part in (setting.train(48), setting.test)
     )
@@ -125,7 +119,6 @@ def low_rank_to_vector(setting: Setting, update: WeightSteering) -> LowRankAsVec
     return LowRankAsVector(lever, rows, 1 - left / whole, found)
 
 
-@torch.no_grad()
 def outputs_of(
     lm: LanguageModel, update: WeightSteering, encoded: Sequence[Encoded]
 ) -> dict[Writer, Tensor]:
@@ -134,22 +127,15 @@ def outputs_of(
     r is the model's residual multiplier, so that they are in the units of the stream.
     """
     found: dict[Writer, list[Tensor]] = {writer: [] for writer in update.left}
-    mask = torch.empty(0)
     scale = update.strength * lm.sites.residual_multiplier
-
     factors = {w: (update.left[w].double(), update.right[w].double()) for w in found}
 
-    def read(writer: Writer, hidden: Tensor) -> None:
+    def read(writer: Writer, x: Tensor, inside: Tensor) -> None:
         b, a = factors[writer]
-        x = hidden[mask.to(hidden.device)].double().cpu()
-        found[writer].append(scale * ((x @ a.T) @ b.T))
+        found[writer].append(scale * ((x[inside].double().cpu() @ a.T) @ b.T))
 
-    with update.on(lm), Hooks() as hooks:
-        for writer in found:
-            hooks.before(writer_of(lm, writer), partial(read, writer))
-        for batch in lm.batches(encoded):
-            mask = batch.attention_mask.bool()
-            lm.forward(batch, logits_to_keep=1)
+    with update.on(lm):
+        read_writers(lm, encoded, found, read)
     return {writer: torch.cat(values) for writer, values in found.items()}
 
 
@@ -174,10 +160,6 @@ def _row(
         writer=writer,
         length=float(v.norm()),
         fitted=float(v.square().sum() / fitted.square().sum(-1).mean()),
-        held_out=_explained(held, v),
-        null=_explained(held, random),
+        held_out=explained(held, v),
+        null=explained(held, random),
     )
-
-
-def _explained(values: Tensor, v: Tensor) -> float:
-    return float(1 - (values - v).square().sum() / values.square().sum())

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize, token_kl
-from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.conversion import Conversion, Setting, explained
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded, Prompt
@@ -29,7 +29,6 @@ from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import answers_as_ids, switched
 from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
-from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.strength.place import Placed, place_vector
@@ -125,17 +124,12 @@ def prompt_to_vector(
 ) -> PromptAsVector:
     """Convert a prompt, hard or soft, into the mean change it makes to the stream.
 
-    Args:
-        setting: the mean is of its train prompts, the layer is chosen on validation prompts, what is
-            reported is of test prompts. At sign +1 the prompts are those that do not show the
-            behavior; -1 is the mirror image.
-        lever: the prompt in its slot.
-        scope: `all`: one vector for every token; `last`: for the last prompt token and the answer's,
-            the mean of those positions alone.
-        layers: to look at; all when absent.
+    The mean is of train prompts, the layer is chosen on validation prompts, what is reported is of
+    test prompts. Scope `all` gives one vector for every token; `last` one for the last prompt token
+    and the answer's, the mean of those positions alone. All `layers` are looked at by default.
 
     Raises:
-        TrimtabError: a prompt that leaves no token in common, or changes nothing.
+        TrimtabError: a prompt that leaves no token in common.
     """
     choice("scope", scope, ("all", "last"))
     lm, seed, validation = setting.lm, setting.seed, setting.validation
@@ -145,16 +139,12 @@ def prompt_to_vector(
         for part in (setting.train(24), setting.test)
     )
     means = {layer: torch.cat(fitted.values[layer]).mean(0) for layer in chosen}
-    if not all(float(v.norm()) > 0 for v in means.values()):
-        raise TrimtabError(
-            asked=f"{lever.label} as a vector",
-            found="a prompt that leaves the stream as it was",
-            advice="give a prompt at strength 1 that changes the answers",
-        )
     norms = calibrate(lm).mean
-    vectors = {
-        layer: _vector(lm, layer, v, norms[layer], lever, scope) for layer, v in means.items()
-    }
+    note = {"method": "prompt to vector", "prompt": lever.label}
+    vectors: dict[int, VectorSteering] = {}
+    for layer, v in means.items():
+        made = VectorSteering.from_directions(lm, {layer: v}, scope=scope)
+        vectors[layer] = replace(made, norms={layer: norms[layer]}, provenance=note)
     prompts = setting.prompts(validation)
     wanted = _next(lm, prompts, lever)
     rows = tuple(
@@ -166,7 +156,7 @@ def prompt_to_vector(
     reference = Reference(lm, validation.prompts(shown), validation.unsteered(shown))
     budget = max(summarize(reference.kl(lever), seed).p95, 1e-6)
     placed = place_vector(reference, vector, budget, seed=seed)
-    null = random_null(vector, null_seeds(seed, 1)[0])
+    null = setting.null(vector)
     found = [
         setting.recovered(lever, v, null.at(v.strength))
         for v in (vector, vector.at(placed.strength))
@@ -267,28 +257,12 @@ def _explained(layer: int, fitted: Displaced, held: Displaced, kl: float) -> Lay
     return LayerExplained(
         layer=layer,
         length=float(v.norm() / every.norm(dim=-1).mean()),
-        explained=_share(every, v),
-        last=_share(last, v),
-        last_own=_share(last, fitted.last(layer).mean(0)),
-        answer=_share(answer, v),
-        ceiling=_share(every, every.mean(0)),
+        explained=explained(every, v),
+        last=explained(last, v),
+        last_own=explained(last, fitted.last(layer).mean(0)),
+        answer=explained(answer, v),
+        ceiling=explained(every, every.mean(0)),
         kl=kl,
-    )
-
-
-def _share(displaced: Tensor, v: Tensor) -> float:
-    """The uncentered share of squares that a constant explains."""
-    return float(1 - (displaced - v).square().sum() / displaced.square().sum().clamp(min=1e-12))
-
-
-def _vector(
-    lm: LanguageModel, layer: int, v: Tensor, norm: float, lever: PromptSteering, scope: str
-) -> VectorSteering:
-    made = VectorSteering.from_directions(lm, {layer: v}, scope=scope)
-    return replace(
-        made,
-        norms={layer: norm},
-        provenance={"method": "prompt to vector", "prompt": lever.label},
     )
 
 

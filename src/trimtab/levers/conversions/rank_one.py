@@ -12,22 +12,25 @@ u . x = t for every token. What is reported is on held-out tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.levers.conversions.conversion import Conversion, Setting
+from trimtab.levers.conversions.conversion import (
+    Conversion,
+    Setting,
+    read_writers,
+    refuse_post_norm,
+)
 from trimtab.levers.conversions.recovered import Recovered
 from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Table, number
 from trimtab.steering.coverage import Coverage
-from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering, Writer, weight_of, writer_of
 
@@ -99,19 +102,15 @@ def vector_to_rank_one(
 ) -> VectorAsRankOne:
     """Convert a vector into a rank-1 update of the matrix that writes where it is added.
 
-    Args:
-        setting: fitted on its train prompts of both sides and their unsteered answers, reported on
-            test prompts.
-        vector: `add` at `resid_post` or `mlp_out` (MLP writer), `resid_mid` or `attn_out` (attention
-            writer); any scope.
-        ridge: see above.
+    It is fitted on train prompts of both sides with their unsteered answers, and reported on test
+    prompts. The vector is to `add`, with any scope, at `resid_post` or `mlp_out` (MLP writer),
+    `resid_mid` or `attn_out` (attention writer).
 
     Raises:
         TrimtabError: another site or operation, a post-norm block, no single output projection.
     """
     update, fits = fit_rank_one(setting, vector, ridge=ridge)
-    random = random_null(vector, null_seeds(setting.seed, 1)[0])
-    null = pointing(update, random, setting.lm)
+    null = replace(update, left=_left(setting.lm, setting.null(vector)))
     return VectorAsRankOne(update, ridge, fits, setting.recovered(vector, update, null))
 
 
@@ -120,48 +119,41 @@ def fit_rank_one(
 ) -> tuple[WeightSteering, tuple[WriterFit, ...]]:
     """Fit the update alone; see `vector_to_rank_one`."""
     lm = setting.lm
-    writers = writers_of(lm, vector)
+    writers = writers_of(lm, vector).values()
     train, held = (
         _moments(lm, setting.answered(part), vector, writers)
         for part in (setting.train(48), setting.test)
     )
     right: dict[Writer, Tensor] = {}
     fits: list[WriterFit] = []
-    for writer in writers.values():
-        mine, other = train[writer], held[writer]
-        u = mine.solve(ridge)
+    for writer in writers:
+        (x, t), (x_held, t_held) = train[writer], held[writer]
+        u = _solve(x, t, ridge)
         right[writer] = u[None].float()
-        shuffled = mine.shuffled(setting.seed).solve(ridge)
         fits.append(
             WriterFit(
                 writer=writer,
-                tokens=mine.count,
-                unexplained=mine.unexplained(u),
-                held_out=other.unexplained(u),
-                null=other.unexplained(shuffled),
-                spread=other.spread(u),
+                tokens=len(t),
+                unexplained=_unexplained(x, t, u),
+                held_out=_unexplained(x_held, t_held, u),
+                null=_unexplained(x_held, t_held, _solve(x, _shuffled(t, setting.seed), ridge)),
+                spread=float((x_held[t_held != 0] @ u).std(correction=0)),
             )
         )
-    blank = WeightSteering(
-        {writer: torch.zeros(lm.d_model, 1) for writer in right},
-        right,
-        vector.strength,
-        "rank-1",
-        {"method": "vector to rank-1 update", "vector": vector.label, "ridge": ridge},
-        lm.fingerprint,
-        lm.name or "",
+    note = {"method": "vector to rank-1 update", "vector": vector.label, "ridge": ridge}
+    update = WeightSteering(
+        _left(lm, vector), right, vector.strength, "rank-1", note, lm.fingerprint, lm.name or ""
     )
-    return pointing(blank, vector, lm), tuple(fits)
+    return update, tuple(fits)
 
 
-def pointing(update: WeightSteering, vector: VectorSteering, lm: LanguageModel) -> WeightSteering:
-    """Return an update with the same u that adds another vector of the same layers, at its strength."""
+def _left(lm: LanguageModel, vector: VectorSteering) -> dict[Writer, Tensor]:
+    """What each writer adds where u . x = 1, at m = 1: the vector, in the writer's own units."""
     r = lm.sites.residual_multiplier
-    left = {
+    return {
         writer: (vector.directions[layer] * (vector.scales[layer] / r))[:, None]
         for layer, writer in writers_of(lm, vector).items()
     }
-    return replace(update, left=left, strength=vector.strength)
 
 
 def writers_of(lm: LanguageModel, vector: VectorSteering) -> dict[int, Writer]:
@@ -181,93 +173,50 @@ def writers_of(lm: LanguageModel, vector: VectorSteering) -> dict[int, Writer]:
         )
     if kind == "attention" and lm.sites.parallel and vector.site == "resid_mid":
         raise TrimtabError(asked, "no stream between attention and MLP", "use resid_post")
-    if lm.sites.post_norm:
-        raise TrimtabError(
-            asked,
-            f"{type(lm.model).__name__} puts a norm between the output projection and the stream",
-            "bake the vector (`vector_to_weights`), or steer with the hook",
-        )
+    refuse_post_norm(lm, asked, "bake the vector (`vector_to_weights`), or steer with the hook")
     found = {layer: (kind, layer) for layer in vector.layers}
     for writer in found.values():
         weight_of(writer_of(lm, writer))
     return found
 
 
-class _Moments:
-    """Inputs of one writer with their targets, as sums over tokens (float64)."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.targets: list[Tensor] = []
-
-    def add(self, x: Tensor, t: Tensor) -> None:
-        self.inputs.append(x)
-        self.targets.append(t)
-
-    @property
-    def x(self) -> Tensor:
-        return torch.cat(self.inputs).double()
-
-    @property
-    def t(self) -> Tensor:
-        return torch.cat(self.targets).double()
-
-    @property
-    def count(self) -> int:
-        return sum(len(t) for t in self.targets)
-
-    def shuffled(self, seed: int) -> _Moments:
-        """The same inputs with the targets, or where those are constant their signs, at random."""
-        made, t = _Moments(), self.t
-        generator = torch.Generator().manual_seed(seed)
-        if bool((t == t[0]).all()):
-            signs = torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
-            made.add(self.x, t * signs)
-        else:
-            made.add(self.x, t[torch.randperm(len(t), generator=generator)])
-        return made
-
-    def solve(self, ridge: float) -> Tensor:
-        x, t = self.x, self.t
-        square, mixed = x.T @ x / len(x), (x * t[:, None]).mean(0)
-        square += ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
-        if not ridge:  # fewer tokens than inputs leave it singular: the shortest u of the best
-            return torch.linalg.pinv(square, hermitian=True) @ mixed
-        return torch.linalg.solve(square, mixed)
-
-    def unexplained(self, u: Tensor) -> float:
-        x, t = self.x, self.t
-        return float((t - x @ u).square().sum() / t.square().sum())
-
-    def spread(self, u: Tensor) -> float:
-        x, t = self.x, self.t
-        return float((x[t != 0] @ u).std(correction=0))
-
-
-@torch.no_grad()
 def _moments(
     lm: LanguageModel,
     encoded: Sequence[Encoded],
     vector: VectorSteering,
-    writers: dict[int, Writer],
-) -> dict[Writer, _Moments]:
-    """Read the writers' inputs at every token, padding left out, with what the scope covers."""
-    found = {writer: _Moments() for writer in writers.values()}
+    writers: Collection[Writer],
+) -> dict[Writer, tuple[Tensor, Tensor]]:
+    """Each writer's inputs x `[tokens, width]` and which of the tokens the scope covers, t; float64."""
+    found: dict[Writer, tuple[list[Tensor], list[Tensor]]] = {w: ([], []) for w in writers}
     coverage = Coverage(lm, None)
-    mask = torch.empty(0)
-
     slot = coverage.slot(vector.scope)
 
-    def read(writer: Writer, x: Tensor) -> None:
-        t = coverage.weight(slot, (torch.float32, x.device)).expand(*x.shape[:2], 1)
-        inside = mask.to(x.device)
-        found[writer].add(x[inside].float().cpu(), t[..., 0][inside].cpu())
+    def read(writer: Writer, x: Tensor, inside: Tensor) -> None:
+        t = coverage.weight(slot, (torch.float32, x.device)).expand(*x.shape[:2], 1)[..., 0]
+        for kept, values in zip(found[writer], (x, t), strict=True):
+            kept.append(values[inside].float().cpu())
 
     with Hooks() as hooks:
         hooks.calls(lm.sites.trunk, before=coverage.prepare)
-        for writer in found:
-            hooks.before(writer_of(lm, writer), partial(read, writer))
-        for batch in lm.batches(encoded):
-            mask = batch.attention_mask.bool()
-            lm.forward(batch, logits_to_keep=1)
-    return found
+        read_writers(lm, encoded, writers, read)
+    return {w: (torch.cat(xs).double(), torch.cat(ts).double()) for w, (xs, ts) in found.items()}
+
+
+def _solve(x: Tensor, t: Tensor, ridge: float) -> Tensor:
+    square, mixed = x.T @ x / len(x), (x * t[:, None]).mean(0)
+    square += ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    if not ridge:  # fewer tokens than inputs leave it singular: the shortest u of the best
+        return torch.linalg.pinv(square, hermitian=True) @ mixed
+    return torch.linalg.solve(square, mixed)
+
+
+def _unexplained(x: Tensor, t: Tensor, u: Tensor) -> float:
+    return float((t - x @ u).square().sum() / t.square().sum())
+
+
+def _shuffled(t: Tensor, seed: int) -> Tensor:
+    """The targets, or where those are constant their signs, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    if bool((t == t[0]).all()):
+        return t * (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1)
+    return t[torch.randperm(len(t), generator=generator)]

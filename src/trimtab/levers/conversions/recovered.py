@@ -113,14 +113,8 @@ def recovered(
 ) -> Recovered:
     """Measure a lever and what it was converted into on the same prompts.
 
-    Args:
-        lm: the unsteered model.
-        evaluator: of the split to score on, on which nothing was chosen.
-        before: the lever that was converted.
-        after: what it became.
-        sign: +1 toward, -1 away.
-        null: the same conversion of something without meaning, such as a random direction.
-        seed: of the intervals.
+    The evaluator is of a split on which nothing was chosen; the null is the same conversion of
+    something without meaning, such as a random direction.
     """
     data, prompts = evaluator.behavior, evaluator.prompts(evaluator.scored(sign))
     levers: dict[str, Switch | None] = {"unsteered": None, "before": before, "after": after}
@@ -132,9 +126,6 @@ def recovered(
     for name, values in gaps.items():
         if values is not None and rest is not None:
             moved[name] = (values - rest).tolist()
-    null_gap = None
-    if "null" in moved:
-        null_gap = _share(moved["null"], moved["before"], seed)[0]
     return Recovered(
         behavior=data.name,
         sign=sign,
@@ -142,7 +133,7 @@ def recovered(
         effects=tuple(_effect(n, r, gaps[n], seed) for n, r in results.items()),
         gap=_share(moved["after"], moved["before"], seed) if moved else None,
         score=_behavior(results, seed),
-        null_gap=null_gap,
+        null_gap=_share(moved["null"], moved["before"], seed)[0] if "null" in moved else None,
     )
 
 

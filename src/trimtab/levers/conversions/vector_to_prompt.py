@@ -37,6 +37,8 @@ from trimtab.results.tables import Table, number
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
 
+TRIES = 256  # random prompts of which the first legal one is the null
+
 
 @dataclass(frozen=True)
 class TokensMatched:
@@ -90,16 +92,11 @@ class VectorAsPrompt(Conversion):
             "repaired": self.repaired,
             "random tokens": self.null,
         }
-        rows = tuple(
-            (
-                name,
-                repr(found.text),
-                *(number(x, 3) for x in (found.cosine, found.reconstruction, found.loss)),
-                number(found.matched.shift, 3),
-                number(found.matched.closed, 3),
-            )
-            for name, found in stages.items()
-        )
+        rows = []
+        for name, found in stages.items():
+            figures = (found.cosine, found.reconstruction, found.loss)
+            figures += (found.matched.shift, found.matched.closed)
+            rows.append((name, repr(found.text), *(number(x, 3) for x in figures)))
         columns = (
             "stage",
             "text",
@@ -109,7 +106,7 @@ class VectorAsPrompt(Conversion):
             "cosine of the shift",
             "closed",
         )
-        return Table("vector to hard prompt", columns, rows)
+        return Table("vector to hard prompt", columns, tuple(rows))
 
 
 def vector_to_prompt(
@@ -123,23 +120,14 @@ def vector_to_prompt(
     top_k: int = 32,
     progress: Progress | None = None,
 ) -> VectorAsPrompt:
-    """Convert a vector into a prompt of k tokens.
+    """Convert a vector into a prompt of k tokens in a slot, found on train prompts.
 
-    Args:
-        setting: found on its train prompts, reported on test prompts.
-        vector: at the strength to reproduce.
-        k: tokens.
-        slot: where they stand.
-        constraints: what the tokens may be; printable ASCII by default.
-        steps: of HotFlip; 0 leaves the nearest tokens, made legal.
-        top_k: replacements of each place.
-        progress: called with HotFlip's steps.
+    The tokens are printable ASCII unless `constraints` say otherwise; `steps` and `top_k` (replacements
+    of each place) are HotFlip's, and 0 steps leave the nearest tokens, made legal.
 
     Raises:
-        TrimtabError: a vector at strength 0, no legal tokens, or a behavior that cannot be scored.
+        TrimtabError: no legal tokens, or a behavior that cannot be scored.
     """
-    if not vector.strength:
-        raise TrimtabError(f"{vector.label} as a prompt", "strength 0", "give one that steers")
     lm = setting.lm
     prompts = setting.prompts(train := setting.train(6))
     rows = lay_out(lm, prompts, slot, targets=answers_as_ids(lm, vector, prompts, COMPLETION))
@@ -170,13 +158,17 @@ def vector_to_prompt(
             matched=match(lm, held, token_embeddings(lm, ids).float()),
         )
 
-    levers = [_lever(slot_text(lm, ids), slot, vector) for ids in (found.ids, random)]
+    note: dict[str, object] = {"method": "vector to prompt", "vector": vector.label}
+    lever, null = (
+        PromptSteering(slot_text(lm, ids), slot=slot, provenance=note)
+        for ids in (found.ids, random)
+    )
     return VectorAsPrompt(
-        lever=levers[0],
+        lever=lever,
         projected=worth(near.ids),
         repaired=worth(found.ids),
         null=worth(random),
-        recovered=setting.recovered(vector, levers[0], levers[1]),
+        recovered=setting.recovered(vector, lever, null),
         scored=found.scored,
     )
 
@@ -212,8 +204,3 @@ def pull_back(
 def _middle(lm: LanguageModel, bound: Bound) -> Tensor:
     """The mean embedding of the allowed tokens `[d_model]`."""
     return token_embeddings(lm)[bound.allowed.to(lm.device)].float().mean(0).cpu()
-
-
-def _lever(text: str, slot: str, vector: VectorSteering) -> PromptSteering:
-    note: dict[str, object] = {"method": "vector to prompt", "vector": vector.label}
-    return PromptSteering(text, slot=slot, provenance=note)

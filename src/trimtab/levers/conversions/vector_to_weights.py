@@ -102,13 +102,10 @@ def vector_to_weights(
     routes: Sequence[str] = ROUTES,
     verify: bool = True,
 ) -> InWeights:
-    """Bake a steering by every route that there is, reload each checkpoint and compare.
+    """Bake a steering, or several that would be on together, by the planner's route and by each alone.
 
-    Args:
-        lm: the model it was made for.
-        vector: one steering, or several that would be on together.
-        routes: tried alone, besides the planner's own choice.
-        verify: False only plans, and writes nothing but the planner's temporary copy.
+    Each checkpoint is reloaded and compared; without `verify` it is only planned, and nothing but the
+    planner's temporary copy is written.
     """
     vectors = [vector] if not isinstance(vector, Sequence) else list(vector)
     tried = [_try(lm, vectors, None, verify), *(_try(lm, vectors, r, verify) for r in routes)]
