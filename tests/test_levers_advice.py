@@ -21,7 +21,7 @@ def row(name: str, hits: int, kind: str = "weights", **more: Any) -> LeverRow:
         "damage": 0.0, "damage_p95": damage, "damage_low": 0.0, "damage_high": 0.1,
         "spill": None, "spill_p95": None, "spill_low": None, "spill_high": None,
         "scores": scores, "name": name, "kind": kind, "lever": name, "strength": 1.0,
-        "limited_by": "budget", "within": True,
+        "limited_by": "budget", "within": damage <= 0.5,
         "validation": Validated(scores, hits / N, coherence, damage),
         "gap": None, "closed": None, "gain": hits / N, "gain_low": 0.0, "gain_high": 1.0,
         "perplexity": 2.0, "context_tokens": 0.0, "ms_per_token": 0.0, "baked": False,

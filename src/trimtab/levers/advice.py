@@ -22,7 +22,6 @@ from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import number, percent
 
 FLOOR = 0.9
-SLACK = 1.02
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,11 @@ class Advice:
 
 
 def advise(rows: Sequence[LeverRow], behavior: str, budget: float, seed: int = 0) -> Advice:
-    """Choose a lever from measured rows.
-
-    Args:
-        rows: of one table, the unsteered one among them.
-        behavior: its name.
-        budget: nats per token.
-        seed: of the paired intervals.
-    """
+    """Choose a lever from the measured rows of one table, the unsteered one among them."""
     base = next(row for row in rows if row.kind == "baseline")
     null = next((row for row in rows if row.kind == "null"), None)
     levers = [row for row in rows if row.kind not in ("baseline", "null")]
-    usable = [row for row in levers if _usable(row, base, null, budget, seed)]
+    usable = [row for row in levers if _usable(row, base, null, seed)]
     if not usable:
         return Advice(None, None, (), (), _nothing(levers, base, behavior, budget))
     best = max(usable, key=lambda row: row.validation.score)
@@ -97,13 +89,10 @@ def advise(rows: Sequence[LeverRow], behavior: str, budget: float, seed: int = 0
     )
 
 
-def _usable(row: LeverRow, base: LeverRow, null: LeverRow | None, budget: float, seed: int) -> bool:
+def _usable(row: LeverRow, base: LeverRow, null: LeverRow | None, seed: int) -> bool:
     mine = row.validation
-    if mine.damage_p95 > SLACK * budget or mine.coherence < FLOOR:
-        return False
-    if null is not None and mine.score <= null.validation.score:
-        return False
-    return _beats(row, base, seed)
+    more = null is None or mine.score > null.validation.score
+    return row.within and mine.coherence >= FLOOR and more and _beats(row, base, seed)
 
 
 def _beats(one: LeverRow, other: LeverRow, seed: int) -> bool:
@@ -142,7 +131,7 @@ def _nothing(levers: Sequence[LeverRow], base: LeverRow, behavior: str, budget: 
     closest = max(levers, key=lambda row: (row.validation.coherence >= FLOOR, row.validation.score))
     mine = closest.validation
     why = "does not move it by more than chance"
-    if mine.damage_p95 > SLACK * budget:
+    if not closest.within:
         why = f"does {number(mine.damage_p95)} nats of damage"
     elif mine.coherence < FLOOR:
         why = f"leaves a coherence of {number(mine.coherence)}"

@@ -2,65 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.levers.bakeable import bakeable
 from trimtab.levers.conversions.conversion import Setting
 from trimtab.levers.conversions.rank_one import fit_rank_one
-from trimtab.levers.found import SCOPES, FoundLevers
+from trimtab.levers.conversions.recovered import Lever
+from trimtab.levers.conversions.vector_to_weights import vector_to_weights
+from trimtab.levers.found import FoundLevers
+from trimtab.levers.row import Entry
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.results import Progress
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 from trimtab.strength.place import Placed
 from trimtab.weights.bake import bake
+from trimtab.weights.disk.layout import layout_of
 
-Lever: TypeAlias = "Switch | LanguageModel | None"
 NAMES = (
     *("plain prompt", "prompt", "soft prompt", "vector (all)", "vector (last)"),
     *("bias", "rank-1", "LoRA", "ablation", "random"),
 )
-NO_STRENGTH = "no strength keeps the budget"
 TRAIN = 32  # train prompts a side that a rank-1 update is fitted on
 LARGEST_LORA = 4.0  # times the adapter as it was trained
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One lever at its strength.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made(Entry):
+    """An entry with what is measured: several levers for nulls, whose figures are meaned."""
 
-    Attributes:
-        name: of its row.
-        kind: `baseline`, `prompt`, `vector`, `weights` or `null`.
-        levers: what is measured; several for nulls, whose figures are meaned.
-        label: what it is, in short.
-        strength: m; None for what is either there or not.
-        limited_by: `budget`, `range` or `as found`.
-        calls: rows put through the model to find and place it.
-        baked: whether weights can hold it exactly.
-        bakeable: by which route, or why not.
-        residual: what its conversion lost.
-    """
-
-    name: str
-    kind: str
     levers: tuple[Lever, ...]
-    label: str
-    strength: float | None = None
-    limited_by: str = "as found"
-    calls: int = 0
-    baked: bool = False
-    bakeable: str = ""
-    residual: float | None = None
 
 
 def entries_of(
@@ -70,36 +51,31 @@ def entries_of(
     nulls: int,
     folder: Path,
     progress: Progress,
-) -> tuple[list[Entry], dict[str, str]]:
+) -> tuple[list[Made], dict[str, str]]:
     """Place every lever under the budget.
 
-    Args:
-        bench: the validation split and the budget.
-        found: levers of the train split.
-        behavior: all of it, for conversions that split it themselves.
-        nulls: random directions.
-        folder: where a checkpoint may be written.
-        progress: called with (levers placed, levers in all).
+    Conversions split `behavior` themselves, so it is all of it; a checkpoint is written into `folder`.
 
     Returns:
-        The entries in the table's order, and the rows that are missing with the reason.
+        The entries, the unsteered model first, and the rows that are missing with the reason.
     """
-    made = _Maker(bench, found, behavior, nulls, folder)
-    steps: list[Callable[[], None]] = [
-        made.prompts,
-        *(lambda s=scope: made.vector(s) for scope in SCOPES),
-        made.bias,
-        made.rank_one,
-        made.lora,
-        made.ablation,
-        made.random,
-    ]
-    for number, step in enumerate(steps, 1):
-        step()
-        progress(number, len(steps))
-    base = Entry("unsteered", "baseline", (None,), "unsteered model")
-    order = {name: place for place, name in enumerate(NAMES)}
-    return [base, *sorted(made.entries, key=lambda e: order[e.name])], made.missing
+    maker = _Maker(bench, found, behavior, nulls, folder)
+    ways: tuple[Callable[[str], Made], ...] = (
+        partial(maker.prompt, found.plain, "plain"),
+        partial(maker.prompt, found.searched, "searched"),
+        partial(maker.prompt, found.soft, "soft"),
+        partial(maker.vector, "all"),
+        partial(maker.vector, "last"),
+        *(maker.bias, maker.rank_one, maker.lora, maker.ablation, maker.random),
+    )
+    for number, (name, way) in enumerate(zip(NAMES, ways, strict=True), 1):
+        try:
+            maker.made[name] = way(name)
+        except TrimtabError as refusal:
+            maker.missing[name] = refusal.found
+        progress(number, len(NAMES))
+    base = Made(name="unsteered", kind="baseline", lever="unsteered model", levers=(None,))
+    return [base, *maker.made.values()], maker.missing
 
 
 @dataclass(eq=False)
@@ -109,160 +85,137 @@ class _Maker:
     behavior: Behavior
     nulls: int
     folder: Path
-    entries: list[Entry] = field(default_factory=list)
+    made: dict[str, Made] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    placed: dict[str, tuple[VectorSteering, Placed, int]] = field(default_factory=dict)
 
-    @contextmanager
-    def _making(self, name: str) -> Iterator[None]:
-        """Note the reason where a lever cannot be made."""
-        try:
-            yield
-        except TrimtabError as error:
-            self.missing[name] = error.found
-
-    def prompts(self) -> None:
+    def prompt(self, lever: PromptSteering | None, key: str, name: str) -> Made:
         """What is either there or not."""
-        lm, found = self.bench.lm, self.found
-        named = (
-            ("plain prompt", found.plain, "plain"),
-            ("prompt", found.searched, "searched"),
-            ("soft prompt", found.soft, "soft"),
-        )
-        for name, lever, key in named:
-            if lever is None:
-                self.missing[name] = found.missing.get(key, "not looked for")
-                continue
-            baked, route = bakeable(lm, lever)
-            self.entries.append(
-                Entry(
-                    name,
-                    "prompt",
-                    (lever,),
-                    lever.label,
-                    calls=found.calls.get(key, 0),
-                    baked=baked,
-                    bakeable=route,
-                )
-            )
+        if lever is None:
+            raise self._absent(key)
+        baked, route = bakeable(self.bench.lm, lever)
+        return Made(
+            name=name, kind="prompt", lever=lever.label, calls=self.found.calls.get(key, 0),
+            baked=baked, bakeable=route, levers=(lever,),
+        )  # fmt: skip
 
-    def vector(self, scope: str) -> None:
+    def vector(self, scope: str, name: str) -> Made:
         """The best candidate of one scope."""
-        name, lm = f"vector ({scope})", self.bench.lm
         if scope not in self.found.vectors:
-            self.missing[name] = self.found.missing.get(scope, "not looked for")
-            return
-        with self._making(name), counting(lm) as calls:
+            raise self._absent(scope)
+        with counting(self.bench.lm) as calls:
             vector, placed = settle_vector(self.bench, self.found.vectors[scope], scope)
-            if not placed.strength:
-                raise TrimtabError(name, NO_STRENGTH, "allow a larger budget")
-            spent = self.found.calls.get(scope, 0) + calls.rows
-            self.placed[scope] = (vector, placed, spent)
-            label = f"{vector.label}, layers {', '.join(map(str, vector.layers))}"
-            self._add(name, "vector", vector, label, placed, spent)
+        spent = self.found.calls.get(scope, 0) + calls.rows
+        label = f"{vector.label}, layers {', '.join(map(str, vector.layers))}"
+        return self._placed(name, "vector", vector, label, placed, spent)
 
-    def bias(self) -> None:
+    def bias(self, name: str) -> Made:
         """The vector of scope `all` as a checkpoint, reloaded."""
-        with self._making("bias"):
-            vector, placed, spent = self._vector("all")
-            lm = self.bench.lm
-            report = bake(lm, vector, self.folder / "baked")
-            other = load(str(self.folder / "baked"), dtype=lm.model.dtype)
-            effect, difference = report.steering_effect, report.max_logit_difference
-            self.entries.append(
-                Entry(
-                    "bias",
-                    "weights",
-                    (other,),
-                    f"{report.route} of {vector.label}",
-                    placed.strength,
-                    placed.limited_by,
-                    spent,
-                    True,
-                    f"exact: {report.route}",
-                    None if not effect or difference is None else difference / effect,
-                )
-            )
+        vector, source = self._vector()
+        lm = self.bench.lm
+        report = bake(lm, vector, self.folder / "baked")
+        effect, difference = report.steering_effect, report.max_logit_difference
+        return replace(
+            source,
+            name=name,
+            kind="weights",
+            lever=f"{report.route} of {vector.label}",
+            baked=True,
+            bakeable=f"exact: {report.route}",
+            residual=None if not effect or difference is None else difference / effect,
+            levers=(load(str(self.folder / "baked"), dtype=lm.model.dtype),),
+        )
 
-    def rank_one(self) -> None:
+    def rank_one(self, name: str) -> Made:
         """The vector of scope `all` as a rank-1 update of its writer."""
-        with self._making("rank-1"):
-            vector, _, spent = self._vector("all")
-            with counting(self.bench.lm) as calls:
-                tokens = self.bench.validation.max_new_tokens
-                setting = Setting(
-                    self.bench.lm, self.behavior, train_requests=TRAIN, max_new_tokens=tokens,
-                    seed=self.bench.seed, known=self.bench.known,
-                )  # fmt: skip
-                update, fits = fit_rank_one(setting, vector)
-                update, placed = settle_update(self.bench, update, reach(vector))
-            residual = max(fit.held_out for fit in fits)
-            self._add(
-                "rank-1", "weights", update, update.label, placed, spent + calls.rows, residual
+        vector, source = self._vector()
+        bench = self.bench
+        with counting(bench.lm) as calls:
+            setting = Setting(
+                bench.lm, self.behavior, train_requests=TRAIN, seed=bench.seed, known=bench.known
             )
+            update, fits = fit_rank_one(setting, vector)
+            update, placed = settle_update(bench, update, reach(vector))
+        spent = source.calls + calls.rows
+        made = self._placed(name, "weights", update, update.label, placed, spent)
+        return replace(made, residual=max(fit.held_out for fit in fits))
 
-    def lora(self) -> None:
+    def lora(self, name: str) -> Made:
         """The trained adapter, scaled."""
-        found = self.found
-        if found.lora is None:
-            self.missing["LoRA"] = found.missing.get("lora", "not looked for")
-            return
-        with self._making("LoRA"), counting(self.bench.lm) as calls:
-            update, placed = settle_update(self.bench, found.lora, LARGEST_LORA)
-            spent = found.calls.get("lora", 0) + calls.rows
-            label = f"{update.label}, rank {update.rank}, {len(update.left)} matrices"
-            self._add("LoRA", "weights", update, label, placed, spent)
+        if self.found.lora is None:
+            raise self._absent("lora")
+        with counting(self.bench.lm) as calls:
+            update, placed = settle_update(self.bench, self.found.lora, LARGEST_LORA)
+        spent = self.found.calls.get("lora", 0) + calls.rows
+        label = f"{update.label}, rank {update.rank}, {len(update.left)} matrices"
+        return self._placed(name, "weights", update, label, placed, spent)
 
-    def ablation(self) -> None:
+    def ablation(self, name: str) -> Made:
         """The vector's direction taken out of every writer, or more of it put in."""
-        with self._making("ablation"):
-            vector, _, spent = self._vector("all")
-            with counting(self.bench.lm) as calls:
-                lever, placed = settle_ablation(self.bench, vector)
-            self._add("ablation", "weights", lever, lever.label, placed, spent + calls.rows)
+        vector, source = self._vector()
+        with counting(self.bench.lm) as calls:
+            lever, placed = settle_ablation(self.bench, vector)
+        return self._placed(name, "weights", lever, lever.label, placed, source.calls + calls.rows)
 
-    def random(self) -> None:
+    def random(self, name: str) -> Made:
         """Random directions of the size of the vector of scope `all`."""
-        with self._making("random"):
-            vector, placed, _ = self._vector("all")
-            levers = [random_null(vector, s) for s in null_seeds(self.bench.seed, self.nulls)]
-            label = f"{self.nulls} random directions of the size of vector (all)"
-            self.entries.append(
-                Entry("random", "null", tuple(levers), label, placed.strength, "as the vector")
-            )
+        vector, source = self._vector()
+        return Made(
+            name=name,
+            kind="null",
+            lever=f"{self.nulls} random directions of the size of vector (all)",
+            strength=source.strength,
+            limited_by="as the vector",
+            levers=tuple(random_null(vector, s) for s in null_seeds(self.bench.seed, self.nulls)),
+        )
 
-    def _vector(self, scope: str) -> tuple[VectorSteering, Placed, int]:
-        if scope not in self.placed:
-            reason = self.missing.get(f"vector ({scope})", "not placed")
-            raise TrimtabError(
-                "what a vector becomes", f"no vector ({scope}): {reason}", "find one"
-            )
-        return self.placed[scope]
+    def _vector(self) -> tuple[VectorSteering, Made]:
+        source = self.made.get("vector (all)")
+        if source is None:
+            reason = f"no vector (all): {self.missing['vector (all)']}"
+            raise TrimtabError("what a vector becomes", reason, "find one")
+        (vector,) = source.levers
+        assert isinstance(vector, VectorSteering)
+        return vector, source
 
-    def _add(
+    def _absent(self, key: str) -> TrimtabError:
+        return TrimtabError(key, self.found.missing.get(key, "not looked for"), "find it")
+
+    def _placed(
         self,
         name: str,
         kind: str,
-        lever: Switch,
+        lever: VectorSteering | WeightSteering | Together,
         label: str,
         placed: Placed,
         calls: int,
-        residual: float | None = None,
-    ) -> None:
+    ) -> Made:
         if not placed.strength:
-            raise TrimtabError(name, NO_STRENGTH, "allow a larger budget")
+            raise TrimtabError(name, "no strength keeps the budget", "allow a larger budget")
         baked, route = bakeable(self.bench.lm, lever)
-        self.entries.append(
-            Entry(
-                name,
-                kind,
-                (lever,),
-                label,
-                placed.strength,
-                placed.limited_by,
-                calls,
-                baked,
-                route,
-                residual,
-            )
-        )
+        return Made(
+            name=name, kind=kind, lever=label, strength=placed.strength,
+            limited_by=placed.limited_by, calls=calls, baked=baked, bakeable=route, levers=(lever,),
+        )  # fmt: skip
+
+
+def bakeable(
+    lm: LanguageModel, lever: PromptSteering | VectorSteering | WeightSteering | Together
+) -> tuple[bool, str]:
+    """Return whether a lever has an exact place in the weights, and the route or the reason.
+
+    Nothing is written but the planner's temporary copy; `vector_to_weights` verifies.
+    """
+    if isinstance(lever, WeightSteering):
+        count = len(lever.left)
+        return True, f"exact: merged into {count} matri{'x' if count == 1 else 'ces'}"
+    if isinstance(lever, PromptSteering) and lever.vectors is None:
+        return False, "no: words go into the prompt"
+    try:
+        if isinstance(lever, PromptSteering):
+            layout_of(lm.model.config)
+            return True, "exact: soft prompt to vocabulary"
+        vectors = lever.vectors if isinstance(lever, Together) else (lever,)
+        found = vector_to_weights(lm, vectors, routes=(), verify=False)
+    except TrimtabError as refusal:  # such as an architecture without routes
+        return False, f"no: {refusal.found}"
+    return found.exact, found.told

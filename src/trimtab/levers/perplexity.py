@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trimtab.levers.conversions.recovered import Lever, used
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.rows import Row, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
-from trimtab.steering.vector import Switch
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,14 @@ class Text:
         rows = [row for row in lay_out(lm, prompts, targets=answers) if row.target]
         return cls(tuple(rows), sum(len(row.target) for row in rows))
 
-    def perplexity(self, lm: LanguageModel, lever: Switch | LanguageModel | None) -> float:
+    def perplexity(self, lm: LanguageModel, lever: Lever) -> float:
         """Return the perplexity under a lever, another model, or (None) the unsteered model.
 
         Infinite where a token has no probability left.
         """
-        if isinstance(lever, LanguageModel):
-            lm, lever = lever, None
         total = 0.0
-        for row, log_p in zip(self.rows, target_log_probs(lm, lever, self.rows), strict=True):
+        log_ps = target_log_probs(*used(lm, lever), self.rows)
+        for row, log_p in zip(self.rows, log_ps, strict=True):
             total -= sum(float(log_p[t, token]) for t, token in enumerate(row.target))
         mean = total / max(1, self.tokens)
         return math.exp(mean) if mean < 700 else math.inf

@@ -36,8 +36,8 @@ class Validated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeverRow(Summary):
-    """One lever; figures without another word are those of the test split.
+class Entry:
+    """A lever at its strength, and what it took to get there.
 
     Attributes:
         name: of the row.
@@ -46,6 +46,28 @@ class LeverRow(Summary):
         strength: the multiplier m; None for what is either there or not.
         limited_by: `budget`; `range` where the largest strength tried still keeps it; `as found`
             for what has no strength.
+        calls: rows put through the model to find and place it, forward passes alone.
+        baked: whether weights can hold it exactly.
+        bakeable: by which route, or why not.
+        residual: what its conversion lost; None where nothing was converted.
+    """
+
+    name: str
+    kind: str
+    lever: str
+    strength: float | None = None
+    limited_by: str = "as found"
+    calls: int = 0
+    baked: bool = False
+    bakeable: str = ""
+    residual: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeverRow(Summary, Entry):
+    """One lever; figures without another word are those of the test split.
+
+    Attributes:
         within: whether p95 damage on validation keeps the budget.
         validation: score, coherence and damage there.
         gap: mean readout gap, nats; None without readout words.
@@ -54,17 +76,8 @@ class LeverRow(Summary):
         perplexity: of neutral text under the lever (perplexity.py).
         context_tokens: tokens of context it takes, mean over prompts.
         ms_per_token: extra time per answer token, milliseconds, median of interleaved runs.
-        baked: whether weights can hold it exactly.
-        bakeable: by which route, or why not.
-        calls: rows put through the model to find and place it, forward passes alone.
-        residual: what its conversion lost; None where nothing was converted.
     """
 
-    name: str
-    kind: str
-    lever: str
-    strength: float | None
-    limited_by: str
     within: bool
     validation: Validated
     gap: float | None
@@ -75,10 +88,6 @@ class LeverRow(Summary):
     perplexity: float
     context_tokens: float
     ms_per_token: float
-    baked: bool
-    bakeable: str
-    calls: int
-    residual: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """Return the row's cells under `COLUMNS`."""

@@ -9,26 +9,23 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-
-from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
 from trimtab.evaluation.evaluate import Evaluator
-from trimtab.evaluation.summary import Summary, mean, summary
+from trimtab.evaluation.summary import mean, summary
 from trimtab.levers.advice import Advice, advise
 from trimtab.levers.conversions.conversion import Setting
-from trimtab.levers.conversions.recovered import gaps_of
-from trimtab.levers.entries import Entry, Lever, entries_of
+from trimtab.levers.conversions.recovered import gaps_of, used
+from trimtab.levers.entries import NAMES, Made, entries_of
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.perplexity import Text
-from trimtab.levers.row import COLUMNS, LeverRow, closed_share, validated
+from trimtab.levers.row import COLUMNS, Entry, LeverRow, closed_share, validated
 from trimtab.levers.settle import Bench
 from trimtab.levers.timing import ROUNDS, extra_time
-from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
 from trimtab.results import Progress
@@ -36,8 +33,8 @@ from trimtab.results.intervals import paired_bootstrap
 from trimtab.results.tables import Printable, Table
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
+from trimtab.strength.core import SLACK
 
-SLACK = 1.02  # strengths are solved for to a few per cent of damage
 SHOWN = 2  # samples kept per row
 STEPS_FOUND = 4
 
@@ -156,10 +153,20 @@ def levers_table(
         lm, behavior, sign=side, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
     )
     validation, test = setting.validation, setting.test
-    ticks = _Ticks(progress, 0 if found is not None else STEPS_FOUND)
+    looked = 0 if found is not None else STEPS_FOUND
+
+    def stage(before: int, behind: int) -> Progress:
+        """Progress of one stage between the steps before it and those behind it."""
+
+        def tell(done: int, steps: int) -> None:
+            if progress is not None:
+                progress(before + done, before + steps + behind)
+
+        return tell
+
     levers = found or find_levers(
         lm, behavior, sign=side, vector=vector, prompt=prompt, effort=effort, seed=seed,
-        progress=ticks.finding,
+        progress=stage(0, 2 * len(NAMES)),
     )  # fmt: skip
     if (levers.behavior, levers.sign, levers.seed) != (behavior.name, side, seed):
         raise TrimtabError(
@@ -169,13 +176,17 @@ def levers_table(
         )
     bench = Bench(lm, validation, budget, side, seed)
     with tempfile.TemporaryDirectory() as folder:
-        entries, missing = entries_of(bench, levers, behavior, nulls, Path(folder), ticks.settling)
+        settling, scoring = stage(looked, len(NAMES)), stage(looked + len(NAMES), 0)
+        entries, missing = entries_of(bench, levers, behavior, nulls, Path(folder), settling)
         neutral = "neutral" if test.prompts("neutral") else bench.shown
         text = Text.sampled(lm, test.prompts(neutral), max_new_tokens, seed)
         first = test.prompts(test.scored(side))[0]
         times = extra_time(lm, {e.name: e.levers[0] for e in entries}, first, rounds=rounds)
-        table = _Measured(lm, behavior, bench, test, text, times, ticks)
-        rows = table.rows(entries)
+        rows: list[LeverRow] = []
+        for number, entry in enumerate(entries, 1):
+            before = rows[0].scores if rows else None
+            rows.append(_row(bench, test, text, entry, times[entry.name], before))
+            scoring(number, len(entries))
     return LeversTable(
         behavior=behavior.name,
         data_hash=behavior.data_hash,
@@ -184,7 +195,7 @@ def levers_table(
         sign=side,
         budget=budget,
         seed=seed,
-        rows=rows,
+        rows=tuple(rows),
         missing=missing,
         advice=advise(rows, behavior.name, budget, seed),
         text=f"unsteered answers to {len(text.rows)} {neutral} prompts, sampled at temperature 1",
@@ -192,97 +203,40 @@ def levers_table(
     )
 
 
-@dataclass
-class _Ticks:
-    """Progress over finding, settling and scoring."""
-
-    progress: Progress | None
-    first: int
-    entries: int = 10
-    done: int = 0
-
-    def finding(self, done: int, steps: int) -> None:
-        self.done = done
-        self._tell()
-
-    def settling(self, done: int, steps: int) -> None:
-        self.done, self.entries = self.first + done, steps
-        self._tell()
-
-    def scoring(self, done: int, steps: int) -> None:
-        self.done = self.first + self.entries + done
-        self._tell(steps)
-
-    def _tell(self, scored: int | None = None) -> None:
-        if self.progress is not None:
-            last = self.entries if scored is None else scored
-            self.progress(self.done, self.first + self.entries + last)
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """Turns entries into rows."""
-
-    lm: LanguageModel
-    behavior: Behavior
-    bench: Bench
-    test: Evaluator
-    text: Text
-    times: dict[str, float]
-    ticks: _Ticks
-
-    def rows(self, entries: Sequence[Entry]) -> tuple[LeverRow, ...]:
-        """Measure every entry, the unsteered model first."""
-        rows: list[LeverRow] = []
-        for number, entry in enumerate(entries, 1):
-            rows.append(self._row(entry, rows[0].scores if rows else None))
-            self.ticks.scoring(number, len(entries))
-        return tuple(rows)
-
-    def _row(self, entry: Entry, base: tuple[float, ...] | None) -> LeverRow:
-        sign, seed = self.bench.sign, self.bench.seed
-        results = [self.test.run(lever, sign) for lever in entry.levers]
-        summed = summary(results[0], seed) if len(results) == 1 else averaged(results, seed)
-        before = base or summed.scores
-        checked = validated([self.bench.validation.run(x, sign) for x in entry.levers], seed)
-        prompts = self.test.prompts(self.test.scored(sign))
-        gaps = [self._gaps(lever, prompts) for lever in entry.levers]
-        known = [g for g in gaps if g is not None]
-        kept = {f.name: getattr(summed, f.name) for f in fields(Summary)}
-        kept["samples"] = summed.samples[:SHOWN]
-        low, high = paired_bootstrap(summed.scores, before, seed)
-        return LeverRow(
-            **kept,
-            name=entry.name,
-            kind=entry.kind,
-            lever=entry.label,
-            strength=entry.strength,
-            limited_by=entry.limited_by,
-            within=checked.damage_p95 <= SLACK * self.bench.budget,
-            validation=checked,
-            gap=mean([float(g.mean()) for g in known]) if known else None,
-            closed=closed_share(known, sign, seed) if known else None,
-            gain=summed.score - mean(before),
-            gain_low=low,
-            gain_high=high,
-            perplexity=mean([self.text.perplexity(self.lm, lever) for lever in entry.levers]),
-            context_tokens=self._context(entry.levers[0], prompts),
-            ms_per_token=self.times[entry.name],
-            baked=entry.baked,
-            bakeable=entry.bakeable,
-            calls=entry.calls,
-            residual=entry.residual,
-        )
-
-    def _gaps(self, lever: Lever, prompts: list[Prompt]) -> Tensor | None:
-        data = self.test.behavior
-        if isinstance(lever, LanguageModel):
-            return gaps_of(lever, data, prompts, None)
-        return gaps_of(self.lm, data, prompts, lever)
-
-    def _context(self, lever: Lever, prompts: list[Prompt]) -> float:
-        plain = sum(len(self.lm.encode(prompt).ids) for prompt in prompts)
-        if lever is None or isinstance(lever, LanguageModel):
-            return 0.0
-        with switched(self.lm, lever):
-            return (sum(len(self.lm.encode(p).ids) for p in prompts) - plain) / len(prompts)
+def _row(
+    bench: Bench,
+    test: Evaluator,
+    text: Text,
+    entry: Made,
+    ms_per_token: float,
+    unsteered: Sequence[float] | None,
+) -> LeverRow:
+    """Measure an entry; `unsteered` are the scores of the model itself, None for its own row."""
+    lm, sign, seed = bench.lm, bench.sign, bench.seed
+    results = [test.run(lever, sign) for lever in entry.levers]
+    summed = summary(results[0], seed) if len(results) == 1 else averaged(results, seed)
+    before = unsteered or summed.scores
+    low, high = paired_bootstrap(summed.scores, before, seed)
+    checked = validated([bench.validation.run(lever, sign) for lever in entry.levers], seed)
+    prompts = test.prompts(test.scored(sign))
+    gaps = [gaps_of(lm, test.behavior, prompts, lever) for lever in entry.levers]
+    known = [g for g in gaps if g is not None]
+    lengths = []
+    for lever in (None, entry.levers[0]):
+        model, switch = used(lm, lever)
+        with switched(model, switch):
+            lengths.append(sum(len(model.encode(prompt).ids) for prompt in prompts))
+    return LeverRow(
+        **vars(replace(summed, samples=summed.samples[:SHOWN])),
+        **{f.name: getattr(entry, f.name) for f in fields(Entry)},
+        within=checked.damage_p95 <= SLACK * bench.budget,
+        validation=checked,
+        gap=mean([float(g.mean()) for g in known]) if known else None,
+        closed=closed_share(known, sign, seed) if known else None,
+        gain=summed.score - mean(before),
+        gain_low=low,
+        gain_high=high,
+        perplexity=mean([text.perplexity(lm, lever) for lever in entry.levers]),
+        context_tokens=(lengths[1] - lengths[0]) / len(prompts),
+        ms_per_token=ms_per_token,
+    )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from transformers import DynamicCache
 
+from trimtab.levers.conversions.recovered import Lever, used
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
@@ -21,7 +22,7 @@ ROUNDS = 7
 
 def extra_time(
     lm: LanguageModel,
-    levers: Mapping[str, Switch | LanguageModel | None],
+    levers: Mapping[str, Lever],
     prompt: Prompt,
     *,
     tokens: int = TOKENS,
@@ -33,13 +34,7 @@ def extra_time(
     prompts count too. Each round times the unsteered model and every lever in turning order; the
     median of the rounds' differences is taken. Rendering and switching on are not timed. On a CPU it
     is the processor's time, which other work on the machine disturbs less; elsewhere the clock's.
-
-    Args:
-        lm: the unsteered model.
-        levers: what is timed; another model is timed as it is, None is the unsteered model.
-        prompt: what is answered.
-        tokens: of the answer; it does not stop at an end token.
-        rounds: timed, after one that does not count.
+    The answer does not stop at an end token; one round more than `rounds` is run and does not count.
     """
     found: dict[str, list[float]] = {name: [] for name in levers}
     names: list[str | None] = [None, *levers]
@@ -48,8 +43,7 @@ def extra_time(
         seconds: dict[str | None, float] = {}
         for name in names[turn:] + names[:turn]:
             lever = None if name is None else levers[name]
-            model, switch = (lever, None) if isinstance(lever, LanguageModel) else (lm, lever)
-            seconds[name] = _seconds(model, switch, prompt, tokens)
+            seconds[name] = _seconds(*used(lm, lever), prompt, tokens)
         for name in levers if number else ():
             found[name].append(1000 * (seconds[name] - seconds[None]) / tokens)
     return {name: statistics.median(values) for name, values in found.items()}

@@ -23,6 +23,7 @@ from trimtab.steering.vector import VectorSteering
 
 WIDTH = 1.05  # an edge is known to 5 % of strength
 HALVINGS = 14
+SLACK = 1.02  # of a budget: strengths are solved for to a few per cent of damage
 COLUMNS = ("m", "side", "alpha", "score", "n", "coherence", "damage (p95)", "spill (p95)")
 
 

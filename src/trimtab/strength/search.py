@@ -19,7 +19,7 @@ from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap, spearman
 from trimtab.results.journal import Notes
 from trimtab.steering.vector import VectorSteering
-from trimtab.strength.core import Bounds, SweepRow, curve, sweep_row, window
+from trimtab.strength.core import SLACK, Bounds, SweepRow, curve, sweep_row, window
 from trimtab.strength.screen import Candidate, Odds, Screen, candidates, crossing
 from trimtab.strength.sweep import NoStrengthPasses, Tried
 
@@ -35,7 +35,6 @@ CONFIRMED = 2  # cells confirmed per round
 LOOKED = 16  # prompts of the coarse look at damage
 COARSE, FINE = (0.35, 0.6, 0.85, 1.1), (0.9, 1.08)  # of the strength found so far
 CURVE = (0.45, 0.7, 1.0, 1.4, 2.5)  # of the chosen strength
-SLACK = 1.02  # the strength is solved for to a few per cent of damage
 STEPS = ROUND + 5  # of progress, when the first round has a cell that passes
 
 

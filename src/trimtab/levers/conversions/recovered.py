@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -27,6 +28,7 @@ from trimtab.results.intervals import Interval, paired_bootstrap, ratio_bootstra
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import Switch
 
+Lever: TypeAlias = "Switch | LanguageModel | None"
 LEAST_EFFECT = 0.05  # a score that moved less has nothing to recover
 
 
@@ -137,14 +139,20 @@ def recovered(
     )
 
 
+def used(lm: LanguageModel, lever: Lever) -> tuple[LanguageModel, Switch | None]:
+    """Return the model that is run with a lever, and what is on in it: another model runs as it is."""
+    return (lever, None) if isinstance(lever, LanguageModel) else (lm, lever)
+
+
 def gaps_of(
-    lm: LanguageModel, behavior: Behavior, prompts: Sequence[Prompt], lever: Switch | None
+    lm: LanguageModel, behavior: Behavior, prompts: Sequence[Prompt], lever: Lever
 ) -> torch.Tensor | None:
     """Return the readout gap of every prompt under a lever, `[n]` nats; None without readout words."""
     if behavior.readout is None:
         return None
-    with switched(lm, lever):
-        return gap(lm, behavior, prompts).double()
+    model, switch = used(lm, lever)
+    with switched(model, switch):
+        return gap(model, behavior, prompts).double()
 
 
 def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval:
