@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.levers.lora import train_lora
-from trimtab.levers.wanted_rows import wanted_texts
+from trimtab.levers.lora import train_lora, wanted_answers_of
 from trimtab.methods.find import find
 from trimtab.methods.registry import METHODS
 from trimtab.models.model import LanguageModel
@@ -218,8 +217,9 @@ def _task(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effo
 def _rows(lm: LanguageModel, part: Behavior, sign: int, most: int) -> list[Row]:
     """Requests with wanted answers; so many are answered as are used."""
     kept = {name: range(min(most, len(getattr(part, name)))) for name in SIDES}
-    texts = wanted_texts(lm, part.select(kept), sign, kept=False)
-    return lay_out(lm, texts.prompts, SLOT, targets=texts.targets)
+    _, found = wanted_answers_of(lm, part.select(kept), sign)
+    targets = [item.ids[item.prompt_length :] for item in found.encoded]
+    return lay_out(lm, [example.prompt for example in found.examples], SLOT, targets=targets)
 
 
 def _lora(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effort) -> None:

@@ -3,7 +3,7 @@
 A reference lever: how well does a low-rank update do that was free to be anything? The adapter is
 trained on a copy of the model and handed back as factors, which hooks add to the model itself.
 
-    minimize  -log p(wanted answers) + keep * KL(unsteered || adapted) along the model's own answers
+    minimize  -log p(wanted answers) + KEEP * KL(unsteered || adapted) along the model's own answers
 
 Source: Hu et al. 2021 (arXiv 2106.09685) for the adapter; the objective is that of `next_token`.
 """
@@ -22,14 +22,18 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError, extra
 from trimtab.levers.conversions.conversion import Levered
-from trimtab.levers.wanted_rows import Wanted, wanted_texts
+from trimtab.methods.registry import Task
+from trimtab.methods.wanted import Answered, own_answers, wanted_answers
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.passes.adam import adam
 from trimtab.passes.calls import counting
-from trimtab.results import Progress
 from trimtab.results.tables import Table, number
+from trimtab.steering.norms import Norms
+from trimtab.steering.scope import Scope
 from trimtab.steering.weights import KINDS, WeightSteering, Writer, writer_of
+
+KEEP = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +82,8 @@ def train_lora(
     steps: int = 40,
     batch_size: int = 8,
     learning_rate: float = 3e-3,
-    keep: float = 0.1,
     tokens: int = 32,
-    wanted: Wanted | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Lora:
     """Train a LoRA on the output projections of the train split's wanted answers.
 
@@ -95,35 +96,45 @@ def train_lora(
         steps: of Adam, the rate falling to 0 linearly.
         batch_size: wanted answers a step; half as many kept ones are added.
         learning_rate: of the factors.
-        keep: weight of the KL along the model's own answers to prompts that show the behavior.
         tokens: only so many first tokens of an answer count.
-        wanted: the training texts; collected from the train split when absent.
         seed: of the split, the factors and the order.
-        progress: called with steps done and steps in all.
 
     Raises:
         TrimtabError: the package peft is missing; no writers; an unusable number; a loss that is not
             finite.
     """
-    if min(rank, steps, batch_size, tokens) < 1 or learning_rate <= 0 or keep < 0:
+    if min(rank, steps, batch_size, tokens) < 1 or learning_rate <= 0:
         raise TrimtabError(
             asked=f"a LoRA of rank {rank}, {steps} steps of {batch_size} answers",
-            found=f"learning_rate={learning_rate}, keep={keep}",
-            advice="use counts from 1, a positive rate and keep from 0",
+            found=f"learning_rate={learning_rate}",
+            advice="use counts from 1 and a positive rate",
         )
     peft = extra("peft", "peft")
     chosen = tuple(writers) if writers is not None else all_writers(lm)
     with counting(lm) as before:
-        texts = wanted or wanted_texts(lm, behavior.split(seed).train, sign, tokens, keep > 0)
+        task, found = wanted_answers_of(lm, behavior.split(seed).train, sign, tokens)
+        shown = task.behavior.toward if sign > 0 else task.behavior.away
+        answers, kept = found.encoded, own_answers(task, shown, tokens).encoded
     clone = LanguageModel(copy.deepcopy(lm.model).float(), lm.tokenizer, lm.name)
     adapted = _inject(peft, clone, chosen, rank, seed)
     trained = [p for p in clone.model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(texts: Sequence[Encoded], count: int) -> list[Encoded]:
+        order = torch.randperm(len(texts), generator=generator)[:count].tolist()
+        return [texts[i] for i in order]
+
+    def gradients(step: int) -> tuple[Tensor, ...]:
+        loss = nn.functional.cross_entropy(*_answers(clone, drawn(answers, batch_size)))
+        if kept:
+            some = drawn(kept, max(1, batch_size // 2))
+            loss = loss + KEEP * _divergence(clone, adapted, some)
+        return torch.autograd.grad(loss, trained)
+
     with counting(clone) as calls:
-        start = _loss(clone, texts.answers)
-        _train(
-            clone, adapted, trained, texts, steps, batch_size, learning_rate, keep, seed, progress
-        )
-        end = _loss(clone, texts.answers)
+        start = _loss(clone, answers)
+        adam(trained, gradients, what="a LoRA", steps=steps, learning_rate=learning_rate)
+        end = _loss(clone, answers)
     left, right = {}, {}
     for writer, module in adapted.items():
         scale = module.scaling["default"]
@@ -131,9 +142,31 @@ def train_lora(
         right[writer] = module.lora_A["default"].weight.detach().cpu().float()
     note = {"method": "LoRA", "rank": rank, "steps": steps, "behavior": behavior.name, "sign": sign}
     lever = WeightSteering(left, right, 1.0, "LoRA", note, lm.fingerprint, lm.name or "")
-    return Lora(
-        lever, rank, start, end, steps, before.rows + calls.rows, _compare(lm, clone, lever, texts)
+    with torch.no_grad():
+        with lever.on(lm):
+            hooked, _ = _answers(lm, answers[:1])
+        difference = float((hooked - _answers(clone, answers[:1])[0]).abs().max())
+    return Lora(lever, rank, start, end, steps, before.rows + calls.rows, difference)
+
+
+def wanted_answers_of(
+    lm: LanguageModel, behavior: Behavior, sign: int, tokens: int = 32
+) -> tuple[Task, Answered]:
+    """Collect what `find(..., "next_token")` trains on, for every lever that is trained."""
+    task = Task(
+        lm=lm,
+        behavior=behavior,
+        site="resid_post",
+        layers=tuple(range(lm.n_layers)),
+        active=None,
+        position="last",
+        scope=Scope.parse("all"),
+        norms=Norms({}, 0, lm.d_model),
+        seed=0,
+        progress=None,
     )
+    found = wanted_answers(task, sign, tokens=tokens, completions=None, source="auto", judge=None)
+    return task, found
 
 
 def all_writers(lm: LanguageModel) -> tuple[Writer, ...]:
@@ -180,43 +213,6 @@ def _inject(
     return {writer: lm.model.get_submodule(name) for writer, name in targets.items()}
 
 
-def _train(
-    lm: LanguageModel,
-    adapted: Mapping[Writer, Any],
-    trained: Sequence[nn.Parameter],
-    texts: Wanted,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    keep: float,
-    seed: int,
-    progress: Progress | None,
-) -> None:
-    """Run Adam over shuffled answers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def gradients(step: int) -> tuple[Tensor, ...]:
-        loss = _nll(lm, _drawn(texts.answers, batch_size, generator))
-        if keep and texts.kept:
-            kept = _drawn(texts.kept, max(1, batch_size // 2), generator)
-            loss = loss + keep * _divergence(lm, adapted, kept)
-        return torch.autograd.grad(loss, trained)
-
-    adam(
-        trained,
-        gradients,
-        what="a LoRA",
-        steps=steps,
-        learning_rate=learning_rate,
-        progress=progress,
-    )
-
-
-def _drawn(texts: Sequence[Encoded], count: int, generator: torch.Generator) -> list[Encoded]:
-    order = torch.randperm(len(texts), generator=generator)[:count].tolist()
-    return [texts[i] for i in order]
-
-
 def _answers(lm: LanguageModel, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Float32 logits `[tokens, vocab]` before each answer token, and the tokens; one batch."""
     (batch,) = lm.batches(texts, sum(len(t.ids) for t in texts) * len(texts), len(texts))
@@ -230,26 +226,18 @@ def _answers(lm: LanguageModel, texts: Sequence[Encoded]) -> tuple[Tensor, Tenso
     return logits[inside].float(), batch.input_ids[:, -longest:].to(logits.device)[inside]
 
 
-def _nll(lm: LanguageModel, texts: Sequence[Encoded]) -> Tensor:
-    logits, tokens = _answers(lm, texts)
-    return nn.functional.cross_entropy(logits, tokens)
-
-
 def _divergence(
     lm: LanguageModel, adapted: Mapping[Writer, Any], texts: Sequence[Encoded]
 ) -> Tensor:
     """Mean KL(unsteered || adapted) per token."""
+    for module in adapted.values():
+        module.enable_adapters(False)
     with torch.no_grad():
-        _enable(adapted, False)
         before = _answers(lm, texts)[0].log_softmax(-1)
-        _enable(adapted, True)
+    for module in adapted.values():
+        module.enable_adapters(True)
     after = _answers(lm, texts)[0].log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1).mean()
-
-
-def _enable(adapted: Mapping[Writer, Any], enabled: bool) -> None:
-    for module in adapted.values():
-        module.enable_adapters(enabled)
 
 
 @torch.no_grad()
@@ -260,13 +248,3 @@ def _loss(lm: LanguageModel, texts: Sequence[Encoded]) -> float:
         total += float(nn.functional.cross_entropy(logits, tokens, reduction="sum"))
         count += len(tokens)
     return total / count
-
-
-@torch.no_grad()
-def _compare(
-    lm: LanguageModel, clone: LanguageModel, lever: WeightSteering, texts: Wanted
-) -> float:
-    """What the hooks change of what peft computes, on one text."""
-    with lever.on(lm):
-        hooked, _ = _answers(lm, texts.answers[:1])
-    return float((hooked - _answers(clone, texts.answers[:1])[0]).abs().max())
