@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference
@@ -16,7 +17,7 @@ from trimtab.steering.together import Together
 from trimtab.steering.vector import Switch, VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.strength.core import Bounds
-from trimtab.strength.place import PUSHES, Placed, longest, place_lever, place_vector
+from trimtab.strength.place import PUSHES, Placed, longest, place
 from trimtab.strength.screen import Odds, Screen, candidates
 
 SCREENED, GLANCED, ROUGH = 4, 8, 16  # prompts of the first look, of the glance, of the rough damage
@@ -62,6 +63,16 @@ class Bench:
         every = len(self.validation.prompts(self.shown))
         return self.validation.first(min(prompts or every, every)).reference(self.shown)
 
+    def place(
+        self,
+        lever: VectorSteering | WeightSteering | Together,
+        reference: Reference | None = None,
+        **how: Any,
+    ) -> Placed:
+        """Put a lever at the largest strength that keeps the budget; see `strength.place`."""
+        how = {"sign": self.sign, "seed": self.seed, **how}
+        return place(reference or self.reference(), lever, self.budget, **how)
+
     def moved(self, lever: Switch) -> float:
         """Return the mean log-odds of the wanted words under a lever, nats."""
         prompts = self.validation.prompts(self.validation.scored(self.sign))
@@ -96,13 +107,13 @@ def settle_vector(
     glance = bench.validation.first(GLANCED)
     best: tuple[float, float, VectorSteering] | None = None
     for gain, vector in seen[:PLACES]:
-        rough = place_vector(bench.reference(ROUGH), vector, bench.budget, bench.sign, bench.seed)
+        rough = bench.place(vector, bench.reference(ROUGH))
         (result,) = glance.run_many(vector, [rough.strength], bench.sign)
         score = result.sound_score(Bounds().coherence)
         if best is None or (score, gain) > best[:2]:
             best = (score, gain, vector.at(abs(rough.strength) or vector.strength))
     assert best is not None  # something was seen
-    placed = place_vector(bench.reference(), best[2], bench.budget, bench.sign, bench.seed)
+    placed = bench.place(best[2])
     return best[2].at(placed.strength), placed
 
 
@@ -111,15 +122,7 @@ def settle_update(
 ) -> tuple[WeightSteering, Placed]:
     """Put a low-rank update at the largest strength that keeps the budget."""
     side = -1 if update.strength < 0 else 1
-    placed = place_lever(
-        bench.reference(),
-        update.at,
-        bench.budget,
-        first=min(abs(update.strength) or 1.0, largest),
-        largest=largest,
-        sign=side,
-        seed=bench.seed,
-    )
+    placed = bench.place(update, largest=largest, sign=side)
     return update.at(placed.strength), placed
 
 
@@ -132,15 +135,7 @@ def settle_ablation(bench: Bench, vector: VectorSteering) -> tuple[Together, Pla
     lever = ablating(vector, layer)
     found: list[tuple[float, Together, Placed]] = []
     for side, largest in ((1, 1.0), (-1, AMPLIFIED)):
-        placed = place_lever(
-            bench.reference(),
-            lever.at,
-            bench.budget,
-            first=0.25,
-            largest=largest,
-            sign=side,
-            seed=bench.seed,
-        )
+        placed = bench.place(lever, first=0.25, largest=largest, sign=side)
         at = lever.at(placed.strength)
         found.append((bench.moved(at), at, placed))
     _, chosen, placed = max(found, key=lambda item: item[0])

@@ -59,22 +59,18 @@ def adaptive_strengths(
 ) -> tuple[float, ...]:
     """Return one strength per prompt, for `vector.on(lm, row_strengths=...)`.
 
-    Args:
-        lm: the unsteered model.
-        vector: at the strength from which the step is taken.
-        odds: reads the behavior off logits.
-        prompts: what will be asked, in the same order.
-        goal: the log-odds to reach, nats.
-        window: (smallest, largest) magnitude of m; (0, window's far end) in `tune`.
+    The step is taken from the vector's own strength to the goal, log-odds in nats; the window is the
+    (smallest, largest) magnitude of m, (0, window's far end) in `tune`.
     """
     found = decisions(lm, vector, prompts, at=vector.strength)
     logits, slope = found.tilt.log_p0.float(), found.tilt.slope.float()
     levels, rates = odds(logits), odds.rate(logits, slope)
-    side = 1 if vector.strength >= 0 else -1
-    return tuple(
-        side * _within(_step(abs(vector.strength), g, side * rate, goal), window)
-        for g, rate in zip(levels.tolist(), rates.tolist(), strict=True)
-    )
+    side, m = 1 if vector.strength >= 0 else -1, abs(vector.strength)
+    strengths = []
+    for level, rate in zip(levels.tolist(), (side * rates).tolist(), strict=True):
+        step = (goal - level) / rate if rate > 0 else 0.0  # more would not raise the odds
+        strengths.append(side * min(max(m + step, window[0]), window[1]))
+    return tuple(strengths)
 
 
 def common_goal(
@@ -108,12 +104,3 @@ def measure_adaptive(
         mean=mean(strengths),
         damage_mean_strength=mean(own),
     )
-
-
-def _step(m: float, odds: float, rate: float, goal: float) -> float:
-    """Newton's next magnitude; where more strength does not raise the odds, m itself."""
-    return m if rate <= 0 else m + (goal - odds) / rate
-
-
-def _within(value: float, window: tuple[float, float]) -> float:
-    return min(max(value, window[0]), window[1])

@@ -67,15 +67,9 @@ def curve(
     seed: int = 0,
     samples: bool = False,
 ) -> list[SweepRow]:
-    """Measure a vector at every strength, together.
+    """Measure a vector at every strength m, together; the rows are in the order of the strengths.
 
-    Args:
-        evaluator: of the prompts that are measured on; `evaluator.first(n)` for a quick look.
-        vector: what is scaled; its own strength does not matter.
-        strengths: multipliers m; the rows are in their order.
-        sign: which side is scored.
-        seed: of the intervals.
-        samples: keep the prompts and answers in the rows.
+    The vector's own strength does not matter; with `samples` the rows keep prompts and answers.
     """
     results = evaluator.run_many(vector, strengths, sign)
     rows = [sweep_row(vector.at(m), r, seed) for m, r in zip(strengths, results, strict=True)]
@@ -129,13 +123,9 @@ def windows(rows: Sequence[SweepRow], bounds: Bounds) -> list[tuple[float, float
 def window(
     rows: Sequence[SweepRow], bounds: Bounds, near: float, *, elsewhere: bool = False
 ) -> tuple[float, float] | None:
-    """Return the window around a strength; None where that strength is in none.
+    """Return the window of a curve of one side around a strength; None where it is in none.
 
-    Args:
-        rows: a curve of one side.
-        bounds: that the window keeps.
-        near: the strength.
-        elsewhere: take the widest window where there is none around `near`.
+    With `elsewhere` the widest window is taken where there is none around `near`.
     """
     found = [w for w in windows(rows, bounds) if elsewhere or inside(near, w)]
     return max(found, key=lambda w: (inside(near, w), w[1] - w[0]), default=None)

@@ -6,12 +6,13 @@ Damage is measured, never predicted (`trimtab.strength.core.largest_within`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
-from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.together import Together
+from trimtab.steering.vector import VectorSteering
+from trimtab.steering.weights import WeightSteering
 from trimtab.strength.core import largest_within
 
 PUSHES = 2.0  # a vector is never longer than this many norms of the stream
@@ -35,72 +36,46 @@ class Placed:
 
 
 def place(
-    damage: Callable[[Sequence[float]], Sequence[float]],
-    budget: float,
-    *,
-    first: float = 1.0,
-    largest: float = math.inf,
-    sign: int = 1,
-) -> Placed:
-    """Find the largest strength whose damage keeps the budget.
-
-    Args:
-        damage: p95 damage at each of some strengths, nats per token.
-        budget: nats per token.
-        first: the magnitude tried first.
-        largest: the magnitude that is never passed.
-        sign: of the strengths.
-
-    Raises:
-        TrimtabError: a budget or a strength that is not above 0.
-    """
-    if not (0 < budget < math.inf and 0 < first < math.inf and largest > 0):
-        raise TrimtabError(
-            asked=f"a strength within {budget} nats, tried from {first} to {largest}",
-            found="a number that is not above 0",
-            advice="give nats per token such as 0.5 and a strength such as 1",
-        )
-    known: dict[float, float] = {}
-
-    def look(magnitudes: Sequence[float]) -> list[float]:
-        found = list(damage([sign * m for m in magnitudes]))
-        known.update(zip(magnitudes, found, strict=True))
-        return found
-
-    low, high = largest_within(look, budget, first=first, largest=largest)
-    tried = tuple((sign * m, known[m]) for m in sorted(known))
-    by = "budget" if math.isfinite(high) else "range"
-    return Placed(sign * low, known.get(low, 0.0), by, tried)
-
-
-def place_vector(
-    reference: Reference, vector: VectorSteering, budget: float, sign: int = 1, seed: int = 0
-) -> Placed:
-    """Place a vector; what no strength changes is read once for several strengths."""
-
-    def damage(strengths: Sequence[float]) -> list[float]:
-        return [summarize(tokens, seed).p95 for tokens in reference.kl_many(vector, strengths)]
-
-    first = abs(vector.strength) or 1.0
-    return place(damage, budget, first=first, largest=longest(vector), sign=sign)
-
-
-def place_lever(
     reference: Reference,
-    at: Callable[[float], Switch],
+    lever: VectorSteering | WeightSteering | Together,
     budget: float,
     *,
-    first: float = 1.0,
-    largest: float = math.inf,
+    first: float | None = None,
+    largest: float | None = None,
     sign: int = 1,
     seed: int = 0,
 ) -> Placed:
-    """Place any lever with a strength, one measurement a strength."""
+    """Find the largest strength, of one sign, whose p95 damage along a reference keeps the budget.
 
-    def damage(strengths: Sequence[float]) -> list[float]:
-        return [summarize(reference.kl(at(m)), seed).p95 for m in strengths]
+    Args:
+        reference: prompts with their unsteered answers.
+        lever: put at one strength after another; what no strength of a vector changes is read once.
+        budget: nats per token.
+        first: the magnitude tried first; by default that of the lever.
+        largest: the magnitude that is never passed; by default, of a vector, `longest`.
+        sign: of the strengths.
+        seed: of the damage's intervals.
+    """
+    if largest is None:
+        largest = longest(lever) if isinstance(lever, VectorSteering) else math.inf
+    known: dict[float, float] = {}
 
-    return place(damage, budget, first=first, largest=largest, sign=sign)
+    def damage(magnitudes: Sequence[float]) -> list[float]:
+        strengths = [sign * m for m in magnitudes]
+        if isinstance(lever, VectorSteering):
+            read = reference.kl_many(lever, strengths)
+        else:
+            read = [reference.kl(lever.at(m)) for m in strengths]
+        found = [summarize(tokens, seed).p95 for tokens in read]
+        known.update(zip(magnitudes, found, strict=True))
+        return found
+
+    low, high = largest_within(
+        damage, budget, first=first or abs(lever.strength) or 1.0, largest=largest
+    )
+    tried = tuple((sign * m, known[m]) for m in sorted(known))
+    by = "budget" if math.isfinite(high) else "range"
+    return Placed(sign * low, known.get(low, 0.0), by, tried)
 
 
 def longest(vector: VectorSteering) -> float:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,6 @@ class Odds:
     """
 
     def __init__(self, lm: LanguageModel, behavior: Behavior, sign: int) -> None:
-        """Resolve the words, or read the two distributions."""
         words = None if behavior.readout is None else readout_tokens(lm, behavior)
         self.tokens = () if words is None else (words.toward if sign > 0 else words.away)
         self.contrast = torch.empty(0)
@@ -124,17 +124,9 @@ def candidates(
 
 
 class Screen:
-    """The first look.
-
-    Args:
-        evaluator: a few prompts of the behavior; their unsteered answers are read along.
-        odds: reads the behavior off logits.
-        budget: nats per token, 95th percentile.
-        sign: +1 toward, -1 away.
-    """
+    """The first look, at a few prompts of the behavior with their unsteered answers."""
 
     def __init__(self, evaluator: Evaluator, odds: Odds, budget: float, sign: int) -> None:
-        """Read the prompts unsteered."""
         self.lm, self.odds, self.budget, self.sign = evaluator.lm, odds, budget, sign
         shown, scored = evaluator.damaged(sign), evaluator.prompts(evaluator.scored(sign))
         self.damaged, self.answers = evaluator.prompts(shown), evaluator.unsteered(shown)
@@ -186,9 +178,6 @@ def crossing(strengths: Sequence[float], damage: Sequence[float], budget: float)
 
 def best_within(strengths: Sequence[float], gains: Sequence[float], limit: float) -> float:
     """Return the largest gain at strengths up to `limit`, which itself is interpolated; 0 at m = 0."""
-    points = [(0.0, 0.0), *zip(strengths, gains, strict=True)]
-    inside = [gain for m, gain in points if m <= limit]
-    for (m0, g0), (m1, g1) in zip(points, points[1:], strict=False):
-        if m0 <= limit < m1:
-            inside.append(g0 + (g1 - g0) * (limit - m0) / (m1 - m0))
-    return max(inside)
+    at, gained = [0.0, *strengths], [0.0, *gains]
+    inside = [gain for m, gain in zip(at, gained, strict=True) if m <= limit]
+    return max(*inside, float(np.interp(limit, at, gained)))

@@ -67,7 +67,6 @@ class Search:
         progress: Progress | None = None,
         engine: Engine | None = None,
     ) -> None:
-        """Build the evaluators and answer the validation prompts unsteered."""
         make = partial(
             Search, validation=validation, vector=vector, bounds=bounds, side=side,
             max_new_tokens=max_new_tokens, max_prompts=max_prompts, seed=seed,
@@ -162,7 +161,6 @@ class Search:
         return Screen(self.full.first(SCREENED), self.odds, self.budget, self.side)
 
     def look(self, vector: VectorSteering) -> Candidate:
-        """Look at one place."""
         return self.screen.look(vector)
 
     def sample(self, candidate: Candidate) -> tuple[float, float]:
@@ -274,23 +272,22 @@ class Search:
             f"({t.verdict})"
             for t in closest
         )
-        best = f"; the closest: {cells}" if cells else f"; {self._immobile()}"
+        steered = [c.gain for c in self.looked if not c.refused]
+        if cells:
+            best = f"the closest: {cells}"
+        elif steered:
+            best = f"no place moves the readout ({max(steered):+.2f} nats at most)"
+        else:
+            best = f"no place can be steered ({self.looked[0].refused})"
         return NoStrengthPasses(
             asked=f"a strength that moves {self.behavior.name!r} {side} from a score of "
             f"{before.score:.2f} within {self.budget:g} nats of damage at a coherence of "
             f"{self.bounds.coherence:g}",
-            found=f"no strength passes: {found}{best}",
+            found=f"no strength passes: {found}; {best}",
             advice="try another method of find, other layers or scopes, or a larger budget",
             baseline=before,
             tried=tuple(self.tried),
         )
-
-    def _immobile(self) -> str:
-        """Why no place was worth an answer."""
-        steered = [c.gain for c in self.looked if not c.refused]
-        if steered:
-            return f"no place moves the readout ({max(steered):+.2f} nats at most)"
-        return f"no place can be steered ({self.looked[0].refused})"
 
 
 def _counted(

@@ -31,7 +31,7 @@ from trimtab.results.tables import Table, number
 from trimtab.steering.norms import calibrate
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Switch, VectorSteering
-from trimtab.strength.place import Placed, place_vector
+from trimtab.strength.place import Placed, place
 
 ANSWER = 16  # answer tokens that are read
 _SHOWN = ("length", "explained", "last", "last_own", "answer", "ceiling")
@@ -155,7 +155,7 @@ def prompt_to_vector(
     shown = "toward" if setting.sign > 0 else "away"
     reference = Reference(lm, validation.prompts(shown), validation.unsteered(shown))
     budget = max(summarize(reference.kl(lever), seed).p95, 1e-6)
-    placed = place_vector(reference, vector, budget, seed=seed)
+    placed = place(reference, vector, budget, seed=seed)
     null = setting.null(vector)
     found = [
         setting.recovered(lever, v, null.at(v.strength))
@@ -242,9 +242,9 @@ def _read(
     for count in sorted(set(counts)):
         places = [i for i, n in enumerate(counts) if n == count]
         read = capture(lm, [encoded[i] for i in places], layers, positions=count)
-        for row, place in enumerate(places):
+        for row, at in enumerate(places):
             for column, layer in enumerate(layers):
-                found[layer][place] = read[row, column]
+                found[layer][at] = read[row, column]
     return found
 
 
