@@ -1,13 +1,4 @@
-"""Which lever to choose, by rules, from the rows of a levers table.
-
-1. A lever is usable when, on the validation split, its damage keeps the budget, its text stays sound
-   (coherence of at least 0.9), and its score is above the unsteered model's by more than chance (the
-   paired interval excludes 0) and above the random direction's.
-2. Usable levers whose validation score the best one does not beat by more than chance are as good.
-3. Of those the one found with the fewest model calls is chosen; ties go to fewer tokens of context,
-   then to what weights can hold, then to less damage.
-4. If that one takes context, the cheapest of those that take none is named beside it: of the equally
-   good ones, or else of the usable ones the best; what weights can hold goes first.
+"""Which lever to choose from the rows of a levers table, by the four rules of docs/levers.md.
 
 Nothing is chosen on the test split; its figures are only told.
 """

@@ -131,7 +131,11 @@ class _Maker:
         bench = self.bench
         with counting(bench.lm) as calls:
             setting = Setting(
-                bench.lm, self.behavior, train_requests=TRAIN, seed=bench.seed, known=bench.known
+                bench.lm,
+                self.behavior,
+                train_requests=TRAIN,
+                seed=bench.seed,
+                known=bench.validation.known,
             )
             update, fits = fit_rank_one(setting, vector)
             update, placed = settle_update(bench, update, reach(vector))

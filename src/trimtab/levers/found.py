@@ -109,15 +109,8 @@ def find_levers(
 ) -> FoundLevers:
     """Find what `levers_table` compares; the result serves any number of budgets.
 
-    Args:
-        lm: the unsteered model.
-        behavior: split here; only train and validation prompts are looked at.
-        sign: +1 toward, -1 away.
-        vector: taken in place of found ones, with both scopes.
-        prompt: taken in place of a searched one.
-        effort: how much is spent.
-        seed: of everything random.
-        progress: called with (steps done, steps in all).
+    The arguments are those of `levers_table`. The behavior is split here, and only its train and
+    validation prompts are looked at; a given vector is taken with both scopes.
 
     Raises:
         TrimtabError: a behavior that cannot be split, or an unknown method. What cannot be found is
@@ -224,15 +217,9 @@ def _rows(lm: LanguageModel, part: Behavior, sign: int, most: int) -> list[Row]:
 
 def _lora(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effort) -> None:
     calls = 0
+    rank, steps = spend.lora_rank, spend.lora_steps
     with found.counted(lm, "lora"):
-        made = train_lora(
-            lm,
-            behavior,
-            sign=found.sign,
-            rank=spend.lora_rank,
-            steps=spend.lora_steps,
-            seed=found.seed,
-        )
+        made = train_lora(lm, behavior, sign=found.sign, rank=rank, steps=steps, seed=found.seed)
         # Its own count holds the copy's calls as well, which the count on the model does not see.
         found.lora, calls = made.lever, made.calls
     found.calls["lora"] = max(calls, found.calls.get("lora", 0))

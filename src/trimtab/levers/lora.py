@@ -60,7 +60,6 @@ class Lora(Levered):
     difference: float
 
     def table(self) -> Table:
-        """Return one line per fact."""
         rows = (
             ("rank", str(self.rank)),
             ("matrices", str(len(self.lever.left))),

@@ -90,7 +90,6 @@ class LeverRow(Summary, Entry):
     ms_per_token: float
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row's cells under `COLUMNS`."""
         over = "" if self.within or self.kind == "null" else " OVER"
         collapsed = " COLLAPSE" if self.gain > 0 and self.coherence < 0.5 else ""
         base = self.kind == "baseline"

@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.divergence import Reference
-from trimtab.evaluation.evaluate import Evaluator, Unsteered
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers.conversions.ablation import ablating
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.teacher import switched
@@ -27,26 +26,13 @@ AMPLIFIED = 16.0  # most shares of a direction that are put on top of what is th
 
 @dataclass(eq=False)
 class Bench:
-    """The validation split of one behavior under one budget.
-
-    Attributes:
-        lm: the unsteered model.
-        validation: its prompts and unsteered answers.
-        budget: nats per token, 95th percentile.
-        sign: +1 toward, -1 away.
-        seed: of the intervals.
-    """
+    """The validation split of one behavior under one budget, in nats per token, 95th percentile."""
 
     lm: LanguageModel
     validation: Evaluator
     budget: float
     sign: int
     seed: int = 0
-
-    @property
-    def known(self) -> Unsteered:
-        """Unsteered answers to share."""
-        return self.validation.known
 
     @property
     def shown(self) -> str:
@@ -58,20 +44,17 @@ class Bench:
         """Reads the behavior off logits."""
         return Odds(self.lm, self.validation.behavior, self.sign)
 
-    def reference(self, prompts: int | None = None) -> Reference:
-        """Return the damage prompts with their unsteered answers, the first few or all."""
-        every = len(self.validation.prompts(self.shown))
-        return self.validation.first(min(prompts or every, every)).reference(self.shown)
-
     def place(
         self,
         lever: VectorSteering | WeightSteering | Together,
-        reference: Reference | None = None,
+        prompts: int | None = None,
         **how: Any,
     ) -> Placed:
-        """Put a lever at the largest strength that keeps the budget; see `strength.place`."""
+        """Put a lever at the largest strength that keeps the budget on all, or the first few, prompts."""
+        every = len(self.validation.prompts(self.shown))
+        reference = self.validation.first(min(prompts or every, every)).reference(self.shown)
         how = {"sign": self.sign, "seed": self.seed, **how}
-        return place(reference or self.reference(), lever, self.budget, **how)
+        return place(reference, lever, self.budget, **how)
 
     def moved(self, lever: Switch) -> float:
         """Return the mean log-odds of the wanted words under a lever, nats."""
@@ -107,7 +90,7 @@ def settle_vector(
     glance = bench.validation.first(GLANCED)
     best: tuple[float, float, VectorSteering] | None = None
     for gain, vector in seen[:PLACES]:
-        rough = bench.place(vector, bench.reference(ROUGH))
+        rough = bench.place(vector, ROUGH)
         (result,) = glance.run_many(vector, [rough.strength], bench.sign)
         score = result.sound_score(Bounds().coherence)
         if best is None or (score, gain) > best[:2]:

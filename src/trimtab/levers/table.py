@@ -85,7 +85,6 @@ class LeversTable(Printable):
         )
 
     def table(self) -> Table:
-        """Return one line per lever, what is missing and the advice underneath."""
         side = "toward" if self.sign > 0 else "away"
         notes = [
             self.advice.sentence,

@@ -84,7 +84,6 @@ class AuditReport(Parts, Printable):
         return (*first, *(part.table() for part in parts))
 
     def table(self) -> Table:
-        """Return the audit in one line per side."""
         rows = []
         last = {side: layers[-1] for side, layers in self.radius.sides.items()}
         for side in SIGNS:

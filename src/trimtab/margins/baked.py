@@ -26,12 +26,8 @@ NULLS = 3
 def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteering]:
     """Return the steerings of a checkpoint's record, with a stand-in for each direction.
 
-    The record has no directions, which a null does not need.
-
-    Args:
-        record: `models.baked.read_record` of the checkpoint.
-        base: what it is compared with; nothing is returned where the record is of another model,
-            or of a low-rank update, whose null needs factors that the record lacks.
+    The record has no directions, which a null does not need. Nothing is returned where it is of
+    another model than `base`, or of a low-rank update, whose null needs factors that it lacks.
     """
     if record.get("base_fingerprint") not in ("", base.fingerprint):
         return []

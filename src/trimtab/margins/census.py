@@ -69,7 +69,6 @@ class Census(Printable):
     sides: dict[str, CensusSide]
 
     def table(self) -> Table:
-        """Return one line per list of prompts."""
         rows = tuple(
             (
                 side,

@@ -49,8 +49,6 @@ class CloseRow:
         norm: length of that push over the stream's norm, likewise.
         null_closed: share of (prompt, random direction) that closes within the same length, with an
             interval `null_low` to `null_high` over both.
-        null_low: see `null_closed`.
-        null_high: see `null_closed`.
         null_kl: KL of the random directions at that length; its median.
     """
 
@@ -84,7 +82,6 @@ class KlToClose(Printable):
     rows: tuple[CloseRow, ...]
 
     def table(self) -> Table:
-        """Return one line per side and lever."""
         rows = tuple(
             (
                 row.side,

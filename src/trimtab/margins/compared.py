@@ -85,7 +85,6 @@ class Compared(Parts, Printable):
     held_out: bool | None
 
     def table(self) -> Table:
-        """Return one line per list of prompts."""
         nulls = any(one.null is not None for one in self.difference.values())
         rows = tuple(
             (

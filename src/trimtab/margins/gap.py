@@ -55,9 +55,8 @@ class GapSide:
     Attributes:
         n: prompts.
         gap: by the report's aggregator, nats.
-        positive: share of prompts with a gap above 0, with its exact binomial interval.
-        positive_low: see `positive`.
-        positive_high: see `positive`.
+        positive: share of prompts with a gap above 0, with its exact binomial interval
+            `positive_low` to `positive_high`.
         standard: gap over the standard deviation of the prompt's logits.
         pre_cap: the gap before the soft cap; None where the model has none.
         aggregators: every aggregator's quantiles.
@@ -93,7 +92,6 @@ class GapReport(Printable):
     sides: dict[str, GapSide]
 
     def table(self) -> Table:
-        """Return one line per list of prompts."""
         rows = tuple(
             (
                 side,

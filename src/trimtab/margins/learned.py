@@ -70,7 +70,6 @@ class LearnedSets(Printable):
     held_out: Census
 
     def table(self) -> Table:
-        """Return one line per token, the held-out shares below."""
         rows = tuple(
             (r.side, str(r.token), repr(r.text), str(r.toward), str(r.away))
             + (number(r.log_odds), number(r.z))

@@ -8,8 +8,7 @@ give every layer. It is a radius to first order only: close.py pushes for real.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +84,6 @@ class Radius(Printable):
     values: dict[str, tuple[tuple[float, ...], ...]]
 
     def table(self) -> Table:
-        """Return one line per layer, medians with intervals."""
         sides = tuple(self.sides)
         rows = []
         for layer in range(len(self.sides[sides[0]])):
@@ -109,11 +107,8 @@ def gap_gradients(
 ) -> Gradients:
     """Differentiate the gap of each prompt by the stream after every block, at the last position.
 
-    Args:
-        lm: the model; active steering acts first and is taken as given.
-        tokens: the two sets.
-        encoded: prompts from `lm.encode`.
-        aggregator: of the gap; for `max` it is the gradient of the two winning logits.
+    Active steering acts first and is taken as given. With the aggregator `max` it is the gradient of
+    the two winning logits.
 
     Raises:
         TrimtabError: no prompts, or values that are not finite.
@@ -126,7 +121,16 @@ def gap_gradients(
     norm = torch.zeros(n, layers, dtype=torch.float64)
     for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         rows = batch.rows.cpu()
-        with frozen(lm.model), traced_streams(lm) as streams:
+        streams: list[Tensor] = []
+
+        def keep(hidden: Tensor, streams: list[Tensor] = streams) -> None:
+            if not hidden.requires_grad:
+                hidden.requires_grad_()  # the first block's: with frozen weights the graph starts here
+            streams.append(hidden)
+
+        with frozen(lm.model), Hooks() as hooks:
+            for layer in range(layers):
+                hooks.after(lm.sites.writing(Site("resid_post", layer)).module, keep)
             logits = lm.forward(batch, logits_to_keep=1)[:, -1]
             gaps = gap_of(logits.float(), tokens, aggregator)
             # The rows of a batch do not see each other: the gradient of the sum is each row's own.
@@ -155,19 +159,3 @@ def report_radius(
         )
         values[side] = tuple(tuple(row) for row in relative.tolist())
     return Radius(aggregator, sides, values)
-
-
-@contextmanager
-def traced_streams(lm: LanguageModel) -> Iterator[list[Tensor]]:
-    """Collect what every block hands on, `[batch, seq, d_model]`, as nodes of the graph."""
-    seen: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> None:
-        if not hidden.requires_grad:
-            hidden.requires_grad_()  # the first block's: with frozen weights the graph starts here
-        seen.append(hidden)
-
-    with Hooks() as hooks:
-        for layer in range(lm.n_layers):
-            hooks.after(lm.sites.writing(Site("resid_post", layer)).module, keep)
-        yield seen

@@ -64,7 +64,6 @@ class Resolution(Printable):
     lost: tuple[str, ...]
 
     def table(self) -> Table:
-        """Return one line per spelling."""
         rows = tuple(
             (
                 row.side,

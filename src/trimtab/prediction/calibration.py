@@ -76,7 +76,6 @@ class Calibration(Printable):
     places: tuple[Place, ...]
 
     def table(self) -> Table:
-        """Return one line per place: what |m| = 1 and 3 do, and the cliff."""
         rows = tuple(
             (
                 ", ".join(map(str, place.layers)),

@@ -122,7 +122,6 @@ class LawCheck(Printable):
         return next(b for b in self.budgets if (b.prediction, b.nats) == (prediction, nats))
 
     def table(self) -> Table:
-        """Return one line per prediction and budget."""
         rows = tuple(
             (
                 b.prediction,

@@ -39,7 +39,6 @@ class LawsReport(Printable):
     recovery: Recovery
 
     def table(self) -> Table:
-        """Return measured over predicted KL by layer, for the law through the final norm."""
         budgets = sorted({b.nats for b in self.check.budgets})
         rows = tuple(
             (

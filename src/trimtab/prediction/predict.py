@@ -93,7 +93,6 @@ class StrengthPrediction(Printable):
     collapse: tuple[tuple[str, float], ...]
 
     def table(self) -> Table:
-        """Return one line per budget."""
         rows = tuple(
             (f"{b.nats:g}", number(b.damage), number(b.decision), number(b.low), number(b.high))
             for b in self.budgets

@@ -60,7 +60,6 @@ class Recovery(Printable):
     rows: tuple[Recovered, ...]
 
     def table(self) -> Table:
-        """Return one line per strength: the stream at the push and at the end, then the answers."""
         last = max(self.layers)
         rows = tuple(
             (

@@ -1,14 +1,4 @@
-"""What every choice of a strength is made of; tune, levers, explain, laws and the studio call it.
-
-| | |
-|---|---|
-| `curve(evaluator, vector, strengths, sign)` | score, coherence, damage and spill at each strength |
-| `Bounds(budget, coherence, target, spill)` | what a strength has to keep, `failing` and `kept` |
-| `window(rows, bounds, near)` | the strengths of a curve that keep the bounds |
-| `largest_within(measure, bound)` | the largest strength at which one figure keeps one bound |
-
-Which layers and scopes are worth a curve is screened first (screen.py).
-"""
+"""What every choice of a strength is made of: curves, bounds, windows, the largest that keeps one."""
 
 from __future__ import annotations
 
@@ -38,7 +28,6 @@ class SweepRow(Summary):
     alphas: dict[int, float]
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row's table cells."""
         return (
             f"{self.strength:+g}" if self.strength else "0",
             "toward" if self.sign > 0 else "away",

@@ -42,13 +42,9 @@ class Search:
     """The state of one search.
 
     Attributes:
-        side: +1 or -1.
         bounds: what is asked for; a cell may miss the budget by `SLACK`.
         full: the validation split, `few` its first prompts.
-        odds: reads the behavior off logits.
-        looked: every place, the best first.
-        tried: every cell answered.
-        passed: the chosen cell's row.
+        looked: every place, the best first; `tried` every cell answered, `passed` the chosen one's row.
         engine: does places and cells, which are independent within a step.
         job: this search, as a worker has it: the same prompts, nothing tried yet.
         calls_elsewhere: model calls of workers, what they build for themselves aside.

@@ -38,7 +38,6 @@ class Sweep(Printable):
         return tuple(row for row in self.rows if row.sign == sign)
 
     def table(self) -> Table:
-        """Return one line per row; intervals are 95 %, damage and spill are nats per token."""
         return Table(
             f"{self.behavior}: {self.label} at the layers {', '.join(map(str, self.layers))}",
             COLUMNS,
@@ -73,12 +72,10 @@ class NoStrengthPasses(TrimtabError):
     def __init__(
         self, asked: str, found: str, advice: str, baseline: SweepRow, tried: tuple[Tried, ...]
     ) -> None:
-        """Keep the curve beside the three lines of the message."""
         super().__init__(asked, found, advice)
         self.baseline, self.tried = baseline, tried
 
     def table(self) -> Table:
-        """Return one line per cell tried."""
         rows = [("unsteered", "", "", *self.baseline.cells())]
         for t in self.tried:
             rows.append((", ".join(map(str, t.layers)), t.stage, t.verdict, *t.row.cells()))

@@ -98,7 +98,6 @@ class TuneReport(Summary, Printable):
     seconds: float
 
     def table(self) -> Table:
-        """Return the curve, one line per strength, with the choice underneath."""
         chosen = f"layers {', '.join(map(str, self.layers))}, scope {self.scope}"
         window = "no window" if self.window is None else f"window {span(self.window)}"
         notes = [
@@ -141,11 +140,9 @@ class Tuned(VectorSteering):
         return _plain(self).select(*args, **changes)
 
     def table(self) -> Table:
-        """Return the report's table."""
         return self.report.table()
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report as plain values."""
         return self.report.to_dict()
 
 

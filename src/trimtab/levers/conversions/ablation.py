@@ -48,7 +48,6 @@ class AblationAsWeights(Conversion):
         return self.stream_difference / max(self.effect, 1e-12)
 
     def figures(self) -> Table:
-        """Return one line per comparison."""
         route = self.in_weights.routes[0]
         rows = (
             ("projection of the stream", number(self.stream_difference, 6), number(self.effect)),

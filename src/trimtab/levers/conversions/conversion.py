@@ -86,7 +86,6 @@ class Conversion(Levered, ABC):
         return getattr(self, "recovered", None)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the residual and the figures as plain values, levers by their label."""
         return {"residual": to_plain(self.residual), **super().to_dict()}
 
 

@@ -77,7 +77,6 @@ class LowRankAsVector(Conversion):
         return 1 - self.share
 
     def figures(self) -> Table:
-        """Return one line per writer."""
         rows = tuple(
             (
                 f"{o.writer[0]} of layer {o.writer[1]}",

@@ -93,7 +93,6 @@ class PromptAsVector(Conversion):
         return 1 - next(row.explained for row in self.layers if row.layer == chosen)
 
     def figures(self) -> Table:
-        """Return one line per layer."""
         columns = (
             *("layer", "|v| / mean |D|", "explained", "last", "last, own mean", "answer"),
             *("ceiling", "KL"),

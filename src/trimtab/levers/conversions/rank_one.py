@@ -83,7 +83,6 @@ class VectorAsRankOne(Conversion):
         return max(fit.held_out for fit in self.fits)
 
     def figures(self) -> Table:
-        """Return one line per writer."""
         rows = tuple(
             (
                 f"{f.writer[0]} of layer {f.writer[1]}",

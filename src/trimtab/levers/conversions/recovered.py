@@ -78,7 +78,6 @@ class Recovered(Printable):
         return next(effect for effect in self.effects if effect.name == name)
 
     def table(self) -> Table:
-        """Return one line per lever, the shares recovered underneath."""
         rows = tuple(
             (
                 e.name,

@@ -86,7 +86,6 @@ class VectorAsPrompt(Conversion):
         return 1 - self.repaired.reconstruction
 
     def figures(self) -> Table:
-        """Return one line per stage."""
         stages = {
             "nearest tokens": self.projected,
             "repaired": self.repaired,

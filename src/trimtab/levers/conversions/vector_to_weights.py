@@ -79,7 +79,6 @@ class InWeights(Conversion):
         return f"exact: {first.route}" if self.exact else f"no: {first.refused}"
 
     def figures(self) -> Table:
-        """Return one line per route."""
         rows = tuple(
             (
                 r.asked,
