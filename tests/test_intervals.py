@@ -50,7 +50,7 @@ def test_clopper_pearson_covers_at_least_its_level_at_every_rate() -> None:
 @pytest.mark.parametrize(("freedom", "expected"), [(2, 4.30265), (7, 2.36462), (23, 2.06866)])
 def test_percentile_levels_use_the_printed_table_of_student(freedom: int, expected: float) -> None:
     means = torch.linspace(0, 1, 100_001, dtype=torch.float64)
-    low, high = percentiles(means, freedom + 1, 0.95)
+    low, high = percentiles(means, freedom + 1)
     # A hundredth-thousandth of t, as the table is printed, moves the level by less than 1e-6.
     level = NormalDist().cdf(-math.sqrt((freedom + 1) / freedom) * expected)
     assert (low, high) == pytest.approx((level, 1 - level), abs=1e-6)
@@ -86,9 +86,9 @@ def test_bootstrap_covers_the_mean_of_small_skewed_samples(n: int, least: float)
 
 def test_percentile_levels_widen_for_small_samples_as_published() -> None:
     means = torch.linspace(0, 1, 100_001, dtype=torch.float64)
-    low, high = percentiles(means, 6, 0.95)  # Phi(-sqrt(6/5) * 2.570582)
+    low, high = percentiles(means, 6)  # Phi(-sqrt(6/5) * 2.570582)
     assert (low, high) == pytest.approx((0.002431, 1 - 0.002431), abs=2e-6)
-    low, high = percentiles(means, 100_000, 0.95)
+    low, high = percentiles(means, 100_000)
     assert (low, high) == pytest.approx((0.025, 0.975), abs=2e-5)
 
 

@@ -370,5 +370,8 @@ def test_the_models_own_generation_settings_neither_act_nor_change() -> None:
     )
     lm.model.generation_config = own
     before = own.to_dict()
-    assert (lm.generate(prompts, max_new_tokens=6), lm.generate("Hi", 6, temperature=1.0)) == expected
+    assert (
+        lm.generate(prompts, max_new_tokens=6),
+        lm.generate("Hi", 6, temperature=1.0),
+    ) == expected
     assert lm.model.generation_config is own and own.to_dict() == before

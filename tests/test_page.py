@@ -43,9 +43,7 @@ def section(**more: Any) -> Section:
 
 
 def test_a_page_opens_offline(tmp_path: Path) -> None:
-    index = write_page(
-        tmp_path / "laws", [section(), section(title="More")], lead="Of harbor."
-    )
+    index = write_page(tmp_path / "laws", [section(), section(title="More")], lead="Of harbor.")
     assert {p.name for p in index.parent.iterdir()} == {"index.html", "plotly.min.js"}
     page = Page(index.read_text())
     assert [a["src"] for _, a in page.tags if a.get("src")] == ["plotly.min.js"]

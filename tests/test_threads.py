@@ -236,7 +236,9 @@ def test_a_block_run_again_by_autograd_elsewhere_is_refused(lm: LanguageModel) -
 
     with inside.on(lm):
         ids = torch.tensor([lm.encode("Hello").ids])
-        lm.model(input_ids=ids, use_cache=False).logits.sum().backward()  # in the block's own thread
+        lm.model(
+            input_ids=ids, use_cache=False
+        ).logits.sum().backward()  # in the block's own thread
         loss = lm.model(input_ids=ids, use_cache=False).logits.sum()
         thread = threading.Thread(target=backward, args=(loss,))
         thread.start()

@@ -45,7 +45,9 @@ def choice(what: str, given: object, choices: Sequence[str]) -> None:
 def nearest(given: str, choices: Sequence[str]) -> str:
     """Return the advice for a name that is not there: the closest one, and all of them."""
     close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"choose one of: {', '.join(choices)}"
+    return (
+        f"did you mean {close[0]!r}? " if close else ""
+    ) + f"choose one of: {', '.join(choices)}"
 
 
 def finite(what: str, value: float) -> float:

@@ -154,9 +154,7 @@ def _drawn(table: Table, rows: int) -> str:
         )
     for row in shown:
         grid.add_row(*(Text(_cell(cell, most)) for cell in row))
-    console = Console(
-        file=io.StringIO(), width=COLUMNS, color_system=None, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), width=COLUMNS, color_system=None, legacy_windows=False)
     with console.capture() as captured:
         console.print(Text(_clean(table.title), style="bold"))
         console.print(grid)

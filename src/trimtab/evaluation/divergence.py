@@ -7,6 +7,7 @@ the answer: positions are aligned from the end. The token that would end the ans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models.probe import text_config
 from trimtab.passes.fan import Fan
 from trimtab.results.intervals import ratio_bootstrap
+from trimtab.results.quantiles import quantile
 
 if TYPE_CHECKING:
     from trimtab.models.chat import Encoded, Prompt
@@ -65,20 +67,12 @@ def summarize(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
             advice="give prompts that the unsteered model answers, and at least one new token",
         )
     pooled = torch.cat(used)
-    if bool(torch.isinf(pooled).any()):
-        # a token that the steered model gives no probability at all: infinite, and honest to say so
-        return Divergence(
-            float("inf"),
-            percentile_95(pooled),
-            float("inf"),
-            float("inf"),
-            len(used),
-            pooled.numel(),
-        )
-    low, high = ratio_bootstrap([v.sum().item() for v in used], [v.numel() for v in used], seed)
-    return Divergence(
-        pooled.mean().item(), percentile_95(pooled), max(low, 0.0), high, len(used), pooled.numel()
-    )
+    mean = low = high = math.inf  # where the steered model gives some token no probability at all
+    if not bool(pooled.isinf().any()):
+        mean = pooled.mean().item()
+        low, high = ratio_bootstrap([v.sum().item() for v in used], [v.numel() for v in used], seed)
+    p95 = quantile(pooled.sort().values, 0.95)
+    return Divergence(mean, p95, max(low, 0.0), high, len(used), pooled.numel())
 
 
 def answer_kl(
@@ -269,16 +263,6 @@ def token_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
     device = terms.device if terms.device.type != "mps" else torch.device("cpu")  # no float64 there
     return terms.to(device).sum(dim=-1, dtype=torch.float64).clamp_min(0).cpu()
-
-
-def percentile_95(pooled: torch.Tensor) -> float:
-    """Return the 95th percentile of `[n]` values, interpolated; infinities are allowed."""
-    ordered = pooled.sort().values
-    place = 0.95 * (ordered.numel() - 1)
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, ordered.numel() - 1)]
-    weight = place - int(place)
-    # equal ends also where both are infinite, whose difference is not a number
-    return (low if weight == 0 or low == high else low + (high - low) * weight).item()
 
 
 def _vocabulary(lm: LanguageModel) -> int:

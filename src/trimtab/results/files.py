@@ -6,7 +6,8 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock
@@ -82,7 +83,7 @@ def staged(target: Path) -> Iterator[Path]:
 def remove_leftovers(target: Path) -> list[Path]:
     """Remove the half-made folders of killed runs for the same target; return them."""
     removed = []
-    for path in sorted(target.parent.glob(f".{_literal(target.name)}.*.partial")):
+    for path in sorted(target.parent.glob(f".{escape(target.name)}.*.partial")):
         lock = _lock(path)
         try:
             with lock:
@@ -99,11 +100,6 @@ def _lock(folder: Path) -> FileLock:
     return FileLock(f"{folder}.lock", blocking=False)
 
 
-def _literal(name: str) -> str:
-    """A name in which a pattern's characters mean themselves."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def _rename(building: Path, target: Path) -> None:
     try:
         os.rename(building, target)  # replaces an empty folder in one step where the system can
@@ -115,13 +111,9 @@ def _rename(building: Path, target: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Make names durable; not every system can open a folder."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -25,6 +25,7 @@ from trimtab.errors import TrimtabError
 from trimtab.results.tables import with_interval
 
 RESAMPLES = 2000
+TAIL = 0.025  # on either side of a 95 % interval
 
 
 class Interval(NamedTuple):
@@ -40,28 +41,20 @@ class Interval(NamedTuple):
         return with_interval(*self)
 
 
-def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the exact binomial interval of a rate, its coverage at least `level` at every rate.
-
-    Raises:
-        TrimtabError: when n is not positive, or successes or level lie outside their range.
-    """
-    _check_level(level)
+def clopper_pearson(successes: int, n: int) -> tuple[float, float]:
+    """Return the exact binomial interval of a rate, its coverage at least 95 % at every rate."""
     if n <= 0 or not 0 <= successes <= n:
         raise TrimtabError(
             asked="an interval of a rate",
             found=f"{successes} successes in {n} trials",
             advice="give at least one trial and between 0 and n successes",
         )
-    tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
-    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, TAIL))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - TAIL))
     return low, high
 
 
-def bootstrap(
-    values: Sequence[float] | torch.Tensor, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap(values: Sequence[float] | torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """Return a bootstrap interval of the mean of `values`, one value per prompt.
 
     One value says nothing about spread: its interval is (-inf, inf).
@@ -70,24 +63,15 @@ def bootstrap(
         TrimtabError: when there are no values, or some are not finite.
     """
     sample = _checked(values)
-    n = sample.shape[0]
-    if n == 1:
-        return -math.inf, math.inf
-    picks = torch.randint(0, n, (RESAMPLES, n), generator=_generator(seed))
-    return percentiles(sample[picks].mean(dim=1), n, level)
+    return ratio_bootstrap(sample, torch.ones_like(sample), seed)
 
 
 def paired_bootstrap(
     first: Sequence[float] | torch.Tensor,
     second: Sequence[float] | torch.Tensor,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Return an interval of mean(first - second), shares of which value i has the same prompt.
-
-    Raises:
-        TrimtabError: when the two have different lengths.
-    """
+    """Return an interval of mean(first - second), shares of which value i has the same prompt."""
     a, b = _checked(first), _checked(second)
     if a.shape != b.shape:
         raise TrimtabError(
@@ -95,30 +79,29 @@ def paired_bootstrap(
             found=f"{a.shape[0]} values against {b.shape[0]}",
             advice="compare levers that answered the same prompts",
         )
-    return bounded_interval(a - b, -1.0, 1.0, seed, level)
+    return bounded_interval(a - b, -1.0, 1.0, seed)
 
 
 def ratio_bootstrap(
-    sums: Sequence[float], counts: Sequence[float], seed: int = 0, level: float = 0.95
+    sums: Sequence[float] | torch.Tensor, counts: Sequence[float] | torch.Tensor, seed: int = 0
 ) -> tuple[float, float]:
     """Return an interval of sum(sums) / sum(counts), whole prompts resampled.
 
     For per-token figures: tokens of one answer are not independent, so prompts are drawn, not
     tokens.
     """
-    numerator, denominator = _checked(sums), _checked([float(c) for c in counts])
+    numerator, denominator = _checked(sums), _checked(counts)
     n = numerator.shape[0]
     if n == 1:
         return -math.inf, math.inf
-    picks = torch.randint(0, n, (RESAMPLES, n), generator=_generator(seed))
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(0, n, (RESAMPLES, n), generator=generator)
     totals = denominator[picks].sum(dim=1)
     ratios = numerator[picks].sum(dim=1)[totals > 0] / totals[totals > 0]
-    return percentiles(ratios, n, level)
+    return percentiles(ratios, n)
 
 
-def two_way_bootstrap(
-    grid: torch.Tensor, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def two_way_bootstrap(grid: torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """Return an interval of the mean of `grid` [repeats, prompts], resampling both axes.
 
     For nulls: other random directions and other prompts could both have been drawn (the pigeonhole
@@ -127,19 +110,17 @@ def two_way_bootstrap(
     repeats, n = grid.shape
     values = _checked(grid.flatten()).reshape(repeats, n)
     if n == 1 or bool((values == values[0, 0]).all()):
-        return _identical(values.mean().item(), n, 0.0, 1.0, level)
-    generator = _generator(seed)
+        return _identical(values.mean().item(), n, 0.0, 1.0)
+    generator = torch.Generator().manual_seed(seed)
     means = torch.empty(RESAMPLES, dtype=torch.float64)
     for i in range(RESAMPLES):
         rows = torch.randint(0, repeats, (repeats,), generator=generator)
         columns = torch.randint(0, n, (n,), generator=generator)
         means[i] = values[rows][:, columns].mean()
-    return _clip(percentiles(means, n, level), 0.0, 1.0)
+    return _clip(percentiles(means, n), 0.0, 1.0)
 
 
-def share_interval(
-    values: Sequence[float] | torch.Tensor, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def share_interval(values: Sequence[float] | torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """Return the interval of a mean of shares in [0, 1]: exact if all are 0 or 1, else bootstrap.
 
     Raises:
@@ -153,23 +134,22 @@ def share_interval(
             advice="judges and coherence scorers must return numbers from 0 to 1",
         )
     if bool(((sample == 0) | (sample == 1)).all()):
-        return clopper_pearson(int(sample.sum()), sample.shape[0], level)
-    return bounded_interval(sample, 0.0, 1.0, seed, level)
+        return clopper_pearson(int(sample.sum()), sample.shape[0])
+    return bounded_interval(sample, 0.0, 1.0, seed)
 
 
 def bounded_interval(
-    sample: torch.Tensor, least: float, most: float, seed: int = 0, level: float = 0.95
+    sample: torch.Tensor, least: float, most: float, seed: int = 0
 ) -> tuple[float, float]:
     """Return a bootstrap interval of the mean of values in [least, most], never of zero width."""
     if bool((sample == sample[0]).all()):
-        return _identical(sample[0].item(), sample.shape[0], least, most, level)
-    return _clip(bootstrap(sample, seed, level), least, most)
+        return _identical(sample[0].item(), sample.shape[0], least, most)
+    return _clip(bootstrap(sample, seed), least, most)
 
 
-def percentiles(means: torch.Tensor, n: int, level: float) -> tuple[float, float]:
+def percentiles(means: torch.Tensor, n: int) -> tuple[float, float]:
     """Read an interval from resampled means, levels widened for n prompts (module docstring)."""
-    _check_level(level)
-    student = float(stdtrit(n - 1, (1 + level) / 2))
+    student = float(stdtrit(n - 1, 1 - TAIL))
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student)
     bounds = torch.quantile(means.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return bounds[0].item(), bounds[1].item()
@@ -203,20 +183,13 @@ def spearman(
     return float(spearmanr(a.numpy(), b.numpy()).statistic)  # pyright: ignore
 
 
-def _identical(
-    value: float, n: int, least: float, most: float, level: float
-) -> tuple[float, float]:
-    _check_level(level)
-    differing = 1 - ((1 - level) / 2) ** (1 / n)
+def _identical(value: float, n: int, least: float, most: float) -> tuple[float, float]:
+    differing = 1 - TAIL ** (1 / n)
     return value - differing * (value - least), value + differing * (most - value)
 
 
 def _clip(bounds: tuple[float, float], least: float, most: float) -> tuple[float, float]:
     return max(bounds[0], least), min(bounds[1], most)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _checked(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
@@ -228,12 +201,3 @@ def _checked(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
             advice="measure at least one prompt, and look at the row that gave NaN or infinity",
         )
     return sample
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise TrimtabError(
-            asked=f"an interval at level {level}",
-            found="a level outside (0, 1)",
-            advice="0.95 is usual",
-        )

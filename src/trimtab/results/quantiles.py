@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.results.intervals import bootstrap, share_interval
+from trimtab.results.intervals import TAIL, bootstrap, share_interval
 from trimtab.results.tables import with_interval
-
-TAIL = 0.025  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def quantiles(values: Tensor, seed: int = 0) -> Quantiles:
     if bool(ordered.isfinite().all()):
         mean = float(ordered.mean())
         low, high = bootstrap(ordered, seed)
-    p5, p25, median, p75, p95 = (_at(ordered, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95))
+    p5, p25, median, p75, p95 = (quantile(ordered, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95))
     median_low, median_high = median_interval(ordered)
     return Quantiles(n, mean, low, high, p5, p25, median, median_low, median_high, p75, p95)
 
@@ -113,7 +111,8 @@ def median_interval(ordered: Tensor) -> tuple[float, float]:
     return float(ordered[k - 1]), float(ordered[n - k])
 
 
-def _at(ordered: Tensor, share: float) -> float:
+def quantile(ordered: Tensor, share: float) -> float:
+    """Return a quantile of sorted `[n]` values, interpolated; infinities are allowed."""
     place = share * (ordered.numel() - 1)
     low = ordered[math.floor(place)]
     high = ordered[math.ceil(place)]

@@ -30,8 +30,35 @@ ABSENT = "–"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+class Printable:
+    """Mixin for results: give it `table()`, get the renderings, a dict and a JSON file."""
+
+    def table(self) -> Table:
+        """Return the table that stands for this result."""
+        raise NotImplementedError
+
+    def __rich__(self) -> RichTable:
+        return self.table().__rich__()
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as plain JSON-able values; NaN and infinities become None."""
+        plain = to_plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result as JSON, atomically, and return the path."""
+        return write_json(path, self.to_dict())
+
+
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Printable):
     """A titled grid of strings with notes underneath, e.g. why a column is empty."""
 
     title: str
@@ -64,13 +91,8 @@ class Table:
             table.add_row(*(Text(clean(cell)) for cell in row))
         return table
 
-    def __str__(self) -> str:
-        """Render as plain characters."""
-        return self.to_text()
-
-    def _repr_html_(self) -> str:
-        """Render for a notebook, everything escaped."""
-        return self.to_html()
+    def table(self) -> Table:
+        return self
 
     def to_text(self, width: int = 120) -> str:
         """Render as plain characters, `width` columns wide."""
@@ -91,40 +113,6 @@ class Table:
             f"<table><caption>{escape(self.title)}</caption>"
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
         )
-
-
-class Printable:
-    """Mixin for results: give it `table()`, get the renderings, a dict and a JSON file."""
-
-    def table(self) -> Table:
-        """Return the table that stands for this result."""
-        raise TrimtabError(
-            asked=f"the table of a {type(self).__name__}",
-            found="a result class without table()",
-            advice="define table() in the class",
-        )
-
-    def __rich__(self) -> RichTable:
-        """Render for a rich console."""
-        return self.table().__rich__()
-
-    def __str__(self) -> str:
-        """Render as plain text."""
-        return self.table().to_text()
-
-    def _repr_html_(self) -> str:
-        """Render for a notebook, everything escaped."""
-        return self.table().to_html()
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the result as plain JSON-able values; NaN and infinities become None."""
-        plain = to_plain(self)
-        assert isinstance(plain, dict)
-        return plain
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result as JSON, atomically, and return the path."""
-        return write_json(path, self.to_dict())
 
 
 def to_plain(value: object) -> object:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trimtab.evaluation.divergence import percentile_95
 from trimtab.models.capture import capture
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
+from trimtab.results.quantiles import quantile
 from trimtab.steering.vector import VectorSteering
 
 
@@ -69,5 +69,5 @@ def scale_of(
     found = [p for prompt, answer in pairs for _, p in projections(lm, vector, prompt, answer)]
     values = torch.tensor(found or [0.0], dtype=torch.float64)
     center = float(values.median())
-    width = percentile_95((values - center).abs())
+    width = quantile((values - center).abs().sort().values, 0.95)
     return Scale(center, width or 1.0)
