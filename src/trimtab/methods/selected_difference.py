@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -113,11 +113,8 @@ def selected_difference(
     contrast = contrasts[best.position]
     difference = contrast.difference(best.layer)
     found = contrast.found({best.layer: difference})
-    return Found(
-        vectors=found.vectors,
-        read_at=found.read_at,
-        class_gaps=found.class_gaps,
-        spreads=found.spreads,
+    return replace(
+        found,
         strength=float(difference.norm()) / task.norms.scales[best.layer],
         details={
             "selected": asdict(best),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.methods.recipe import Recipe
 from trimtab.methods.registry import Task
 from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded
@@ -21,34 +22,15 @@ from trimtab.steering.hooks import Edit, steered
 REFERENCE_TOKENS = 64  # kept per position of the unsteered distribution; the rest is one lump
 
 
-class Objective(Protocol):
-    """What training lowers, as a function of how likely whole answers are."""
-
-    @property
-    def compares(self) -> bool:
-        """Whether answers count together, so that no answer's gradient is known without the others."""
-        ...
-
-    def __call__(self, log_p: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Return the loss of one sign's step.
-
-        Args:
-            log_p: summed log-probability of each answer, `[answers]`: the wanted ones that were
-                chosen, then the unwanted ones of the same requests where there are any.
-            tokens: how many tokens each has, `[answers]`.
-            chosen: the places of the wanted answers in `Rows.wanted`.
-        """
-        ...
+# The loss of one sign's step, from the summed log-probability of each answer, `[answers]` (the
+# chosen wanted ones, then the unwanted ones of the same requests where there are any), how many
+# tokens each has, `[answers]`, and the places of the chosen ones in `Rows.wanted`.
+Objective: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
-class Likelihood:
+def likelihood(log_p: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
     """The next-token objective: mean -log p over all tokens of the wanted answers."""
-
-    compares = False
-
-    def __call__(self, log_p: Tensor, tokens: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Return the mean loss per token."""
-        return -log_p.sum() / tokens.sum()
+    return -log_p.sum() / tokens.sum()
 
 
 @dataclass(frozen=True)
@@ -60,13 +42,13 @@ class Rows:
         wanted: answers that should become likely.
         kept: answers along which nothing should change.
         objective: what makes the wanted answers likely.
-        unwanted: for an objective that reads them, an answer to the request of each wanted one.
+        unwanted: for an objective that compares, an answer to the request of each wanted one.
     """
 
     sign: int
     wanted: tuple[Encoded, ...]
     kept: tuple[Encoded, ...]
-    objective: Objective = Likelihood()
+    objective: Objective = likelihood
     unwanted: tuple[Encoded, ...] = ()
 
     def answers(self, chosen: Sequence[int]) -> list[Encoded]:
@@ -94,23 +76,15 @@ class Trainer:
         self.site = Site(task.site, layer)
         self.references = {rows.sign: self._read_references(rows.kept) for rows in sides}
 
-    def train(
-        self,
-        first: Tensor,
-        steps: int,
-        batch_size: int,
-        learning_rate: float,
-        strengths: tuple[float, float],
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Return w after `steps` of Adam with linear decay, `[d_model]`."""
+    def train(self, first: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+        """Return w after the steps of Adam with linear decay, `[d_model]`."""
         w = first.clone().requires_grad_(True)
-        share = max(1, batch_size // len(self.sides))
+        share = max(1, recipe.batch_size // len(self.sides))
         orders = [
             (_endless(len(r.wanted), generator), _endless(len(r.kept), generator))
             for r in self.sides
         ]
-        low, high = strengths
+        low, high = recipe.strengths
 
         def gradients(step: int) -> list[Tensor]:
             total = torch.zeros_like(w)
@@ -126,8 +100,8 @@ class Trainer:
             [w],
             gradients,
             what=f"a vector trained at {self.site}",
-            steps=steps,
-            learning_rate=learning_rate,
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
             progress=self.task.progress,
         )
         return w.detach()
@@ -164,7 +138,8 @@ class Trainer:
         kept_tokens = max(1, int(tokens[n:].sum()))
         pieces = list(self.task.lm.batches(encoded))
         known = torch.zeros(n)
-        if rows.objective.compares and len(pieces) > 1:
+        # Where answers are compared, none has a gradient that is known without the others.
+        if rows.unwanted and len(pieces) > 1:
             with torch.no_grad(), self._steered(w, signed):
                 known = log_likelihoods(self.task.lm, encoded)[:n]
         gradient = torch.zeros_like(w)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from trimtab.behaviors.behavior import Example
 from trimtab.behaviors.parts import examples_at
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.judges import Judge, Verdict
 from trimtab.methods.registry import Task
 from trimtab.models.chat import Encoded, Prompt
 from trimtab.steering.prompt import PromptSteering
@@ -18,16 +19,6 @@ SOURCES = ("auto", "prompted", "paired")
 # A greedy answer is generated a little longer than it is trained on, so that an answer that was cut
 # off is never followed by a wrong end-of-turn token within the trained part.
 SLACK = 8
-
-
-class _Verdict(Protocol):
-    @property
-    def toward(self) -> float: ...
-    @property
-    def away(self) -> float: ...
-
-
-Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[_Verdict]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,7 @@ def _given(completions: Sequence[Any]) -> dict[str, str]:
     return {example.key: str(example.completion) for example in examples}
 
 
-def _shows(verdict: _Verdict, sign: int) -> bool:
+def _shows(verdict: Verdict, sign: int) -> bool:
     wanted, other = (verdict.toward, verdict.away)[:: 1 if sign > 0 else -1]
     return wanted >= 0.5 and wanted > other
 
