@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from trimtab.behaviors import built_in_names
 from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout
-from trimtab.behaviors.file import built_in_names, load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "polite.yaml"
@@ -194,6 +196,15 @@ def test_every_built_in_behavior_loads_and_splits() -> None:
         assert not train & {e.key for e in made.split().test.toward}
 
 
+def test_a_file_takes_what_the_constructor_takes(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("toward: [a]\naway: [b]\njudge: readout\nname: null\n")
+    made = load_behavior(path)
+    assert made == Behavior("short", ["a"], ["b"], judge="readout")
+    with pytest.raises(ValidationError, match="frozen"):
+        made.name = "long"
+
+
 def test_bare_words_are_text(tmp_path: Path) -> None:
     path = tmp_path / "words.yaml"
     path.write_text(
@@ -221,7 +232,6 @@ BAD_YAML = [
     ("toward: [a]\naway: [c, a]\n", 2, "also toward"),
     ("toward: [a, b]\naway: [b, a]\n", 2, "same examples"),
     ("toward: [a]\naway: [b]\nreadout: {toward: [x], from: [y]}\n", 3, "toward, away"),
-    ("toward: [a]\naway: [b]\njudge: phrases\n", 3, "kind"),
     ("toward: [a]\naway: [b]\njudge: {rule: x}\n", 3, "kind"),
     ("toward: [a]\naway: [b]\npaired: maybe\n", 3, "true or false"),
     ("toward: [a]\naway: [b]\nname: 3\n", 3, "quotes"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.behaviors.file import built_in_names
+from trimtab.behaviors import built_in_names
 
 SHELLS = {
     "bash": lambda line: {"COMP_WORDS": line, "COMP_CWORD": str(len((line + "x").split()) - 1)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import operator
@@ -12,7 +11,7 @@ from typing import Any, SupportsIndex, cast
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, nearest
 
 UNIT_TOLERANCE = 1e-4  # how far |c| may be from 1, e.g. after a trip through half precision
 
@@ -40,14 +39,6 @@ def choice(what: str, given: object, choices: Sequence[str]) -> None:
             found=f"no such {what}",
             advice=nearest(str(given), choices),
         )
-
-
-def nearest(given: str, choices: Sequence[str]) -> str:
-    """Return the advice for a name that is not there: the closest one, and all of them."""
-    close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
-    return (
-        f"did you mean {close[0]!r}? " if close else ""
-    ) + f"choose one of: {', '.join(choices)}"
 
 
 def finite(what: str, value: float) -> float:

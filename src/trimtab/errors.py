@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 
@@ -26,6 +28,14 @@ class TrimtabError(Exception):
     def __str__(self) -> str:
         """Three short lines."""
         return f"{self.asked}\n  found: {self.found}\n  advice: {self.advice}"
+
+
+def nearest(given: str, choices: Sequence[str]) -> str:
+    """Return the advice for a name that is not there: the closest one, and all of them."""
+    close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
+    return (
+        f"did you mean {close[0]!r}? " if close else ""
+    ) + f"choose one of: {', '.join(choices)}"
 
 
 def extra(module: str, name: str) -> ModuleType:

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationInfo
 
 from trimtab.behaviors.parts import (
     BehaviorError,
@@ -22,18 +24,75 @@ from trimtab.behaviors.parts import (
 )
 from trimtab.behaviors.split import EXAMPLE_LISTS, NAMES, split
 from trimtab.errors import TrimtabError
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Message
+from trimtab.models.chat import Message
 
 __all__ = ["Behavior", "BehaviorError", "Example", "JudgeSpec", "Readout", "Splits"]
 
-Listed: TypeAlias = "Iterable[Example | str | Sequence[Message] | Mapping[str, Any]]"
+Listed: TypeAlias = Iterable[Example | str | Sequence[Message] | Mapping[str, Any]]
 
 
-@dataclass(frozen=True, init=False)
-class Behavior:
+def _name(given: object) -> str:
+    return text_at(given, ("name",)).strip()
+
+
+def _description(given: object) -> str:
+    if not isinstance(given, str):
+        refuse(("description",), shown(given), "give text")
+    return given
+
+
+def _prompt(given: object, info: ValidationInfo) -> str | None:
+    return None if given is None else text_at(given, (str(info.field_name),))
+
+
+def _examples(given: object, info: ValidationInfo) -> tuple[Example, ...]:
+    return examples_at(given, str(info.field_name))
+
+
+def _side(given: object, info: ValidationInfo) -> tuple[Example, ...]:
+    side = _examples(given, info)
+    if not side:
+        refuse((str(info.field_name),), "an empty list", "give prompts on both sides")
+    toward = {(e.key, e.completion) for e in info.data.get("toward", ())}
+    for i, example in enumerate(side):
+        if (example.key, example.completion) in toward:
+            same = toward == {(e.key, e.completion) for e in side}
+            refuse(
+                ("away",) if same else ("away", i),
+                "the same examples on both sides" if same else "an example that is also toward",
+                "a contrast needs two different sides; leave each example on one of them",
+            )
+    return side
+
+
+def _spec(given: object, info: ValidationInfo) -> JudgeSpec | None:
+    return spec_at(given, str(info.field_name))
+
+
+def _paired(given: object, info: ValidationInfo) -> bool:
+    toward, away = (len(info.data.get(side, ())) for side in ("toward", "away"))
+    if given is not None and not isinstance(given, bool):
+        refuse(("paired",), shown(given), "give true or false")
+    if given and toward != away:
+        refuse(
+            ("paired",),
+            f"{toward} toward and {away} away",
+            "give one away example for each toward example, or leave `paired` out",
+        )
+    return toward == away if given is None else given
+
+
+Side = Annotated[tuple[Example, ...], PlainValidator(_side)]
+Examples = Annotated[tuple[Example, ...], PlainValidator(_examples)]
+Spec = Annotated[JudgeSpec | None, PlainValidator(_spec)]
+Prompted = Annotated[str | None, PlainValidator(_prompt)]
+
+
+class Behavior(BaseModel):
     """What is to change: prompts that show it (`toward`) and prompts that do not (`away`).
+
+    Prompts are given as strings (a user turn each), message lists, `{"prompt", "completion"}` dicts
+    or Examples; a judge as a JudgeSpec, a kind, or `{"kind": ..., option: value}`.
 
     Attributes:
         name: short name, used in tables and file names.
@@ -41,27 +100,36 @@ class Behavior:
         away: prompts whose answers show the opposite, or simply not the behavior.
         description: one sentence for readers.
         neutral: prompts that have nothing to do with it; spill is measured on them.
-        requests: plain requests that call for neither side, for behaviors whose `away` prompts
-            demand the opposite in so many words.
-        readout: words whose log-odds at the first answer position tell the sides apart.
-        judge: what scores answers; coherence: what scores their soundness.
+        readout: words whose log-odds at the first answer position tell the sides apart: a Readout
+            or `{"toward": [...], "away": [...]}`.
+        judge: what scores answers.
+        coherence: what scores their soundness.
         prompt_toward: a system prompt that asks for the behavior: the plain-prompt baseline.
         prompt_away: a system prompt that asks for the opposite.
-        paired: whether `toward[i]` and `away[i]` belong together.
+        paired: whether `toward[i]` and `away[i]` belong together; by default when the sides are
+            equally long.
+        requests: plain requests that call for neither side, for behaviors whose `away` prompts
+            demand the opposite in so many words.
+
+    Raises:
+        TrimtabError: an empty side, an example on both sides, something that is not text, or
+            `paired` with sides of different lengths.
     """
 
-    name: str
-    toward: tuple[Example, ...]
-    away: tuple[Example, ...]
-    description: str
-    neutral: tuple[Example, ...]
-    requests: tuple[Example, ...]
-    readout: Readout | None
-    judge: JudgeSpec | None
-    coherence: JudgeSpec | None
-    prompt_toward: str | None
-    prompt_away: str | None
-    paired: bool
+    model_config = ConfigDict(frozen=True)
+
+    name: Annotated[str, PlainValidator(_name)]
+    toward: Side
+    away: Side
+    description: Annotated[str, PlainValidator(_description)]
+    neutral: Examples
+    readout: Annotated[Readout | None, PlainValidator(readout_at)]
+    judge: Spec
+    coherence: Spec
+    prompt_toward: Prompted
+    prompt_away: Prompted
+    paired: Annotated[bool, PlainValidator(_paired)]
+    requests: Examples
 
     def __init__(
         self,
@@ -78,69 +146,9 @@ class Behavior:
         paired: bool | None = None,
         requests: Listed = (),
     ) -> None:
-        """Coerce plain values to their types and check them.
-
-        Args:
-            name: short name.
-            toward: strings (a user turn each), message lists, `{"prompt", "completion"}` dicts or
-                Examples.
-            away: the other side.
-            description: one sentence.
-            neutral: prompts that have nothing to do with the behavior.
-            readout: a Readout or `{"toward": [...], "away": [...]}`.
-            judge: a JudgeSpec, a kind, or `{"kind": ..., option: value}`.
-            coherence: the same for the coherence scorer.
-            prompt_toward: system prompt that asks for the behavior.
-            prompt_away: system prompt that asks for the opposite.
-            paired: `toward[i]` belongs to `away[i]`; by default when the sides are equally long.
-            requests: plain requests that call for neither side.
-
-        Raises:
-            TrimtabError: an empty side, an example on both sides, something that is not text, or
-                `paired` with sides of different lengths.
-        """
-        put = object.__setattr__  # the class is frozen
-        put(self, "name", text_at(name, ("name",)).strip())
-        if not isinstance(description, str):
-            refuse(("description",), shown(description), "give text")
-        put(self, "description", description)
-        for field, listed in (("toward", toward), ("away", away)):
-            put(self, field, examples_at(listed, field))
-            if not getattr(self, field):
-                refuse((field,), "an empty list", "give prompts on both sides")
-        put(self, "neutral", examples_at(neutral, "neutral"))
-        put(self, "requests", examples_at(requests, "requests"))
-        put(self, "readout", readout_at(readout))
-        put(self, "judge", spec_at(judge, "judge"))
-        put(self, "coherence", spec_at(coherence, "coherence"))
-        for field, text in (("prompt_toward", prompt_toward), ("prompt_away", prompt_away)):
-            put(self, field, None if text is None else text_at(text, (field,)))
-        self._check_sides(paired)
-
-    def _check_sides(self, paired: bool | None) -> None:
-        equal = len(self.toward) == len(self.away)
-        if paired is not None and not isinstance(paired, bool):
-            refuse(("paired",), shown(paired), "give true or false")
-        if paired and not equal:
-            refuse(
-                ("paired",),
-                f"{len(self.toward)} toward and {len(self.away)} away",
-                "give one away example for each toward example, or leave `paired` out",
-            )
-        object.__setattr__(self, "paired", equal if paired is None else paired)
-        toward = {(e.key, e.completion) for e in self.toward}
-        for i, example in enumerate(self.away):
-            if (example.key, example.completion) in toward:
-                same = toward == {(e.key, e.completion) for e in self.away}
-                refuse(
-                    ("away",) if same else ("away", i),
-                    "the same examples on both sides" if same else "an example that is also toward",
-                    "a contrast needs two different sides; leave each example on one of them",
-                )
-
-    def __hash__(self) -> int:
-        """Equal behaviors have equal content."""
-        return hash(self.data_hash)
+        # Spelled out because fields hold less than they are made from, and may be given by position.
+        given = locals()
+        super().__init__(**{field: given[field] for field in type(self).model_fields})
 
     @property
     def data_hash(self) -> str:
@@ -176,21 +184,10 @@ class Behavior:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able values; `Behavior(**d)` gives an equal behavior back."""
-        return {
-            "name": self.name,
-            "description": self.description,
-            "toward": [e.to_dict() for e in self.toward],
-            "away": [e.to_dict() for e in self.away],
-            "neutral": [e.to_dict() for e in self.neutral],
-            "requests": [e.to_dict() for e in self.requests],
-            "readout": self.readout
-            and {"toward": list(self.readout.toward), "away": list(self.readout.away)},
-            "judge": self.judge and self.judge.to_dict(),
-            "coherence": self.coherence and self.coherence.to_dict(),
-            "prompt_toward": self.prompt_toward,
-            "prompt_away": self.prompt_away,
-            "paired": self.paired,
-        }
+        plain = dict(self)
+        for field in ("readout", "judge", "coherence"):
+            plain[field] = plain[field] and plain[field].to_dict()
+        return plain | {field: [e.to_dict() for e in plain[field]] for field in EXAMPLE_LISTS}
 
     def __repr__(self) -> str:
         """Name and sizes: the prompts themselves would fill the screen."""
@@ -199,6 +196,8 @@ class Behavior:
             f"Behavior({self.name!r}: {len(self.toward)} toward, {len(self.away)} away ({pairs}), "
             f"{len(self.neutral)} neutral)"
         )
+
+    __str__ = __repr__
 
 
 @dataclass(frozen=True)

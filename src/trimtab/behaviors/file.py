@@ -4,49 +4,15 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
-
+from trimtab.behaviors import BUILT_IN, built_in_names
 from trimtab.behaviors.behavior import Behavior
 from trimtab.behaviors.jsonl import read_jsonl
-from trimtab.behaviors.located import Located, nearest, read_text, refuse_at
-from trimtab.behaviors.parts import BehaviorError, Location, describe
+from trimtab.behaviors.located import Located, read_text, refuse_at, refuse_in
+from trimtab.behaviors.parts import BehaviorError
+from trimtab.behaviors.split import SIDES
 from trimtab.behaviors.yaml import read_yaml
-from trimtab.errors import TrimtabError
-
-BUILT_IN = Path(__file__).parent.parent / "harbor" / "behaviors"  # plain data: nothing is imported
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Readout(_Strict):
-    toward: list[StrictStr]
-    away: list[StrictStr]
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="allow")  # a judge's options are its own
-    kind: StrictStr
-
-
-class _Content(_Strict):
-    """The keys of a behavior file; prompts are checked when the Behavior is built."""
-
-    name: StrictStr | None = None
-    description: StrictStr = ""
-    toward: list[Any] = Field(default=...)
-    away: list[Any] = Field(default=...)
-    neutral: list[Any] = []
-    requests: list[Any] = []
-    readout: _Readout | None = None
-    judge: _Spec | None = None
-    coherence: _Spec | None = None
-    prompt_toward: StrictStr | None = None
-    prompt_away: StrictStr | None = None
-    paired: StrictBool | None = None
+from trimtab.errors import TrimtabError, nearest
 
 
 def load_behavior(name_or_path: str | PathLike[str]) -> Behavior:
@@ -65,11 +31,6 @@ def load_behavior(name_or_path: str | PathLike[str]) -> Behavior:
     reader = read_jsonl if path.suffix == ".jsonl" else read_yaml
     located = reader(read_text(path), path)
     return _build(located, path)
-
-
-def built_in_names() -> list[str]:
-    """Return the names of the built-in behaviors."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
 
 
 def _find(name_or_path: str | PathLike[str]) -> Path:
@@ -96,46 +57,18 @@ def _build(located: Located, path: Path) -> Behavior:
     if not isinstance(located.content, dict):
         found = f"a {type(located.content).__name__} where keys and values were expected"
         raise refuse_at(path, 1, found, "start with name:, toward: and away:")
+    content = dict(located.content)
+    for key in content:  # first: an unknown one is often the reason why another one is missing
+        if key not in Behavior.model_fields:
+            advice = nearest(key, list(Behavior.model_fields))
+            raise refuse_at(path, located.line((key,)), f"unknown key {key!r}", advice)
+    for side in SIDES:
+        if side not in content:
+            advice = "give both toward: and away:, each a list"
+            raise refuse_at(path, located.line(()), f"no {side!r}", advice)
+    if content.get("name") is None:
+        content["name"] = path.stem
     try:
-        content = _Content.model_validate(located.content)
-    except ValidationError as error:
-        raise _first(error, located, path) from error
-    values = content.model_dump(exclude_unset=True)
-    try:
-        return Behavior(**{**values, "name": content.name or path.stem})
+        return Behavior(**content)
     except BehaviorError as error:
-        line = located.line(error.location)
-        found = f"{describe(error.location)}: {error.found}"
-        raise refuse_at(path, line, found, error.advice) from error
-
-
-def _first(error: ValidationError, located: Located, path: Path) -> TrimtabError:
-    """Turn pydantic's complaint that helps most into one in our words, with its line.
-
-    An unknown key comes first: it is often the reason why another one is missing.
-    """
-    problems = sorted(
-        error.errors(),
-        key=lambda e: (e["type"] != "extra_forbidden", located.line(tuple(e["loc"]))),
-    )
-    problem, more = problems[0], len(problems) - 1
-    where: Location = tuple(problem["loc"])
-    key, kind, given = describe(where), problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        model = _Readout if where[0] == "readout" else _Content
-        found, advice = f"unknown key {key!r}", nearest(str(where[-1]), list(model.model_fields))
-    elif kind == "missing":
-        found, advice = f"no {key!r}", "give both toward: and away:, each a list"
-        advice = "name its kind: {kind: ...}" if where[-1] == "kind" else advice
-    else:
-        shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:57] + "..."
-        found = f"{key} is {shown}"
-        wants = {
-            "string_type": "text (put it in quotes)",
-            "list_type": "a list",
-            "bool_type": "true or false",
-            "model_type": "keys and values, e.g. {kind: ...}" if where[0] != "readout" else "",
-        }
-        advice = f"give {wants.get(kind) or '{toward: [words], away: [words]}'}"
-    also = f" (and {more} more)" if more else ""
-    return refuse_at(path, located.line(where), found + also, advice)
+        raise refuse_in(located, path, error) from error

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimtab.behaviors.located import Located, nearest, refuse_at
+from trimtab.behaviors.located import Located, refuse_at
 from trimtab.behaviors.parts import Location
+from trimtab.behaviors.split import EXAMPLE_LISTS
+from trimtab.errors import nearest
 
-_SIDES = ("toward", "away", "neutral", "requests")
-_SIDE_ADVICE = f"one of {', '.join(_SIDES)}"
 _KEYS = ("side", "prompt", "completion")
 
 
@@ -38,7 +38,7 @@ def read_jsonl(text: str, path: Path) -> Located:
             if len(item) > 1 or not isinstance(item["behavior"], dict):
                 advice = 'write {"behavior": {"name": ..., "judge": {...}}}'
                 raise refuse_at(path, number, "a behavior line that is not one object", advice)
-            for side in _SIDES:
+            for side in EXAMPLE_LISTS:
                 if side in item["behavior"]:
                     advice = f'give each example a line of its own: {{"side": "{side}", ...}}'
                     raise refuse_at(path, number, f"{side!r} in the behavior line", advice)
@@ -94,9 +94,9 @@ def _side(item: dict[str, Any], path: Path, number: int) -> str:
         if key not in _KEYS:
             raise refuse_at(path, number, f"unknown key {key!r}", nearest(key, _KEYS))
     if "side" not in item:
-        raise refuse_at(path, number, "an example without a side", f'give "side": {_SIDE_ADVICE}')
+        advice = f'give "side": one of {", ".join(EXAMPLE_LISTS)}'
+        raise refuse_at(path, number, "an example without a side", advice)
     side = item["side"]
-    if side not in _SIDES:
-        advice = nearest(side, _SIDES) if isinstance(side, str) else _SIDE_ADVICE
-        raise refuse_at(path, number, f"the side {side!r}", advice)
+    if side not in EXAMPLE_LISTS:
+        raise refuse_at(path, number, f"the side {side!r}", nearest(str(side), EXAMPLE_LISTS))
     return side

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.behaviors.parts import Location
+from trimtab.behaviors.parts import BehaviorError, Location, describe
 from trimtab.errors import TrimtabError
 
 
@@ -25,10 +24,10 @@ def refuse_at(path: Path, line: int, found: str, advice: str) -> TrimtabError:
     return TrimtabError(f"the file {path}", f"{path.name}:{line}: {found}", advice)
 
 
-def nearest(given: str, allowed: Sequence[str]) -> str:
-    """Return "did you mean ...? " when an allowed name is close, and all of them."""
-    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(allowed)}"
+def refuse_in(located: Located, path: Path, error: BehaviorError) -> TrimtabError:
+    """Return the error for what is wrong with a file's content, with its line."""
+    where = f"{describe(error.location)}: " if error.location else ""
+    return refuse_at(path, located.line(error.location), f"{where}{error.found}", error.advice)
 
 
 def read_text(path: Path, docs: str = "docs/behaviors.md") -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from trimtab.errors import TrimtabError
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Message, Prompt
+from trimtab.models.chat import Message, Prompt
 
 Location: TypeAlias = tuple[str | int, ...]
 _PROMPT_ADVICE = (
@@ -103,6 +101,10 @@ class Readout:
                     ("readout", "away", i), f"{word!r} on both sides", "leave it on one side only"
                 )
 
+    def to_dict(self) -> dict[str, list[str]]:
+        """Return the form that a file holds."""
+        return {"toward": list(self.toward), "away": list(self.away)}
+
 
 @dataclass(frozen=True)
 class JudgeSpec:
@@ -153,9 +155,7 @@ def prompt_at(value: object, location: Location) -> Prompt:
     for i, message in enumerate(value):
         if not isinstance(message, Mapping):
             refuse((*location, i), shown(message), _PROMPT_ADVICE)
-        for key in message:
-            if key not in ("role", "content"):
-                refuse((*location, i, str(key)), f"unknown key {key!r}", "allowed: role, content")
+        _only(message, ("role", "content"), (*location, i))
         for key in ("role", "content"):
             if key not in message:
                 refuse((*location, i), f"a message without {key}", _PROMPT_ADVICE)
@@ -171,6 +171,15 @@ def prompt_at(value: object, location: Location) -> Prompt:
     return tuple(messages)
 
 
+def _only(
+    given: Mapping[Any, Any], allowed: Sequence[str], location: Location, advice: str = ""
+) -> None:
+    for key in given:
+        if key not in allowed:
+            allows = advice or f"allowed: {', '.join(allowed)}"
+            refuse((*location, str(key)), f"unknown key {key!r}", allows)
+
+
 def examples_at(listed: object, field: str) -> tuple[Example, ...]:
     """Return the examples of a list in any of the forms allowed, or refuse."""
     if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
@@ -184,12 +193,8 @@ def example_at(item: object, location: Location) -> Example:
         return item
     if not isinstance(item, Mapping):
         return Example(prompt_at(item, location))
-    for key in item:
-        if key not in ("prompt", "completion"):
-            advice = "allowed: prompt, completion"
-            if key in ("role", "content"):
-                advice = "a conversation is a list of messages, also when it has only one"
-            refuse((*location, str(key)), f"unknown key {key!r}", advice)
+    one_message = "a conversation is a list of messages, also when it has only one"
+    _only(item, ("prompt", "completion"), location, one_message if "role" in item else "")
     if "prompt" not in item:
         refuse(location, "an example without a prompt", _PROMPT_ADVICE)
     prompt = prompt_at(item["prompt"], (*location, "prompt"))
@@ -203,7 +208,9 @@ def readout_at(given: object) -> Readout | None:
     """Return readout words given as a Readout or a dict, or refuse."""
     if given is None or isinstance(given, Readout):
         return given
-    if not isinstance(given, Mapping) or set(given) != {"toward", "away"}:
+    if isinstance(given, Mapping):
+        _only(given, ("toward", "away"), ("readout",))
+    if not isinstance(given, Mapping) or len(given) < 2:
         refuse(("readout",), shown(given), "give {toward: [words], away: [words]}")
     return Readout(given["toward"], given["away"])
 

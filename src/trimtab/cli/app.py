@@ -39,7 +39,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_behavior(incomplete: str) -> list[str]:
     """What a shell may make of the start of a behavior's name; files are its own to find."""
-    from trimtab.behaviors.file import built_in_names
+    from trimtab.behaviors import built_in_names
 
     return [name for name in built_in_names() if name.startswith(incomplete)]
 

@@ -9,8 +9,7 @@ from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
-from trimtab.checks import nearest
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, nearest
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -20,8 +20,9 @@ from gradio.themes import Default
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 
+from trimtab.behaviors import built_in_names
 from trimtab.behaviors.behavior import Behavior
-from trimtab.behaviors.file import built_in_names, load_behavior
+from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 from trimtab.methods import METHODS
 from trimtab.models.model import LanguageModel

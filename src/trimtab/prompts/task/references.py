@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 from trimtab.behaviors.behavior import Behavior
-from trimtab.behaviors.located import nearest, read_text
+from trimtab.behaviors.located import read_text
 from trimtab.behaviors.parts import JudgeSpec, spec_at, text_at
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.checks import choice
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, nearest
 from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.words import pieces
 from trimtab.results.tables import Printable, Table

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.behaviors.behavior import Behavior
-from trimtab.behaviors.located import Located, read_text, refuse_at
-from trimtab.behaviors.parts import BehaviorError, Example, describe, examples_at, shown
+from trimtab.behaviors.located import Located, read_text, refuse_in
+from trimtab.behaviors.parts import BehaviorError, Example, examples_at, shown
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import Prompt
@@ -134,9 +134,7 @@ def load_requests(name_or_path: str | PathLike[str], seed: int = 0) -> Requests:
     try:
         return _build(located.content, path, seed)
     except BehaviorError as error:
-        line = located.line(error.location)
-        where = f"{describe(error.location)}: " if error.location else ""
-        raise refuse_at(path, line, f"{where}{error.found}", error.advice) from error
+        raise refuse_in(located, path, error) from error
 
 
 def _line_of(lines: Sequence[tuple[int, str]], location: Sequence[str | int]) -> int:
