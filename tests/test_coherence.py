@@ -120,7 +120,7 @@ def test_a_registered_kind_is_found_with_its_options() -> None:
 def test_unknown_kinds_and_options_are_refused() -> None:
     with pytest.raises(TrimtabError, match="'nope'"):
         coherence_for(behavior(SimpleNamespace(kind="nope", options={})))
-    with pytest.raises(TrimtabError, match="without options"):
+    with pytest.raises(TrimtabError, match="options none"):
         coherence_for(behavior(SimpleNamespace(kind="text", options={"x": 1})))
 
 

@@ -12,7 +12,7 @@ import planted
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Measurement, measure
-from trimtab.evaluation.divergence import answer_kl, summarize
+from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import clopper_pearson, paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
@@ -49,7 +49,7 @@ def test_every_figure_of_a_vector_row_matches_a_computation_by_hand(lm: Language
         ([e.prompt for e in behavior.neutral], (row.spill, row.spill_p95)),
     ):
         own = lm.generate(prompts, max_new_tokens=TOKENS)
-        expected = summarize(answer_kl(lm, prompts, own, vector))
+        expected = summarize(Reference(lm, prompts, own).kl(vector))
         assert found == pytest.approx((expected.mean, expected.p95))
         assert expected.mean > 0
     assert row.damage_low < row.damage < row.damage_high
@@ -69,7 +69,7 @@ def test_the_away_side_is_the_mirror_image(lm: LanguageModel) -> None:
     assert row.score == 1.0
     away = [e.prompt for e in behavior.away]
     own = lm.generate(away, max_new_tokens=TOKENS)
-    expected = summarize(answer_kl(lm, away, own, vector))
+    expected = summarize(Reference(lm, away, own).kl(vector))
     assert row.damage == pytest.approx(expected.mean)
 
 

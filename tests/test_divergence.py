@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import divergence
-from trimtab.evaluation.divergence import Reference, answer_kl, summarize
+from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.steering.prompt import prompt
@@ -51,7 +52,7 @@ def test_kl_matches_plain_torch_on_every_row(architecture: str) -> None:
     c = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1))
     alpha = 1.5
     vector = VectorSteering.from_directions(lm, {1: c / c.norm()}, alpha=alpha)
-    measured = answer_kl(lm, PROMPTS, ANSWERS, vector)
+    measured = Reference(lm, PROMPTS, ANSWERS).kl(vector)
     for row, (text, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         encoded = lm.encode(text, completion=answer)
         before = log_probs(lm, encoded.ids)
@@ -74,21 +75,21 @@ def test_kl_matches_plain_torch_on_every_row(architecture: str) -> None:
 def test_strength_zero_diverges_by_exactly_nothing(
     lm: LanguageModel, vector: VectorSteering
 ) -> None:
-    for kl in answer_kl(lm, PROMPTS, ANSWERS, vector.at(0.0)):
+    for kl in Reference(lm, PROMPTS, ANSWERS).kl(vector.at(0.0)):
         assert torch.equal(kl, torch.zeros_like(kl))
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(lm: LanguageModel, vector: VectorSteering) -> None:
-    together = answer_kl(lm, PROMPTS, ANSWERS, vector)
+    together = Reference(lm, PROMPTS, ANSWERS).kl(vector)
     for i in range(3):
-        (alone,) = answer_kl(lm, PROMPTS[i : i + 1], ANSWERS[i : i + 1], vector)
+        (alone,) = Reference(lm, PROMPTS[i : i + 1], ANSWERS[i : i + 1]).kl(vector)
         torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_small_batches_and_no_cache_give_the_same(
     lm: LanguageModel, vector: VectorSteering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = answer_kl(lm, PROMPTS, ANSWERS, vector)
+    expected = Reference(lm, PROMPTS, ANSWERS).kl(vector)
     monkeypatch.setattr(divergence, "CACHE_BYTES", 0)
     reference = Reference(lm, PROMPTS, ANSWERS)
     reference.max_tokens = 1  # every row is a batch of its own
@@ -141,14 +142,15 @@ def test_a_large_vocabulary_makes_batches_small(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Reference(lm, PROMPTS, ANSWERS).max_tokens == 8192
-    monkeypatch.setattr(divergence, "_vocabulary", lambda lm: 150_000)
+    large = SimpleNamespace(vocab_size=150_000)
+    monkeypatch.setattr(divergence, "text_config", lambda model: large)
     big = Reference(lm, PROMPTS, ANSWERS)
     assert big.max_tokens * 150_000 * 4 <= 2**28
 
 
 def test_a_prompt_lever_changes_the_context_and_not_the_answer(lm: LanguageModel) -> None:
     lever = prompt("Talk only about cats.")
-    measured = answer_kl(lm, PROMPTS, ANSWERS, lever)
+    measured = Reference(lm, PROMPTS, ANSWERS).kl(lever)
     for row, (text, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         own = lm.encode(text, completion=answer)
         with lever.on(lm):
@@ -159,7 +161,7 @@ def test_a_prompt_lever_changes_the_context_and_not_the_answer(lm: LanguageModel
         after = log_probs(lm, there.ids)[there.prompt_length - 1 : -1]
         torch.testing.assert_close(measured[row], plain_kl(before, after), rtol=1e-4, atol=1e-6)
     assert lm.system is None
-    off = answer_kl(lm, PROMPTS, ANSWERS, lever.at(0))
+    off = Reference(lm, PROMPTS, ANSWERS).kl(lever.at(0))
     assert all(float(kl.sum()) == 0 for kl in off)
 
 
@@ -195,9 +197,9 @@ def test_an_answer_tokenized_otherwise_behind_another_prompt_keeps_its_tokens(
 
 def test_a_checkpoint_is_compared_like_a_lever(lm: LanguageModel) -> None:
     same = LanguageModel(copy.deepcopy(lm.model), lm.tokenizer)
-    assert all(float(kl.sum()) == 0 for kl in answer_kl(lm, PROMPTS, ANSWERS, other=same))
+    assert all(float(kl.sum()) == 0 for kl in Reference(lm, PROMPTS, ANSWERS).kl(other=same))
     other = tiny.language_model("llama", seed=5)
-    measured = answer_kl(lm, PROMPTS, ANSWERS, other=other)
+    measured = Reference(lm, PROMPTS, ANSWERS).kl(other=other)
     encoded = lm.encode(PROMPTS[1], completion=ANSWERS[1])
     window = slice(encoded.prompt_length - 1, -1)
     expected = plain_kl(log_probs(lm, encoded.ids)[window], log_probs(other, encoded.ids)[window])
@@ -224,18 +226,18 @@ def test_exactly_one_lever_and_equal_lengths_are_required(
     lm: LanguageModel, vector: VectorSteering
 ) -> None:
     with pytest.raises(TrimtabError, match="no lever"):
-        answer_kl(lm, PROMPTS, ANSWERS)
+        Reference(lm, PROMPTS, ANSWERS).kl()
     with pytest.raises(TrimtabError, match="both"):
-        answer_kl(lm, PROMPTS, ANSWERS, vector, lm)
+        Reference(lm, PROMPTS, ANSWERS).kl(vector, lm)
     with pytest.raises(TrimtabError, match="3 prompts and 1 answers"):
-        answer_kl(lm, PROMPTS, ANSWERS[:1], vector)
+        Reference(lm, PROMPTS, ANSWERS[:1]).kl(vector)
 
 
 def test_another_vocabulary_is_refused(lm: LanguageModel) -> None:
     config = tiny.config("llama")
     config.vocab_size = 352
     with pytest.raises(TrimtabError, match="352"):
-        answer_kl(lm, PROMPTS, ANSWERS, other=tiny.language_model(config))
+        Reference(lm, PROMPTS, ANSWERS).kl(other=tiny.language_model(config))
 
 
 def test_summary_pools_tokens_and_resamples_prompts() -> None:

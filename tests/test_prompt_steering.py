@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.divergence import answer_kl
+from trimtab.evaluation.divergence import Reference
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.steering.load import describe, load_steering
 from trimtab.steering.prompt import PromptSteering, prompt
@@ -108,8 +108,8 @@ def test_nested_soft_prompts_and_boundaries(llama):
 
 def test_divergence_sees_a_prefix(llama):
     answers = llama.generate(PROMPTS, max_new_tokens=5)
-    by_text = answer_kl(llama, PROMPTS, answers, prompt(WORDS["prefix"], "prefix"))
-    by_soft = answer_kl(llama, PROMPTS, answers, soft_twin(llama, "prefix"))
+    by_text = Reference(llama, PROMPTS, answers).kl(prompt(WORDS["prefix"], "prefix"))
+    by_soft = Reference(llama, PROMPTS, answers).kl(soft_twin(llama, "prefix"))
     for a, b in zip(by_text, by_soft, strict=True):
         assert a.max() > 1e-4 and torch.allclose(a, b, atol=1e-5)
 

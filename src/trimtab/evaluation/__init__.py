@@ -2,7 +2,6 @@
 
 from trimtab.evaluation.coherence import coherence_for, register_coherence, text_coherence
 from trimtab.evaluation.compare import measure
-from trimtab.evaluation.divergence import answer_kl
 from trimtab.evaluation.judges import Verdict, judge_for, register_judge
 from trimtab.evaluation.measurement import Measurement, Row
 
@@ -10,7 +9,6 @@ __all__ = [
     "Measurement",
     "Row",
     "Verdict",
-    "answer_kl",
     "coherence_for",
     "judge_for",
     "measure",

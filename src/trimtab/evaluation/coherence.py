@@ -81,13 +81,19 @@ def coherence_for(behavior: Behavior) -> Coherence:
 @register_coherence("text")
 def text(behavior: Behavior, options: Mapping[str, object]) -> Coherence:
     """Score by statistics of the text alone (module docstring); takes no options."""
-    if options:
-        raise TrimtabError(
-            asked=f"the options {', '.join(sorted(options))} of the coherence 'text'",
-            found="a scorer without options",
-            advice="leave the options out",
-        )
+    check_options("coherence 'text'", options, set())
     return lambda answers: [text_coherence(answer) for answer in answers]
+
+
+def check_options(what: str, options: Mapping[str, object], known: set[str]) -> None:
+    """Refuse options that a judge or a coherence scorer does not have."""
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TrimtabError(
+            asked=f"the options {', '.join(unknown)} of the {what}",
+            found=f"the options {', '.join(sorted(known)) or 'none'}",
+            advice="check the spelling" if known else "leave the options out",
+        )
 
 
 def text_coherence(answer: str) -> float:

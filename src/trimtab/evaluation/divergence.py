@@ -54,7 +54,7 @@ class Divergence:
 
 
 def summarize(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
-    """Summarize the KL of `answer_kl`, one tensor `[tokens]` per prompt.
+    """Summarize the KL of a `Reference`, one tensor `[tokens]` per prompt.
 
     Raises:
         TrimtabError: when no answer has a token.
@@ -75,38 +75,12 @@ def summarize(per_token: Sequence[torch.Tensor], seed: int = 0) -> Divergence:
     return Divergence(mean, p95, max(low, 0.0), high, len(used), pooled.numel())
 
 
-def answer_kl(
-    lm: LanguageModel,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str],
-    steering: Switch | None = None,
-    other: LanguageModel | None = None,
-) -> list[torch.Tensor]:
-    """Return KL(p_unsteered || p_steered) at every answer position, in nats.
-
-    Args:
-        lm: the model; its unsteered predictions are the reference.
-        prompts: prompts of the answers.
-        answers: the unsteered model's answers, one per prompt.
-        steering: the lever, switched on for the second reading.
-        other: a second model (a baked checkpoint) instead of a steering; same vocabulary.
-
-    Returns:
-        One float64 tensor `[answer tokens + end token]` per prompt, in the order given.
-
-    Raises:
-        TrimtabError: for both or neither of steering and other, or another vocabulary.
-    """
-    return Reference(lm, prompts, answers).kl(steering, other)
-
-
 class Reference:
-    """Unsteered answers as tokens, shared by every lever and strength that is compared on them."""
+    """The unsteered model's answers, one per prompt, shared by all levers compared along them."""
 
     def __init__(
         self, lm: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[str]
     ) -> None:
-        """Tokenize the answers behind their prompts."""
         if len(prompts) != len(answers):
             raise TrimtabError(
                 asked="the divergence along answers",
@@ -119,7 +93,7 @@ class Reference:
             lm.encode(prompt, completion=answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        vocabulary = _vocabulary(lm)
+        vocabulary = int(text_config(lm.model).vocab_size)
         self.max_tokens = min(8192, max(256, LOGITS_PER_BATCH // vocabulary))
         tokens = sum(_answer_tokens(encoded) for encoded in self.encoded)
         self._keeps = tokens * vocabulary * 4 <= CACHE_BYTES
@@ -128,7 +102,18 @@ class Reference:
     def kl(
         self, steering: Switch | None = None, other: LanguageModel | None = None
     ) -> list[torch.Tensor]:
-        """Return the per-token KL of one lever, see `answer_kl`."""
+        """Return KL(p_unsteered || p_steered) at every answer position, in nats.
+
+        Args:
+            steering: the lever, switched on for the second reading.
+            other: a second model (a baked checkpoint) instead of a steering; same vocabulary.
+
+        Returns:
+            One float64 tensor `[answer tokens + end token]` per prompt, in the order given.
+
+        Raises:
+            TrimtabError: for both or neither of steering and other, or another vocabulary.
+        """
         if (steering is None) == (other is None):
             raise TrimtabError(
                 asked="the divergence of a lever",
@@ -139,12 +124,10 @@ class Reference:
         steered_lm = self.lm if other is None else other
         result: list[torch.Tensor] = [torch.empty(0, dtype=torch.float64)] * len(context)
         for batch in self.lm.batches(context, max_tokens=self.max_tokens):
-            rows = [int(row) for row in batch.rows]
-            reference = self._reference(rows, batch if context is self.encoded else None)
+            rows = batch.rows.tolist()
+            reference = self._reference(rows)
             with steering.on(self.lm) if steering is not None else nullcontext():
-                steered = _log_probs(
-                    steered_lm, batch, [_answer_tokens(context[row]) for row in rows]
-                )
+                steered = _log_probs(steered_lm, batch, context)
             for row, log_q in zip(rows, steered, strict=True):
                 result[row] = token_kl(reference[row], log_q)
         return result
@@ -155,13 +138,6 @@ class Reference:
         """Return the per-token KL at every strength; equal to `kl(vector.at(m))` one by one.
 
         What no strength changes is read once (`trimtab.passes.fan`).
-
-        Args:
-            vector: the lever; its own strength does not matter.
-            strengths: multipliers m of any sign; 0 gives `zeros`.
-
-        Returns:
-            Per strength one float64 tensor `[answer tokens + end token]` per prompt.
         """
         counts = [_answer_tokens(encoded) for encoded in self.encoded]
         rows = [row for row, count in enumerate(counts) if count]
@@ -174,7 +150,7 @@ class Reference:
         fan = Fan(self.lm, vector, read, [counts[row] for row in rows])
         for part in fan.parts(moving, unsteered=not self._keeps):
             places = [rows[place] for place in part.prompts]
-            reference = self._reference(places, None) if self._keeps else {}
+            reference = self._reference(places) if self._keeps else {}
             for i, row in enumerate(places):
                 if part.unsteered is not None:
                     own = torch.log_softmax(part.unsteered[i, -counts[row] :], dim=-1)
@@ -206,21 +182,15 @@ class Reference:
             context.append(there if ids == there.ids else replace(there, ids=ids))
         return context
 
-    def _reference(self, rows: Sequence[int], batch: Batch | None) -> dict[int, torch.Tensor]:
+    def _reference(self, rows: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return the unsteered log-probabilities `[answer tokens, vocabulary]` of these rows."""
         if all(row in self._kept for row in rows):
             return {row: self._kept[row] for row in rows}
         computed: dict[int, torch.Tensor] = {}
-        if batch is not None:
-            counts = [_answer_tokens(self.encoded[row]) for row in rows]
-            computed = dict(zip(rows, _log_probs(self.lm, batch, counts), strict=True))
-        else:
-            own = [self.encoded[row] for row in rows]
-            for part in self.lm.batches(own, max_tokens=self.max_tokens):
-                places = [int(place) for place in part.rows]
-                counts = [_answer_tokens(own[place]) for place in places]
-                values = _log_probs(self.lm, part, counts)
-                computed |= {rows[p]: v for p, v in zip(places, values, strict=True)}
+        own = [self.encoded[row] for row in rows]
+        for part in self.lm.batches(own, max_tokens=self.max_tokens):
+            values = _log_probs(self.lm, part, own)
+            computed |= {rows[p]: v for p, v in zip(part.rows.tolist(), values, strict=True)}
         if self._keeps:
             self._kept |= computed
         return computed
@@ -230,8 +200,9 @@ def _answer_tokens(encoded: Encoded) -> int:
     return len(encoded.ids) - encoded.prompt_length
 
 
-def _log_probs(lm: LanguageModel, batch: Batch, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Return float32 log-probabilities `[count, vocabulary]` before each row's last tokens."""
+def _log_probs(lm: LanguageModel, batch: Batch, texts: Sequence[Encoded]) -> list[torch.Tensor]:
+    """Return float32 log-probabilities `[tokens, vocabulary]` of each row's answer."""
+    counts = [_answer_tokens(texts[row]) for row in batch.rows.tolist()]
     with torch.no_grad():
         logits = lm.forward(batch.to(lm.device), logits_to_keep=max(counts) + 1)
         width = logits.shape[1]  # rows are padded on the left: all of them end in the last column
@@ -242,15 +213,7 @@ def _log_probs(lm: LanguageModel, batch: Batch, counts: Sequence[int]) -> list[t
 
 
 def token_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Return KL(p || q) in nats, float64 on the CPU.
-
-    Args:
-        log_p: log-probabilities `[..., vocabulary]`.
-        log_q: the same; leading dimensions broadcast.
-
-    Raises:
-        TrimtabError: for another vocabulary.
-    """
+    """Return KL(p || q) of log-probabilities `[..., vocabulary]` in nats, float64 on the CPU."""
     if log_p.shape[-1] != log_q.shape[-1]:
         raise TrimtabError(
             asked="the divergence between two models",
@@ -263,7 +226,3 @@ def token_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
     device = terms.device if terms.device.type != "mps" else torch.device("cpu")  # no float64 there
     return terms.to(device).sum(dim=-1, dtype=torch.float64).clamp_min(0).cpu()
-
-
-def _vocabulary(lm: LanguageModel) -> int:
-    return int(text_config(lm.model).vocab_size)

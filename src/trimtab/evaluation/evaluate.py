@@ -100,27 +100,18 @@ class Unsteered:
     def __init__(
         self, lm: LanguageModel, max_new_tokens: int = 40, engine: Engine | None = None
     ) -> None:
-        """Start without answers.
-
-        Args:
-            lm: the unsteered model.
-            max_new_tokens: length of answers.
-            engine: writes them; this process by default.
-        """
         self.lm, self.max_new_tokens = lm, max_new_tokens
         self.engine = engine or Engine(lm)
         self._known: dict[str, str] = {}
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return one answer per prompt; only those not asked before are generated."""
-        keys = [json.dumps(prompt) for prompt in prompts]
-        new = {
-            key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known
-        }
+        asked = {json.dumps(prompt): prompt for prompt in prompts}
+        new = {key: prompt for key, prompt in asked.items() if key not in self._known}
         if new:
             found = self.engine.answer(None, list(new.values()), self.max_new_tokens)
             self._known.update(zip(new, found, strict=True))
-        return [self._known[key] for key in keys]
+        return [self._known[json.dumps(prompt)] for prompt in prompts]
 
 
 class Evaluator:
@@ -142,9 +133,9 @@ class Evaluator:
 
         Args:
             lm: the unsteered model.
-            behavior: the split whose prompts are used, all of them or the first `max_prompts`.
+            behavior: the split whose prompts are used, all of them or the first `max_prompts` a side.
             max_new_tokens: length of answers.
-            max_prompts: cap per side, to keep a look quick.
+            max_prompts: see `behavior`.
             unsteered: answers shared with other evaluators of this model at this length.
             engine: writes the answers; that of `unsteered`, or this process, by default.
             judge: one that was built already.
@@ -190,13 +181,7 @@ class Evaluator:
         Raises:
             TrimtabError: when toward or away has none.
         """
-        sides = {
-            "toward": self.behavior.toward,
-            "away": self.behavior.away,
-            "neutral": self.behavior.neutral,
-            "requests": self.behavior.requests,
-        }
-        chosen = [example.prompt for example in sides[side][: self.max_prompts]]
+        chosen = [example.prompt for example in getattr(self.behavior, side)[: self.max_prompts]]
         if not chosen and side in ("toward", "away"):
             raise TrimtabError(
                 asked=f"to measure the behavior {self.behavior.name!r}",
@@ -263,11 +248,6 @@ class Evaluator:
 
         Answers are generated for all strengths together (`trimtab.passes.rollout`), and what no strength
         changes is read once (`trimtab.passes.fan`).
-
-        Args:
-            vector: the lever; its own strength does not matter.
-            strengths: multipliers m; 0 gives the unsteered model.
-            sign: which side is scored.
         """
         answers = self.answers(vector, strengths, sign)
         each = sorted(answers)

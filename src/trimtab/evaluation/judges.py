@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.coherence import text_coherence
+from trimtab.evaluation.coherence import check_options, text_coherence
 from trimtab.results.registry import Registry
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def phrases(behavior: Behavior, options: Options) -> Judge:
     text_coherence) are neither. Phrase rules are known to misfire, e.g. on quotations; read some
     answers.
     """
-    _check_options("phrases", options, {"toward", "away", "coherence"})
+    check_options("judge 'phrases'", options, {"toward", "away", "coherence"})
     toward = _pattern(_strings(options, "toward"))
     away = _pattern(_strings(options, "away"))
     floor = _number(options, "coherence", 0.5)
@@ -148,7 +148,7 @@ def readout(behavior: Behavior, options: Options) -> Judge:
     The sampled counterpart of the gap (see readout.gap, which reads the model's log-odds instead).
     The longest matching word decides, so `No` and `Not` may stand on different sides.
     """
-    _check_options("readout", options, {"coherence"})
+    check_options("judge 'readout'", options, {"coherence"})
     words = behavior.readout
     if words is None:
         raise TrimtabError(
@@ -234,13 +234,3 @@ def _number(options: Options, key: str, default: float) -> float:
             asked=f"{key}: of a judge", found=repr(value), advice="give a number from 0 to 1"
         )
     return float(value)
-
-
-def _check_options(kind: str, options: Options, known: set[str]) -> None:
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TrimtabError(
-            asked=f"the options {', '.join(unknown)} of the judge {kind!r}",
-            found=f"the options {', '.join(sorted(known))}",
-            advice="check the spelling",
-        )

@@ -16,7 +16,7 @@ import torch
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.divergence import answer_kl, summarize
+from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.evaluation.summary import mean
@@ -282,4 +282,4 @@ def _neutral_kl(lm: LanguageModel, behavior: Behavior, lever: PromptSteering) ->
     if not prompts:
         return None
     answers = lm.generate(prompts, max_new_tokens=_ANSWER)
-    return summarize(answer_kl(lm, prompts, answers, lever)).mean
+    return summarize(Reference(lm, prompts, answers).kl(lever)).mean
