@@ -26,7 +26,7 @@ from trimtab.evaluation.tasks.table import (
     read_scores,
     rows_of,
 )
-from trimtab.evaluation.tasks.tasks import check_harness, check_lever
+from trimtab.evaluation.tasks.tasks import check_lever, measure_tasks
 from trimtab.harbor import lexicon
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import paired_bootstrap
@@ -159,7 +159,7 @@ def test_what_cannot_be_applied_is_refused_by_name(llama, plain):
 def test_without_the_harness_nothing_is_begun(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(TrimtabError, match=r"pip install 'trimtab\[lm-eval\]'"):
-        check_harness()
+        measure_tasks(None, [], ["arc_easy"])  # pyright: ignore[reportArgumentType]
     # Neither the behavior nor the model exists: they were not looked for.
     with pytest.raises(SystemExit) as end:
         cli.main(["measure", "./no-model", "no-behavior", "--tasks", "arc_easy"])

@@ -17,7 +17,7 @@ from trimtab.cli.support import (
     read_lever,
     write_result,
 )
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, extra
 
 
 @app.command(
@@ -73,14 +73,14 @@ def measure_command(
     from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.evaluation import measure
-    from trimtab.evaluation.tasks.tasks import check_harness, measure_tasks
+    from trimtab.evaluation.tasks.tasks import measure_tasks
     from trimtab.steering.prompt import PromptSteering
 
     check_writable(json_file)
     check_engine(engine)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if names:
-        check_harness()
+        extra("lm_eval.models.huggingface", "lm-eval")
     elif tasks is not None or include_path or limit or fewshot is not None or chat_template:
         raise TrimtabError(
             asked="to run tasks of lm-eval",

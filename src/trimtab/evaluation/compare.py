@@ -73,12 +73,7 @@ def measure(
     names = unique_names([lever.label for lever in levers])
     signs = [1 if sign > 0 else -1] if sign is not None else _signs(levers)
     plan = _plan(behavior, levers, names, checkpoint, signs, sign)
-    drawn = [
-        [random_null(lever, each) for each in null_seeds(seed, nulls)]
-        if isinstance(lever, Scaled) and nulls > 0
-        else []
-        for _, _, lever, _ in plan
-    ]
+    drawn = [nulls_of(lever, seed, nulls) for _, _, lever, _ in plan]
     asked: list[tuple[Steering | LanguageModel | None, int]] = []
     for (_, _, lever, side), directions in zip(plan, drawn, strict=True):
         asked += [(lever, side), *((null, side) for null in directions)]
@@ -205,6 +200,13 @@ def _joined(groups: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...
     return tuple(torch.cat(list(same)) for same in zip(*groups, strict=True))
 
 
+def nulls_of(lever: object, seed: int, count: int) -> list[Scaled]:
+    """Return the lever's random directions; none where it has no norm-matched random counterpart."""
+    if not isinstance(lever, Scaled) or count < 1:
+        return []
+    return [random_null(lever, each) for each in null_seeds(seed, count)]
+
+
 def unique_names(labels: Sequence[str]) -> list[str]:
     """Return the levers' names in tables: their labels, numbered where two are the same."""
     taken = {"baseline", "prompt", "checkpoint"}
@@ -231,8 +233,14 @@ def _notes(
         if text is None:
             field = "prompt_toward" if side > 0 else "prompt_away"
             notes.append(f"no plain-prompt baseline: the behavior has no {field}")
-    if any(isinstance(lever, PromptSteering) for _, _, lever, _ in plan):
+    return (*notes, *null_notes([lever for _, _, lever, _ in plan], nulls))
+
+
+def null_notes(levers: Sequence[object], nulls: int) -> list[str]:
+    """Say under a table why there is no null where there is none."""
+    notes = []
+    if any(isinstance(lever, PromptSteering) for lever in levers):
         notes.append("no null for prompts: a prompt has no norm-matched random counterpart")
-    if nulls < 1 and any(kind == "vector" for _, kind, _, _ in plan):
+    if nulls < 1 and any(isinstance(lever, VectorSteering) for lever in levers):
         notes.append("no nulls: none were asked for")
-    return tuple(notes)
+    return notes

@@ -37,8 +37,8 @@ class TaskScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskRow:
-    """One task, one metric, one lever.
+class TaskRow(TaskScore):
+    """One task, one metric, one lever; on a null row the mean over the random directions.
 
     Attributes:
         lever: its name, as in the table of `measure`.
@@ -46,17 +46,12 @@ class TaskRow:
         strength: the multiplier m; None where there is none.
         task: the harness's name of it.
         metric: the harness's name; another filter than `none` stands behind a comma.
-        higher_is_better: None where the task does not say.
-        value: the harness's figure; on a null row the mean over the random directions.
-        stderr: its standard error over documents.
-        n: documents.
         difference: value minus the unsteered model's; None for that model itself.
         low: of the 95 % interval of the difference, documents resampled in pairs; None where the
             figure is no mean over documents.
         high: its other end.
         null: mean value of this lever's random directions; None where there are none.
         null_values: on a null row, the value of each direction.
-        values: one score per document; None where the figure is no mean over documents.
     """
 
     lever: str
@@ -64,16 +59,11 @@ class TaskRow:
     strength: float | None
     task: str
     metric: str
-    higher_is_better: bool | None
-    value: float
-    stderr: float | None
-    n: int
     difference: float | None = None
     low: float | None = None
     high: float | None = None
     null: float | None = None
     null_values: tuple[float, ...] = ()
-    values: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,47 +130,35 @@ def rows_of(
 ) -> list[TaskRow]:
     """Return a lever's row for every task and metric, each with that of its nulls behind it."""
     rows: list[TaskRow] = []
+
+    def add(lever: str, kind: str, key: tuple[str, str], score: TaskScore, **nulls: Any) -> None:
+        difference, low, high = None, None, None
+        if baseline is not None:
+            difference = score.value - baseline[key].value
+            low, high = paired_interval(score, baseline[key], seed)
+        rows.append(
+            TaskRow(
+                **vars(score),
+                lever=lever,
+                kind=kind,
+                strength=strength,
+                task=key[0],
+                metric=key[1],
+                difference=difference,
+                low=low,
+                high=high,
+                **nulls,
+            )
+        )
+
     for key, score in scores.items():
-        plain = None if baseline is None else baseline[key]
         drawn = [each[key] for each in nulls]
         null = pooled(drawn) if drawn else None
-        row = _row(name, kind, strength, key, score, plain, seed, null=null and null.value)
-        rows.append(row)
+        add(name, kind, key, score, null=null and null.value)
         if null is not None:
             values = tuple(each.value for each in drawn)
-            label = f"null of {name}"
-            rows.append(_row(label, "null", strength, key, null, plain, seed, null_values=values))
+            add(f"null of {name}", "null", key, null, null_values=values)
     return rows
-
-
-def _row(
-    name: str,
-    kind: str,
-    strength: float | None,
-    key: tuple[str, str],
-    score: TaskScore,
-    plain: TaskScore | None,
-    seed: int,
-    null: float | None = None,
-    null_values: tuple[float, ...] = (),
-) -> TaskRow:
-    difference, low, high = None, None, None
-    if plain is not None:
-        difference = score.value - plain.value
-        low, high = paired_interval(score, plain, seed)
-    return TaskRow(
-        lever=name,
-        kind=kind,
-        strength=strength,
-        task=key[0],
-        metric=key[1],
-        difference=difference,
-        low=low,
-        high=high,
-        null=null,
-        null_values=null_values,
-        **vars(score),
-    )
 
 
 def pooled(scores: Sequence[TaskScore]) -> TaskScore:

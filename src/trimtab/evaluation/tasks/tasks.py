@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.errors import TrimtabError
-from trimtab.evaluation.compare import unique_names
+from trimtab.errors import TrimtabError, extra
+from trimtab.evaluation.compare import null_notes, nulls_of, unique_names
 from trimtab.evaluation.tasks.files import Loaded, load_tasks, members, set_examples
 from trimtab.evaluation.tasks.table import Scores, TaskMeasurement, TaskRow, read_scores, rows_of
 from trimtab.results import Progress
-from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Steering, VectorSteering
 
@@ -65,7 +64,7 @@ def measure_tasks(
         TrimtabError: lm-eval is missing; a task is unknown or has no data; a lever that cannot be
             applied to these tasks.
     """
-    check_harness()
+    extra("lm_eval.models.huggingface", "lm-eval")  # refuses before any work
     levers = [levers] if isinstance(levers, Steering) else list(levers)
     _check_context(lm, apply_chat_template)
     for lever in levers:
@@ -77,8 +76,9 @@ def measure_tasks(
         for task in loaded["tasks"].values():
             set_examples(task, fewshot, seed)
         model = harness.HarnessModel(lm, batch_size)
-        plan = _plan(levers, seed, nulls)
-        done, total = 0, 1 + sum(1 + len(drawn) for _, _, drawn in plan)
+        names = unique_names([lever.label for lever in levers])
+        drawn = [nulls_of(lever, seed, nulls) for lever in levers]
+        done, total = 0, 1 + sum(1 + len(each) for each in drawn)
 
         def run(lever: Steering | None) -> Scores:
             nonlocal done
@@ -90,10 +90,10 @@ def measure_tasks(
 
         baseline = run(None)
         rows = rows_of("baseline", "baseline", None, baseline, None, [], seed)
-        for name, lever, drawn in plan:
+        for name, lever, random in zip(names, levers, drawn, strict=True):
             kind = "vector" if isinstance(lever, VectorSteering) else "lever"
-            scores, random = run(lever), [run(null) for null in drawn]
-            rows += rows_of(name, kind, lever.strength, scores, baseline, random, seed)
+            scores, null = run(lever), [run(each) for each in random]
+            rows += rows_of(name, kind, lever.strength, scores, baseline, null, seed)
     order = {key: place for place, key in enumerate(baseline)}
     return TaskMeasurement(
         model=lm.name or type(lm.model).__name__,
@@ -107,22 +107,6 @@ def measure_tasks(
         rows=tuple(sorted(rows, key=lambda row: order[row.task, row.metric])),
         notes=_notes(rows, levers, nulls, limit),
     )
-
-
-def check_harness() -> None:
-    """Refuse before any work when lm-eval is not installed.
-
-    Raises:
-        TrimtabError: it cannot be imported.
-    """
-    try:
-        importlib.import_module("lm_eval.models.huggingface")
-    except ImportError as error:
-        raise TrimtabError(
-            asked="to measure tasks with lm-eval",
-            found=f"it cannot be imported: {error}",
-            advice="pip install 'trimtab[lm-eval]'",
-        ) from error
 
 
 def check_lever(lm: LanguageModel, lever: Steering, chat: bool) -> None:
@@ -194,22 +178,6 @@ def _chat_advice(lm: LanguageModel, other: str) -> str:
     return other
 
 
-def _plan(
-    levers: Sequence[Steering], seed: int, nulls: int
-) -> list[tuple[str, Steering, list[VectorSteering]]]:
-    """Each lever with its name and its random directions."""
-    return [
-        (
-            name,
-            lever,
-            [random_null(lever, each) for each in null_seeds(seed, nulls)]
-            if isinstance(lever, VectorSteering)
-            else [],
-        )
-        for name, lever in zip(unique_names([each.label for each in levers]), levers, strict=True)
-    ]
-
-
 def _run(
     model: HarnessModel,
     lever: Steering | None,
@@ -252,8 +220,4 @@ def _notes(
     loose = sorted({f"{row.metric} of {row.task}" for row in rows if row.values is None})
     if loose:
         notes.append(f"no interval, for they are no mean over documents: {', '.join(loose)}")
-    if any(not isinstance(lever, VectorSteering) for lever in levers):
-        notes.append("no null for prompts: a prompt has no norm-matched random counterpart")
-    if nulls < 1 and any(isinstance(lever, VectorSteering) for lever in levers):
-        notes.append("no nulls: none were asked for")
-    return tuple(notes)
+    return (*notes, *null_notes(levers, nulls))
