@@ -26,7 +26,6 @@ class TrimtabError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        """Three short lines."""
         return f"{self.asked}\n  found: {self.found}\n  advice: {self.advice}"
 
 

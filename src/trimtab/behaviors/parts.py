@@ -20,7 +20,6 @@ class BehaviorError(TrimtabError):
     """A behavior that cannot be used; `location` says where in it, e.g. ("toward", 3, "prompt")."""
 
     def __init__(self, location: Location, found: str, advice: str) -> None:
-        """Keep the location, so that a file's reader can name the line."""
         super().__init__(f"a behavior with {describe(location)}", found, advice)
         self.location = location
 
@@ -52,7 +51,6 @@ class Example:
     completion: str | None = None
 
     def __post_init__(self) -> None:
-        """Bring the prompt to one form and refuse what no chat template could take."""
         object.__setattr__(self, "prompt", prompt_at(self.prompt, ("prompt",)))
         if self.completion is not None:
             text_at(self.completion, ("completion",))
@@ -88,7 +86,6 @@ class Readout:
     away: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Freeze the lists and check them."""
         for side in ("toward", "away"):
             words = getattr(self, side)
             if isinstance(words, str) or not isinstance(words, Sequence) or not words:

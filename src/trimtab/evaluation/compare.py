@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.judges import judge_kind
 from trimtab.evaluation.measurement import Measurement, Row
 from trimtab.evaluation.spread import run_each
 from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
+from trimtab.models.model import LanguageModel
+from trimtab.passes.engine import Engine
 from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Steering, VectorSteering
 from trimtab.steering.weights import Scaled
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.passes.engine import Engine
 
 
 def measure(

@@ -11,20 +11,17 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Encoded, Prompt
+from trimtab.models.model import Batch, LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.passes.fan import Fan
 from trimtab.results.intervals import ratio_bootstrap
 from trimtab.results.quantiles import quantile
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded, Prompt
-    from trimtab.models.model import Batch, LanguageModel
-    from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 
 # One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
 LOGITS_PER_BATCH = 2**26

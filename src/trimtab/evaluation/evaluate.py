@@ -20,21 +20,18 @@ import json
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.divergence import Divergence, Reference, summarize
 from trimtab.evaluation.judges import Judge, Verdict, judge_for
+from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.results.tables import Printable, Table
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
 
 AGGREGATORS = ("logsumexp", "max", "log_odds")
 APOSTROPHES = ("'", "\u2019")

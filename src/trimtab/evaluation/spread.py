@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.models.model import LanguageModel
 from trimtab.passes.job import Job
 from trimtab.results.journal import Notes
-
-if TYPE_CHECKING:
-    from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 
 Lever: TypeAlias = "Switch | LanguageModel | None"
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import judge_for
 from trimtab.methods.find import find
 from trimtab.methods.registry import METHODS
+from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
 from trimtab.results import Progress
-
-if TYPE_CHECKING:
-    from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.model import LanguageModel
-    from trimtab.results.journal import Notes
-    from trimtab.steering.vector import VectorSteering
+from trimtab.results.journal import Notes
+from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ class Notes:
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Begin with what is known already."""
         self.entries: list[dict[str, Any]] = [dict(entry) for entry in entries]
 
     def add(self, entry: Mapping[str, Any]) -> None:

@@ -77,11 +77,9 @@ class Registry(Generic[T]):
     __getitem__ = get
 
     def __delitem__(self, name: str) -> None:
-        """Forget what was registered under a name, if anything was."""
         self._kept.pop(name, None)
 
     def __contains__(self, name: object) -> bool:
-        """Say whether a name or an alias is known."""
         return self._aliases.get(str(name), name) in tuple(self)
 
     def __iter__(self) -> Iterator[str]:
