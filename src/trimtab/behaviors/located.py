@@ -31,15 +31,7 @@ def refuse_in(located: Located, path: Path, error: BehaviorError) -> TrimtabErro
 
 
 def read_text(path: Path, docs: str = "docs/behaviors.md") -> str:
-    """Return the text of a UTF-8 file that is not empty.
-
-    Args:
-        path: of the file.
-        docs: where such a file is described.
-
-    Raises:
-        TrimtabError: a file that cannot be read, is not UTF-8 or is empty.
-    """
+    """Return the text of a UTF-8 file that is not empty; `docs` describes such a file."""
     try:
         data = path.read_bytes()
     except OSError as error:

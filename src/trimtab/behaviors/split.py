@@ -25,12 +25,7 @@ def split(
 ) -> list[dict[str, list[int]]]:
     """Return the indices of train, validation and test; see `Behavior.split`.
 
-    Args:
-        name: the behavior's.
-        lists: name of a list -> a key for each of its examples; equal keys stay together.
-        paired: whether `toward[i]` and `away[i]` stay together.
-        seed: of the shuffle.
-        fractions: shares of train, validation and test.
+    `lists` holds a key for each example of each list; equal keys stay together.
     """
     shares = [float(f) for f in fractions]
     if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):

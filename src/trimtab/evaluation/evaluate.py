@@ -126,7 +126,7 @@ class Evaluator:
         judge: Judge | None = None,
         coherence: Coherence | None = None,
     ) -> None:
-        """Build the judge and the coherence scorer; nothing is run yet.
+        """Build the judge and the coherence scorer where none is given; nothing is run yet.
 
         Args:
             lm: the unsteered model.

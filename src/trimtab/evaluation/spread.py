@@ -46,14 +46,7 @@ def run_groups(
     groups: Sequence[tuple[Sequence[float], int]],
     done: Callable[[int, list[Evaluation]], None] | None = None,
 ) -> list[list[Evaluation]]:
-    """Return `evaluator.run_many(vector, strengths, sign)` of each pair; `run` where it is one.
-
-    Args:
-        evaluator: of the behavior.
-        vector: what is scaled.
-        groups: strengths that are measured together, and the side they are scored on.
-        done: called with a group's number and its evaluations.
-    """
+    """Return `evaluator.run_many(vector, strengths, sign)` of each pair; `run` where it is one."""
     units = [partial(_run_many, vector, tuple(strengths), sign) for strengths, sign in groups]
     return evaluator.engine.map(_job(evaluator), units, done=done)
 

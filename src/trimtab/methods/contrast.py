@@ -13,7 +13,6 @@ from trimtab.errors import TrimtabError
 from trimtab.methods.registry import Found, Position, Task
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
-from trimtab.results import Progress
 
 # A difference below this share of the activations' length is rounding, not a direction.
 SAME = 1e-5
@@ -69,11 +68,7 @@ class Contrast:
 
 
 def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
-    """Read both sides at the task's position.
-
-    Args:
-        task: names the prompts, the site and the position.
-        layers: layers to read; all of the task's when absent.
+    """Read both sides at the task's position, at some layers or all of the task's.
 
     Raises:
         TrimtabError: a position that the prompts do not have.
@@ -84,8 +79,7 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     examples = (*behavior.toward, *behavior.away)
     encoded, note = _encode(task, examples)
     width = abs(position) if isinstance(position, int) else position
-    progress: Progress | None = task.progress
-    read = capture(task.lm, encoded, asked, positions=width, site=task.site, progress=progress)
+    read = capture(task.lm, encoded, asked, positions=width, site=task.site, progress=task.progress)
     values = read.double()  # [examples, layers, positions, d_model]
     n = len(behavior.toward)
     if isinstance(position, int):

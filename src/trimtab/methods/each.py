@@ -48,13 +48,7 @@ def find_each(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[VectorSteering]:
-    """Find vectors that do not depend on each other.
-
-    Args:
-        lm: the unsteered model.
-        wanted: what to find.
-        engine: finds them; this process, one after the other, by default.
-        progress: called with vectors found and vectors in all.
+    """Find vectors that do not depend on each other; `progress` counts vectors.
 
     Raises:
         TrimtabError: two of the same name, or what `find` raises.

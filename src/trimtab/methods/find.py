@@ -22,12 +22,8 @@ from trimtab.steering.norms import calibrate
 from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering
 
-# A direction is added where it was read, unless the caller says otherwise.
-ADDED_WHERE_READ = {
-    "last": "last",
-    "post_instruction": "post_instruction",
-    "answer": "generated",
-}
+# A direction is added where it was read, unless the caller says otherwise; else at the last token.
+ADDED_WHERE_READ = {"post_instruction": "post_instruction", "answer": "generated"}
 
 
 def find(
@@ -88,16 +84,19 @@ def find(
         )
     part = behavior if split is None else behavior.split(seed).named(split)
     where = chosen.read_at if position is None else position
-    added = scope or (chosen.added_at if position is None else _added(where))
+    read_there = chosen.added_at if position is None else ADDED_WHERE_READ.get(str(where), "last")
+    added = scope or read_there
+    active = _active(lm, layers)
+    lm.sites.check(Site(site, 0))
     task = Task(
         lm=lm,
         behavior=part,
         site=site,
         layers=(0,) if site == "embed" else tuple(range(lm.n_layers)),
-        active=_active(lm, layers),
+        active=active,
         position=where,
         scope=Scope.parse(added),
-        norms=calibrate(lm, site=_site(lm, site)),
+        norms=calibrate(lm, site=site),
         seed=seed,
         progress=progress,
         engine=engine,
@@ -131,15 +130,6 @@ def find(
         n_layers=lm.n_layers,
         d_model=lm.d_model,
     )
-
-
-def _added(position: Position) -> str:
-    return ADDED_WHERE_READ.get(position, "last") if isinstance(position, str) else "last"
-
-
-def _site(lm: LanguageModel, site: str) -> str:
-    lm.sites.check(Site(site, 0))
-    return site
 
 
 def _active(lm: LanguageModel, layers: Sequence[int] | int | None) -> tuple[int, ...] | None:

@@ -32,10 +32,7 @@ def pca(task: Task) -> Found:
 def main_direction(toward: Tensor, away: Tensor, paired: bool) -> tuple[Tensor, float]:
     """Return the unit direction `[d]` of the differences, and its share of their squared length.
 
-    Args:
-        toward: `[n_toward, d]`.
-        away: `[n_away, d]`; as many rows when paired.
-        paired: take toward_i - away_i; else the difference from the other side's mean.
+    The sides are `[n_toward, d]` and `[n_away, d]`, with as many rows when paired.
     """
     mean_difference = toward.mean(0) - away.mean(0)
     if paired:

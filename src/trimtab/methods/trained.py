@@ -22,10 +22,7 @@ from trimtab.models.gradients import frozen
 def train_vector(task: Task, recipe: Recipe, rows: Callable[[int, Answered], Rows]) -> Found:
     """Train one vector at one layer and report it.
 
-    Args:
-        task: what to find it from.
-        recipe: the options.
-        rows: sign and its wanted answers -> its training rows, without the kept ones.
+    `rows` gives the training rows of a sign and its wanted answers, without the kept ones.
 
     Raises:
         TrimtabError: no layer to train at, sides that cannot be told apart where the start is read,

@@ -123,12 +123,8 @@ class Trainer:
     ) -> Tensor:
         """Return d loss / d w on some rows; large batches are taken in pieces.
 
-        Args:
-            w: `[d_model]`.
-            rows: one sign's.
-            chosen: wanted answers of this step.
-            left: kept answers of this step.
-            factors: a of each of them, `[chosen + left]`; an unwanted answer takes its partner's.
+        `factors` holds a of each answer, `[chosen + left]`, wanted ones first; an unwanted answer
+        takes its partner's.
         """
         answers = rows.answers(chosen)
         encoded = [*answers, *(rows.kept[i] for i in left)]

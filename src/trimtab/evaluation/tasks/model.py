@@ -35,13 +35,8 @@ class HarnessModel(HFLM):
     """The harness's Hugging Face model around a `LanguageModel`, steered by what is on."""
 
     def __init__(self, lm: LanguageModel, batch_size: int) -> None:
-        """Wrap a model; its tokenizer is copied, because the harness may give it a padding token.
-
-        Args:
-            lm: the model; what is on while the harness runs steers it.
-            batch_size: rows of a call.
-        """
         self.lm = lm
+        # The tokenizer is copied, because the harness may give it a padding token.
         super().__init__(lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
         self._template_tail = _template_tail(lm)
         self._tails: list[int] = []
