@@ -187,7 +187,7 @@ def test_bake_writes_the_checkpoint(run: Any, model: Path, vector: Path, tmp_pat
 def test_inspect_shows_origin_and_strength(run: Any, vector: Path, tmp_path: Path) -> None:
     done = run("inspect", vector, "--json", tmp_path / "i.json")
     assert done.code == 0
-    assert "tiny" in done.out and "alpha / mu" in done.out and "10.0000" in done.out
+    assert "tiny" in done.out and "share of norm" in done.out and "10.0000" in done.out
     assert json.loads((tmp_path / "i.json").read_text())["alphas"] == {"3": pytest.approx(10.0)}
     prompt = PromptSteering("Be [bold]brief[/bold].").save(tmp_path / "p.safetensors")
     assert "Be [bold]brief[/bold]." in run("inspect", prompt).out

@@ -133,8 +133,9 @@ def test_figures_are_described_for_those_who_do_not_see_them() -> None:
     found = Page(page())
     labels = [a["aria-label"] or "" for _, a in found.tags if a.get("role") == "img"]
     assert len(labels) == 3
-    assert "vector 97 %" in labels[0] and "random vectors 4 %" in labels[0]
-    assert "behavior: from 0.40 at 0.75" in labels[1] and "random directions 4 %" in labels[1]
+    assert "vector 0.97 [0.87, 1.00]" in labels[0] and "random control 0.04" in labels[0]
+    assert "behavior: from 0.40 at 0.75" in labels[1]
+    assert "random control, test: 0.04 at 1.50" in labels[1]
     headings = [int(t[1]) for t, _ in found.tags if re.fullmatch(r"h[1-6]", t)]
     assert headings == [1, 2]
     assert [a for t, a in found.tags if t == "html"] == [{"lang": "en"}]
@@ -149,7 +150,7 @@ def test_the_figures_in_the_page_are_the_data() -> None:
         "plain prompt",
         "vector",
         "baked checkpoint",
-        "random vectors",
+        "random control",
     ]
     assert bars["x"] == list(SCORES.values())
     assert bars["error_x"]["array"] == pytest.approx([0.1, 0.1, 0.03, 0.04, 0.1])
@@ -159,14 +160,13 @@ def test_the_figures_in_the_page_are_the_data() -> None:
     assert lines["behavior"]["y"] == [0.4, 0.9, 0.97, 1.0, 0.2]
     assert lines["behavior, 95 %"]["y"] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.3])
     assert lines["behavior, test, n = 32"]["y"] == [0.03, 0.97]
-    assert (lines["random directions, test"]["x"], lines["random directions, test"]["y"]) == (
-        [1.5],
-        [0.04],
-    )
+    control = lines["random control, test"]
+    assert (control["x"], control["y"]) == ([1.5], [0.04])
     (shade,) = drawn["section-1-refusal-figure-2"]["layout"]["shapes"]
     assert (shade["x0"], shade["x1"]) == (1.0, 2.0)
     lines = {line["name"]: line for line in drawn["section-1-refusal-figure-3"]["data"]}
-    assert lines["damage"]["y"] == [0.4] * 5 and lines["budget"]["y"] == [0.5] * 5
+    assert lines["damage (on-target KL)"]["y"] == [0.4] * 5
+    assert lines["spill (off-target KL)"]["y"] == [0.9] * 5 and lines["budget"]["y"] == [0.5] * 5
 
 
 def test_every_figure_says_its_split_and_how_many_prompts() -> None:
@@ -218,7 +218,8 @@ def test_text_colors_have_enough_contrast(mode: str) -> None:
 
 def test_the_answer_names_every_lever_and_its_figure() -> None:
     text = answer(steered())
-    for part in ("layer 2", "1.50", "3 %", "97 %", "32", "87 %", "60 %", "4 %", "96 %"):
+    assert "at layer 2, m = +1.5 (alpha 3.21, 10 % of the norm), takes" in text
+    for part in ("3 %", "97 %", "32", "87 %", "60 %", "random control 4 %", "96 %"):
         assert part in text
     bare = answer(steered(without=("prompt", "checkpoint", "null")))
     assert bare.endswith("with coherence 98 %.")
@@ -243,4 +244,4 @@ def test_no_warning_for_a_good_vector_and_one_for_each_fault() -> None:
 
 def test_bars_leave_out_what_was_not_measured() -> None:
     figure = steered_section(steered(without=("checkpoint", "prompt"))).figures[0]
-    assert figure["data"][0]["y"] == ["unsteered", "vector", "random vectors"]
+    assert figure["data"][0]["y"] == ["unsteered", "vector", "random control"]

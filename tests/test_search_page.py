@@ -23,7 +23,8 @@ from trimtab.prompts.search import search
 from trimtab.prompts.soft.states import match_every_layer
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher
-from trimtab.report.search_page import search_sections, states_section, write_search_page
+from trimtab.report.page import write_page
+from trimtab.report.search_page import search_sections, states_section
 from trimtab.steering.load import load_steering
 from trimtab.steering.prompt import PromptSteering
 
@@ -68,8 +69,8 @@ def test_the_page_escapes_everything(report: SearchReport, tmp_path: Path) -> No
         report, scores=scores, attempts=attempts, chosen_text=EVIL, reference=EVIL,
         reference_text=EVIL, model=EVIL, banned_words=(EVIL,),
     )  # fmt: skip
-    page = Page(write_search_page(tmp_path / "evil", spoiled).read_text())
-    usual = Page(write_search_page(tmp_path / "usual", report).read_text())
+    page = Page(write_page(tmp_path / "evil", search_sections(spoiled), title=EVIL).read_text())
+    usual = Page(write_page(tmp_path / "usual", search_sections(report)).read_text())
     assert [t for t, _ in page.tags if t == "script"] == [t for t, _ in usual.tags if t == "script"]
     assert not [t for t, _ in page.tags if t == "img"]
     assert "alert(1)" in "".join(page.shown)

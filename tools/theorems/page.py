@@ -7,7 +7,7 @@ import torch
 from tools.theorems.theorems import Theorems
 from trimtab.report.figures import Bars, Figure, Series, bar_figure, described, line_figure
 from trimtab.report.page import Section
-from trimtab.results.tables import number, percent
+from trimtab.results.tables import number
 
 OTHERS = ("--prompt", "--baked", "--baseline", "--coherence", "--spill", "--damage")
 EVERY = 12  # of the strengths, drawn as a brute-force point
@@ -163,16 +163,11 @@ def _limits(theorems: Theorems) -> Figure:
         ("alpha to infinity", theorems.limits[1], "--vector"),
     )
     mass = {name: [float(p[members].sum()) for members in ids.values()] for name, p, _ in columns}
-    said = "; ".join(
-        f"{name}: " + ", ".join(f"{k} {percent(v)}" for k, v in zip(ids, values, strict=True))
-        for name, values in mass.items()
-    )
     winners = [theorems.tokens[int(limit.argmax())] for limit in theorems.limits]
     return bar_figure(
         list(ids),
         "probability of the concept",
         [Bars(name, mass[name], color) for name, _, color in columns],
-        description=f"Probability of each concept unsteered and in both limits. {said}.",
         caption=f"(d) In the limits all probability is on one token: {winners[0]} at minus "
         f"infinity, {winners[1]} at infinity.",
     )

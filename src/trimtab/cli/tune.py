@@ -80,6 +80,7 @@ def tune_command(
     from trimtab.mechanism.sparse.sparsify import sparsify
     from trimtab.report.page import write_page
     from trimtab.report.strength_sections import tune_section
+    from trimtab.steering.units import convert
     from trimtab.strength.sweep import NoStrengthPasses
     from trimtab.strength.tune import tune
 
@@ -129,9 +130,9 @@ def tune_command(
         show(refusal.table(), full=full)
         write_result(json_file, {"refused": refusal.found, "tried": refusal.tried})
         raise
-    show(tuned.table(), full=full)
+    show(tuned.table(), convert(tuned), full=full)
     if out is not None:
         tuned.save(out)
     if report is not None:
-        write_page(report, [tune_section(tuned.report)], title="How hard to pull", lead=lm.name)
+        write_page(report, [tune_section(tuned)], title="How hard to pull", lead=lm.name)
     write_result(json_file, tuned.to_dict())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from trimtab.margins.audit import AuditReport
-from trimtab.margins.census import Census, Share
+from trimtab.margins.census import Census
 from trimtab.margins.close import KlToClose
 from trimtab.margins.gap import GapReport
-from trimtab.margins.radius import Radius
-from trimtab.report.figures import Band, Bars, Figure, Series, bar_figure, described, line_figure
+from trimtab.report.figures import Band, Bars, Figure, Series, bar_figure, line_figure
 from trimtab.report.page import Section, write_page
 from trimtab.results.tables import number
 
@@ -41,13 +40,8 @@ def write_audit_page(folder: str | os.PathLike[str], report: AuditReport) -> Pat
 
 def audit_sections(report: AuditReport) -> list[Section]:
     """Return the sections in the order they are read."""
-    return [
-        _gap_section(report),
-        _census_section(report),
-        _resolution_section(report),
-        _radius_section(report),
-        _close_section(report),
-    ]
+    parts = (_gap_section, _census_section, _resolution_section, _radius_section, _close_section)
+    return [part(report) for part in parts]
 
 
 def _gap_section(report: AuditReport) -> Section:
@@ -122,31 +116,13 @@ def _census_section(report: AuditReport) -> Section:
 
 
 def _census_bars(name: str, census: Census) -> Figure:
-    labels = list(census.sides)
     bars = []
     for share, color in SHARES:
-        found: list[Share] = [getattr(one, share) for one in census.sides.values()]
-        bars.append(
-            Bars(
-                f"{share} set" if share != "neither" else share,
-                [one.share for one in found],
-                color,
-                [one.low for one in found],
-                [one.high for one in found],
-            )
-        )
-    said = "; ".join(
-        f"{side}: toward {number(one.toward.share)}, away {number(one.away.share)}, "
-        f"neither {number(one.neither.share)}"
-        for side, one in census.sides.items()
-    )
-    return bar_figure(
-        [f"{label} prompts" for label in labels],
-        "share of prompts",
-        bars,
-        description=f"First tokens of {name}. {said}.",
-        caption=name,
-    )
+        found = [getattr(one, share) for one in census.sides.values()]
+        title = share if share == "neither" else f"{share} set"
+        bars.append(Bars(title, [(one.share, one.low, one.high) for one in found], color))
+    labels = [f"{side} prompts" for side in census.sides]
+    return bar_figure(labels, "share of prompts", bars, caption=name)
 
 
 def _resolution_section(report: AuditReport) -> Section:
@@ -167,22 +143,20 @@ def _resolution_section(report: AuditReport) -> Section:
 
 def _radius_section(report: AuditReport) -> Section:
     found = _both(report, report.radius, "radius")
-    lines, bands, said = [], [], []
+    lines, bands = [], []
     for (name, one), dash in zip(found.items(), DASHES, strict=False):
         for side, color in zip(one.sides, COLORS, strict=False):
             layers = [entry.layer for entry in one.sides[side]]
-            medians = [entry.relative.median for entry in one.sides[side]]
-            label = _label(name, f"{side} prompts", len(found))
-            lines.append(Series(label, layers, medians, color, dash))
-            said.append(described(label, layers, medians))
-            if len(found) == 1:
-                bands.append(_quartiles(one, side, layers))
+            radii = [entry.relative for entry in one.sides[side]]
+            label = f"{side} prompts" if len(found) == 1 else f"{name}, {side} prompts"
+            lines.append(Series(label, layers, [r.median for r in radii], color, dash))
+            ends = [r.p25 for r in radii], [r.p75 for r in radii]
+            bands.append(Band(f"{side}, middle half", layers, *ends))
     figure = line_figure(
         "layer",
         "gap / |gradient|, over the stream's norm",
         lines,
-        description="First-order radius by layer. " + "; ".join(said),
-        bands=bands,
+        bands=bands if len(found) == 1 else (),
     )
     return Section(
         title="First-order radius",
@@ -196,13 +170,6 @@ def _radius_section(report: AuditReport) -> Section:
     )
 
 
-def _quartiles(radius: Radius, side: str, layers: Sequence[int]) -> Band:
-    ends = [(one.relative.p25, one.relative.p75) for one in radius.sides[side]]
-    return Band(
-        f"{side}, middle half", layers, [low for low, _ in ends], [high for _, high in ends]
-    )
-
-
 def _close_section(report: AuditReport) -> Section:
     found = _both(report, report.kl_to_close, "kl_to_close")
     return Section(
@@ -210,8 +177,8 @@ def _close_section(report: AuditReport) -> Section:
         paragraphs=(
             "The last prompt position is pushed along a direction until the gap crosses zero; the "
             "price is KL(unsteered, steered) at the first answer position. 'gradient' is each "
-            "prompt's own direction, 'shared' one vector from train prompts. Random directions of "
-            "the same length stand beside them.",
+            "prompt's own direction, 'shared' one vector from train prompts. The random control, "
+            "random directions of the same length, stands beside them.",
         ),
         figures=tuple(_close_bars(name, one) for name, one in found.items()),
         tables=tuple(one.table() for one in found.values()),
@@ -220,27 +187,14 @@ def _close_section(report: AuditReport) -> Section:
 
 def _close_bars(name: str, closing: KlToClose) -> Figure:
     rows = closing.rows
-    labels = [f"{row.side} prompts, {row.lever}" for row in rows]
-    bars = [
-        Bars(
-            "where the gap is closed",
-            [row.kl.median for row in rows],
-            "--damage",
-            [row.kl.p25 for row in rows],
-            [row.kl.p75 for row in rows],
-        ),
-        Bars("random direction of that length", [row.null_kl for row in rows], "--null"),
-    ]
-    said = "; ".join(
-        f"{label}: {number(row.kl.median, 3)} nats, random {number(row.null_kl, 3)} and closes "
-        f"{number(row.null_closed)}"
-        for label, row in zip(labels, rows, strict=True)
-    )
+    kl = [(row.kl.median, row.kl.p25, row.kl.p75) for row in rows]
     return bar_figure(
-        labels,
+        [f"{row.side} prompts, {row.lever}" for row in rows],
         "KL at the first answer position, nats (median, quartiles)",
-        bars,
-        description=f"KL to close the gap of {name}, layer {closing.layer}. {said}.",
+        [
+            Bars("where the gap is closed", kl, "--damage"),
+            Bars("random control of that length", [row.null_kl for row in rows], "--null"),
+        ],
         caption=f"{name}, layer {closing.layer}",
     )
 
@@ -251,7 +205,3 @@ def _both(report: AuditReport, mine: T, part: str) -> dict[str, T]:
     if report.compared is not None:
         found[report.compared.other] = getattr(report.compared, part)
     return found
-
-
-def _label(name: str, text: str, checkpoints: int) -> str:
-    return text if checkpoints == 1 else f"{name}, {text}"

@@ -1,4 +1,4 @@
-"""A steered behavior as a section: what it did, beside its prompt and null, and what to doubt."""
+"""A steered behavior as a section: what it did, beside a prompt and a random control, and what to doubt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {
     "prompt": "plain prompt",
     "vector": "vector",
     "checkpoint": "baked checkpoint",
-    "null": "random vectors",
+    "null": "random control",
 }
 COLORS = {"checkpoint": "--baked"}
 
@@ -57,21 +57,21 @@ def steered_section(found: Steered) -> Section:
 
 
 def answer(found: Steered) -> str:
-    """Say in one sentence what the vector did to the behavior, beside its prompt and its null."""
+    """Say in one sentence what the vector did to the behavior, beside a prompt and a random control."""
     levers, tuned = found.levers, found.tuned
     vector = levers["vector"]
     beside = [
         f"{said} {percent(levers[kind].score)}"
         for kind, said in (
             ("prompt", "a plain prompt reaches"),
-            ("null", "random vectors of the same size"),
+            ("null", "the random control"),
             ("checkpoint", "the baked checkpoint"),
         )
         if kind in levers
     ]
     return (
         f"A vector at layer{'s' * (len(tuned.layers) > 1)} {', '.join(map(str, tuned.layers))}, "
-        f"strength {tuned.strength:.2f}, takes {tuned.behavior} from "
+        f"{found.units.sentence}, takes {tuned.behavior} from "
         f"{percent(levers['baseline'].score)} to {percent(vector.score)} of {vector.n} unseen prompts "
         f"(95 % interval {percent(vector.low)} to {percent(vector.high)}) with coherence "
         f"{percent(vector.coherence)}{'; ' * bool(beside)}{', '.join(beside)}."
@@ -91,7 +91,7 @@ def warnings(found: Steered) -> list[str]:
         )
     if vector and null and vector.low <= null.score:
         said.append(
-            f"No evidence: random vectors of the same size reach {percent(null.score)}, inside or "
+            f"No evidence: the random control, vectors of the same size, reaches {percent(null.score)}, inside or "
             "above the vector's interval."
         )
     if vector and prompt and prompt.score >= vector.score and prompt.coherence >= floor:
@@ -109,22 +109,14 @@ def _bars(found: Steered) -> Figure:
     """Draw a bar with its 95 % interval for each lever, in the lever's color."""
     levers = found.levers
     rows = list(levers.values())
-    shares = Bars(
-        "share",
-        [row.score for row in rows],
-        [COLORS.get(kind, f"--{kind}") for kind in levers],
-        [row.low for row in rows],
-        [row.high for row in rows],
-    )
-    said = ", ".join(f"{LABELS[kind]} {percent(row.score)}" for kind, row in levers.items())
-    name, split, n = found.tuned.behavior, found.measured.split or "whole", rows[0].n
+    colors = [COLORS.get(kind, f"--{kind}") for kind in levers]
+    split = (found.measured.split or "whole").capitalize()
     return bar_figure(
         [LABELS[kind] for kind in levers],
-        f"share of answers: {name}",
-        [shares],
-        description=f"{name}, share of answers by lever: {said}.",
-        caption=f"{split.capitalize()} split, n = {n}, with 95 % intervals. Random vectors have the same layers, "
-        "scope and size.",
+        f"share of answers: {found.tuned.behavior}",
+        [Bars("share", [(row.score, row.low, row.high) for row in rows], colors)],
+        caption=f"{split} split, n = {rows[0].n}, with 95 % intervals. Random control: vectors of "
+        "the same layers, scope and size.",
     )
 
 

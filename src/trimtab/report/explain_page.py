@@ -10,10 +10,10 @@ from trimtab.mechanism.circuits.faithful import Circuit
 from trimtab.mechanism.circuits.interchange import Interchange
 from trimtab.mechanism.conclusions import PARTS, SIDES
 from trimtab.mechanism.explained import Explanation
-from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
+from trimtab.mechanism.frozen.freeze import FreezeTable, Span
 from trimtab.mechanism.geometry.geometry import GeometryReport
 from trimtab.mechanism.reading.value_vector import ValueVectors
-from trimtab.mechanism.sparse.curve import SparsityCurve
+from trimtab.mechanism.sparse.curve import SparsityCurve, SparsityPoint
 from trimtab.report.figures import Bars, Figure, Series, bar_figure, heat_figure, line_figure
 from trimtab.report.page import Section, write_page
 from trimtab.results.tables import number
@@ -118,7 +118,6 @@ def _circuit(circuit: Circuit, found: Explanation) -> Section:
                 "edges kept, %",
                 "faithfulness",
                 [Series("highest by score", sizes, [value for _, value in circuit.curve])],
-                description=f"Faithfulness rises to {number(circuit.curve[-1][1])} with the edges kept.",
                 caption="Where the size was chosen",
                 height=280,
             ),
@@ -146,7 +145,7 @@ def _frozen(frozen: FreezeTable) -> Section:
             "The steered model answers again while one part of it is held at what the unsteered model "
             "does on the same tokens. What the behavior loses is what that part carries. Attention has "
             "two: where it looks (its patterns, QK) and what it moves (its values, OV). Beside each part "
-            "stands a null: a change of the same size in another direction.",
+            "stands its random control: a change of the same size in another direction.",
             "A part that can be frozen at no loss can be ignored, cached or pruned. Losses do not add up: "
             "what one part loses another may make up for.",
         ),
@@ -156,35 +155,20 @@ def _frozen(frozen: FreezeTable) -> Section:
 
 
 def _freeze_bars(frozen: FreezeTable, sign: int) -> Figure:
-    rows: list[FreezeRow] = [r for r in frozen.rows if r.sign == sign and r.lost is not None]
-    lost = [row.lost for row in rows if row.lost is not None]
-    nulls = [row.null for row in rows]
-    said = ", ".join(
-        f"{PARTS.get(row.name, row.name)} {number(one.value, 0)}"
-        for row, one in zip(rows, lost, strict=True)
-    )
+    rows = [row for row in frozen.rows if row.sign == sign and row.lost is not None]
     return bar_figure(
         [PARTS.get(row.name, row.name) for row in rows],
         "points of the score lost",
         [
-            Bars(
-                "frozen",
-                [one.value for one in lost],
-                "--vector",
-                [one.low for one in lost],
-                [one.high for one in lost],
-            ),
-            Bars(
-                "null",
-                [None if one is None else one.value for one in nulls],
-                "--null",
-                [None if one is None else one.low for one in nulls],
-                [None if one is None else one.high for one in nulls],
-            ),
+            Bars("frozen", [_ends(row.lost) for row in rows]),
+            Bars("random control", [_ends(row.null) for row in rows], "--null"),
         ],
-        description=f"Points lost, {SIDES[sign]}: {said}.",
         caption=f"{SIDES[sign].capitalize()}, m = {frozen.strengths[sign]:+.3g}",
     )
+
+
+def _ends(one: Span | None) -> tuple[float, float, float] | None:
+    return None if one is None else (one.value, one.low, one.high)
 
 
 def _values(values: ValueVectors) -> Section:
@@ -201,47 +185,41 @@ def _values(values: ValueVectors) -> Section:
 
 
 def _sparse(curve: SparsityCurve) -> Section:
-    figures = []
-    for sign in curve.strengths:
-        series = []
-        for order in dict.fromkeys(point.order for point in curve.points):
-            color = ORDER_COLORS.get(order, "--baseline")
-            for restored, dash in ((True, "solid"), (False, "dot")):
-                mine = [
-                    p
-                    for p in curve.points
-                    if (p.order, p.sign, p.restored) == (order, sign, restored)
-                ]
-                mine.sort(key=lambda p: p.share)
-                name = f"{order}{'' if restored else ', norm not restored'}"
-                series.append(
-                    Series(
-                        name, [100 * p.share for p in mine], [p.score for p in mine], color, dash
-                    )
-                )
-        dense = next(p.score for p in curve.dense if p.sign == sign)
-        figures.append(
-            line_figure(
-                "dimensions kept, %",
-                "score",
-                series,
-                description=f"Score against dimensions kept, {SIDES[sign]}; the whole vector scores "
-                f"{number(dense)}, a random direction {number(curve.null[sign])}.",
-                caption=f"{SIDES[sign].capitalize()}; whole vector {number(dense)}, random direction "
-                f"{number(curve.null[sign])}",
-                log_x=True,
-                height=300,
-            )
-        )
     return Section(
         title="How sparse it can be",
         paragraphs=(
             f"The vector has {curve.dimensions} numbers. Each is scored by how much of the effect it "
             "carries; the lowest are set to zero, and the rest may be stretched to the old length. The "
-            "null keeps as many numbers, drawn at random.",
+            "random control keeps as many numbers, drawn at random.",
         ),
-        figures=tuple(figures),
+        figures=tuple(_sparse_lines(curve, sign) for sign in curve.strengths),
         tables=(curve.table(),),
+    )
+
+
+def _sparse_lines(curve: SparsityCurve, sign: int) -> Figure:
+    lines: dict[tuple[str, bool], list[SparsityPoint]] = {}
+    for point in sorted(curve.points, key=lambda p: p.share):
+        if point.sign == sign:
+            lines.setdefault((point.order, point.restored), []).append(point)
+    dense = next(p.score for p in curve.dense if p.sign == sign)
+    return line_figure(
+        "dimensions kept, %",
+        "score",
+        [
+            Series(
+                order if restored else f"{order}, norm not restored",
+                [100 * p.share for p in mine],
+                [p.score for p in mine],
+                ORDER_COLORS.get(order, "--baseline"),
+                "solid" if restored else "dot",
+            )
+            for (order, restored), mine in lines.items()
+        ],
+        caption=f"{SIDES[sign].capitalize()}; whole vector {number(dense)}, random control "
+        f"{number(curve.null[sign])}",
+        log_x=True,
+        height=300,
     )
 
 

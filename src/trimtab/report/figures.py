@@ -1,4 +1,4 @@
-"""The figures of a page, as Plotly descriptions: lines, bars, a grid of colors.
+"""The figures of a page, made with Plotly: lines, bars, a grid of colors.
 
 Colors are the page's CSS variables, `var(--name)`, light or dark. Each figure has a `label`, what it
 shows in words. Names and ticks may be a model's tokens: they are shown as they are, never read as
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import plotly.graph_objects as go
 import torch
 
-from trimtab.errors import TrimtabError
-from trimtab.results.tables import clean, number
+from trimtab.results.tables import clean, number, with_interval
 
-Figure = dict[str, Any]
+Figure = dict[str, Any]  # `data` and `layout` for Plotly, `label` and `caption` for the page
+Values = Sequence[float | None] | torch.Tensor
+Measured = float | tuple[float | None, float | None, float | None] | None
 
 COLORS = (
     "--vector",
@@ -29,23 +31,68 @@ COLORS = (
     "--baseline",
     "--null",
 )
-DASHES = ("solid", "dash", "dot", "dashdot", "markers")
-Values = Sequence[float | None] | torch.Tensor
+SOFT = {"color": "var(--soft)"}
+TITLE = {"font": {**SOFT, "size": 12}}
 AXIS = {
     "gridcolor": "var(--grid)",
+    "showline": True,
     "linecolor": "var(--line)",
     "zerolinecolor": "var(--line)",
-    "tickfont": {"color": "var(--soft)"},
-    "title": {"font": {"color": "var(--soft)"}},
+    "tickfont": SOFT,
+    "title": TITLE,
     "automargin": True,
+    "fixedrange": True,
 }
+TEMPLATE = go.layout.Template(
+    layout={
+        "xaxis": AXIS,
+        "yaxis": AXIS,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 13},
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "hoverlabel": {"bgcolor": "var(--card)", "font": {"color": "var(--ink)"}},
+        "dragmode": False,
+    },
+    data={
+        "scatter": [
+            go.Scatter(
+                line_width=2,
+                marker_size=6,
+                hovertemplate="%{x:.4g}: %{y:.4g}<extra>%{fullData.name}</extra>",
+            )
+        ],
+        "bar": [
+            go.Bar(
+                marker_opacity=0.8,
+                error_x={"color": "var(--ink)", "thickness": 1.2, "width": 4},
+                hovertemplate="%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
+            )
+        ],
+        "heatmap": [
+            go.Heatmap(
+                hoverongaps=False,
+                xgap=1,
+                ygap=1,
+                colorbar={
+                    "tickfont": SOFT,
+                    "title": {**TITLE, "side": "right"},
+                    "thickness": 12,
+                    "outlinewidth": 0,
+                },
+                hovertemplate="%{x}, %{y}: %{z:.4g}<extra></extra>",
+            )
+        ],
+    },
+)
 
 
 class Series(NamedTuple):
     """One line: where nothing was measured y is None or nan.
 
-    `dash` is `solid`, `dash`, `dot`, `dashdot`, or `markers` for points without a line. Series of
-    one name share an entry in the legend.
+    `dash` is one of Plotly's, or `markers` for points without a line. Series of one name share an
+    entry in the legend.
     """
 
     name: str
@@ -62,30 +109,27 @@ class Band(NamedTuple):
     x: Values
     low: Values
     high: Values
-    color: str = "--null-band"
 
 
 class Bars(NamedTuple):
-    """One bar per label, with interval ends where there are some; one color, or one per label."""
+    """One bar per label, `value` or `(value, low, high)`; one color, or one per label."""
 
     name: str
-    values: Values
+    values: Sequence[Measured]
     color: str | Sequence[str] = "--vector"
-    low: Values | None = None
-    high: Values | None = None
 
 
 def line_figure(
     x_label: str,
     y_label: str,
-    series: Sequence[Series | tuple[Any, ...]],
+    series: Sequence[Series],
     *,
-    description: str,
+    description: str = "",
     caption: str = "",
     log_x: bool = False,
     log_y: bool = False,
-    bands: Sequence[Band | tuple[Any, ...]] = (),
-    window: tuple[float | None, float | None] | None = None,
+    bands: Sequence[Band] = (),
+    window: tuple[float, float] | None = None,
     height: int = 380,
 ) -> Figure:
     """Draw lines over a shared axis.
@@ -93,95 +137,92 @@ def line_figure(
     Args:
         x_label: with its unit.
         y_label: with its unit.
-        series: `Series`, or tuples of the same fields.
-        description: what the figure shows, in words.
+        series: the lines.
+        description: what the figure shows, in words; by default every line in words.
         caption: printed below it.
         log_x: a logarithmic axis; values of 0 and less are left out.
         log_y: the same for y.
-        bands: `Band`, or tuples of the same fields; drawn behind the lines.
-        window: strengths to shade, (low, high); drawn only when both are finite.
+        bands: drawn behind the lines.
+        window: strengths to shade, drawn only when both are finite.
         height: in pixels.
-
-    Raises:
-        TrimtabError: for an unknown color or dash, or x and y of different lengths.
     """
-    data: list[Figure] = []
+    drawn = _empty(height, x_label, y_label)
     for band in bands:
-        data += _band(Band(*cast(tuple[Any, ...], band)))
-    named: set[str] = {str(trace["name"]) for trace in data if trace.get("name")}
-    for one in (Series(*cast(tuple[Any, ...], given)) for given in series):
-        data.append(
-            {**_trace(one), "legendgroup": _shown(one.name), "showlegend": one.name not in named}
+        edge = {"x": _finite(band.x), "mode": "lines", "line_width": 0, "hoverinfo": "skip"}
+        drawn.add_scatter(**edge, y=_finite(band.low), showlegend=False)
+        shade = {"fill": "tonexty", "fillcolor": "var(--null-band)"}
+        drawn.add_scatter(**edge, **shade, y=_finite(band.high), name=_shown(band.name))
+    named = {band.name for band in bands}
+    for name, x, y, color, dash in series:
+        assert len(x) == len(y), f"{len(y)} values of {name} for {len(x)} places"
+        drawn.add_scatter(
+            x=_finite(x),
+            y=_finite(y),
+            name=_shown(name),
+            legendgroup=_shown(name),
+            showlegend=name not in named,
+            marker_color=_color(color),
+            **({"mode": "markers"} if dash == "markers" else {"mode": "lines", "line_dash": dash}),
+            line_color=_color(color),
         )
-        named.add(one.name)
-    layout = _layout(height, x_label, y_label)
-    layout["xaxis"] |= {"type": "log"} if log_x else {"zeroline": True}
-    layout["yaxis"] |= {"type": "log", "exponentformat": "power"} if log_y else {}
-    layout |= {"shapes": _window(window), "showlegend": len(named) > 1, "hovermode": "closest"}
-    return _figure(data, layout, description, caption)
+        named.add(name)
+    drawn.update_layout(showlegend=len(named) > 1)
+    if log_x:
+        drawn.update_xaxes(type="log")
+    if log_y:
+        drawn.update_yaxes(type="log", exponentformat="power")
+    if window is not None and all(map(math.isfinite, window)):
+        low, high = sorted(window)
+        drawn.add_vrect(low, high, line_width=0, fillcolor="var(--window)", layer="below")
+    said = "; ".join(described(one.name, one.x, one.y) for one in series)
+    return _figure(drawn, description or f"{y_label}, by {x_label}. {said}", caption)
 
 
 def bar_figure(
-    labels: Sequence[str],
-    value_label: str,
-    bars: Sequence[Bars | tuple[Any, ...]],
-    *,
-    description: str,
-    caption: str = "",
+    labels: Sequence[str], value_label: str, bars: Sequence[Bars], *, caption: str = ""
 ) -> Figure:
-    """Draw horizontal bars, one group per label, the first at the top.
+    """Draw horizontal bars, one group per label, the first at the top; `label` says every value.
 
     Args:
         labels: one per group.
         value_label: of the axis, with its unit.
-        bars: `Bars`, or tuples of the same fields, with one value per label.
-        description: what the figure shows, in words.
+        bars: with one value per label.
         caption: printed below it.
     """
-    ticks = _distinct(labels)
-    data: list[Figure] = []
-    for one in (Bars(*cast(tuple[Any, ...], given)) for given in bars):
-        values = _same_length(one.name, _plain(one.values), ticks)
-        named = one.color
-        color = _color(named) if isinstance(named, str) else [_color(each) for each in named]
-        bar = {
-            "type": "bar",
-            "orientation": "h",
-            "name": _shown(one.name),
-            "y": ticks,
-            "x": values,
-            "marker": {"color": color, "opacity": 0.8},
-            "hovertemplate": "%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
-        }
-        if one.low is not None and one.high is not None:
-            bar["error_x"] = {
-                "type": "data",
-                "symmetric": False,
-                "array": _reach(values, _plain(one.high), 1),
-                "arrayminus": _reach(values, _plain(one.low), -1),
-                "color": "var(--ink)",
-                "thickness": 1.2,
-                "width": 4,
-            }
-        data.append(bar)
-    layout = _layout(90 + len(ticks) * (16 + 22 * len(bars)), value_label, "")
-    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "zeroline": False}
-    layout |= {"showlegend": len(bars) > 1, "barmode": "group"}
-    return _figure(data, layout, description, caption)
+    drawn, said = _empty(90 + len(labels) * (16 + 22 * len(bars)), value_label, ""), []
+    for one in bars:
+        assert len(one.values) == len(labels), f"{len(one.values)} values for {len(labels)} labels"
+        ends = [v if isinstance(v, tuple) else (v, None, None) for v in one.values]
+        values, low, high = (_finite(end[i] for end in ends) for i in range(3))
+        told = map(with_interval, values, low, high)
+        shown = ", ".join(f"{label} {text}" for label, text in zip(labels, told, strict=True))
+        said.append(f"{one.name}: {shown}")
+        reach = {"array": _reach(values, high, 1), "arrayminus": _reach(values, low, -1)}
+        intervals = any(isinstance(value, tuple) for value in one.values)
+        colors = [one.color] * len(labels) if isinstance(one.color, str) else one.color
+        drawn.add_bar(
+            orientation="h",
+            name=_shown(one.name),
+            y=_distinct(labels),
+            x=values,
+            marker_color=list(map(_color, colors)),
+            error_x={"symmetric": False, **reach} if intervals else None,
+        )
+    drawn.update_yaxes(type="category", autorange="reversed")
+    return _figure(drawn, f"{value_label}. {'; '.join(said)}", caption)
 
 
 def heat_figure(
     x_labels: Sequence[str],
     y_labels: Sequence[str],
-    values: Sequence[Sequence[float | None]] | torch.Tensor,
+    values: Sequence[Values] | torch.Tensor,
     *,
     x_label: str,
     y_label: str,
     value_label: str,
     description: str,
     caption: str = "",
-    low: float | None = None,
-    high: float | None = None,
+    ends: tuple[float, float] | None = None,
     diverging: bool = False,
 ) -> Figure:
     """Draw a grid of colors, the first row at the top.
@@ -195,51 +236,41 @@ def heat_figure(
         value_label: of the color bar, with its unit.
         description: what the figure shows, in words.
         caption: printed below it.
-        low: value of the first color; the least when not given.
-        high: value of the last color; the greatest when not given.
+        ends: values of the first and last color; by default the least and the greatest.
         diverging: 0 has the page's color, negative and positive values one color each.
     """
-    columns, rows = _distinct(x_labels), _distinct(y_labels)
-    grid = [_same_length("a row", _plain(row), columns) for row in _same_length("y", values, rows)]
-    two, one = (("--damage", 0.0), ("--card", 0.5)), (("--card", 0.0),)
-    scale = [*(two if diverging else one), ("--vector", 1.0)]
-    seen = [value for row in grid for value in row if value is not None] or [0.0]
-    bottom, top = min(seen) if low is None else low, max(seen) if high is None else high
-    if diverging:
-        top = max(abs(bottom), abs(top))
-        bottom = -top
-    heat = {
-        "type": "heatmap",
-        "x": columns,
-        "y": rows,
-        "z": grid,
-        "zmin": bottom,
-        "zmax": top,
-        "colorscale": [[at, f"var({color})"] for color, at in scale],
-        "hoverongaps": False,
-        "xgap": 1,
-        "ygap": 1,
-        "colorbar": {
-            "title": {**_axis_title(_shown(value_label)), "side": "right"},
-            "tickfont": {"color": "var(--soft)"},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
-        "hovertemplate": "%{x}, %{y}: %{z:.4g}<extra></extra>",
+    grid = [_finite(row) for row in values]
+    assert [len(row) for row in grid] == [len(x_labels)] * len(y_labels), "one value per place"
+    colors = ["--damage"] * diverging + ["--card", "--vector"]
+    scale = {
+        "colorscale": [[i / (len(colors) - 1), f"var({c})"] for i, c in enumerate(colors)],
+        "zmid": 0 if diverging else None,
+        **({} if ends is None else {"zmin": ends[0], "zmax": ends[1]}),
     }
-    layout = _layout(max(240, 120 + 24 * len(rows)), x_label, y_label)
-    layout["xaxis"] |= {"type": "category", "showgrid": False}
-    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
-    return _figure([heat], layout, description, caption)
+    drawn = _empty(max(240, 120 + 24 * len(y_labels)), x_label, y_label)
+    drawn.add_heatmap(
+        x=_distinct(x_labels),
+        y=_distinct(y_labels),
+        z=grid,
+        colorbar_title_text=_shown(value_label),
+        **scale,
+    )
+    drawn.update_xaxes(type="category", showgrid=False)
+    drawn.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return _figure(drawn, description, caption)
 
 
 def described(name: str, x: Values, y: Values) -> str:
     """Say in words where a line starts, ends, and is highest and lowest."""
     points = [
-        (a, b) for a, b in zip(_plain(x), _plain(y), strict=True) if a is not None and b is not None
+        (a, b)
+        for a, b in zip(_finite(x), _finite(y), strict=True)
+        if a is not None and b is not None
     ]
     if not points:
         return f"{name}: nothing measured"
+    if len(points) < 3:
+        return f"{name}: " + ", ".join(f"{number(b)} at {number(a)}" for a, b in points)
     (x0, y0), (x1, y1) = points[0], points[-1]
     top, bottom = max(points, key=lambda p: p[1]), min(points, key=lambda p: p[1])
     return (
@@ -248,87 +279,17 @@ def described(name: str, x: Values, y: Values) -> str:
     )
 
 
-def _trace(series: Series) -> Figure:
-    if series.dash not in DASHES:
-        raise _refusal(f"the line style {series.dash!r}", f"choose one of: {', '.join(DASHES)}")
-    color, points = _color(series.color), series.dash == "markers"
-    x = _plain(series.x)
-    return {
-        "type": "scatter",
-        "mode": "markers" if points else "lines",
-        "name": _shown(series.name),
-        "x": x,
-        "y": _same_length(series.name, _plain(series.y), x),
-        "line": {"color": color, "width": 2, "dash": "solid" if points else series.dash},
-        "marker": {"color": color, "size": 6},
-        "hovertemplate": "%{x:.4g}: %{y:.4g}<extra>%{fullData.name}</extra>",
-    }
+def _empty(height: int, x_label: str, y_label: str) -> go.Figure:
+    titles = {"xaxis_title_text": _shown(x_label), "yaxis_title_text": _shown(y_label)}
+    return go.Figure(layout={"template": TEMPLATE, "height": height, **titles})
 
 
-def _band(band: Band) -> list[Figure]:
-    x = _plain(band.x)
-    edge = {"type": "scatter", "mode": "lines", "x": x, "hoverinfo": "skip", "line": {"width": 0}}
-    return [
-        {**edge, "y": _same_length(band.name, _plain(band.low), x), "showlegend": False},
-        {
-            **edge,
-            "y": _same_length(band.name, _plain(band.high), x),
-            "fill": "tonexty",
-            "fillcolor": _color(band.color, ("--null-band", "--window")),
-            "name": _shown(band.name),
-        },
-    ]
+def _figure(drawn: go.Figure, description: str, caption: str) -> Figure:
+    return {**drawn.to_plotly_json(), "label": clean(description), "caption": clean(caption)}
 
 
-def _window(window: tuple[float | None, float | None] | None) -> list[Figure]:
-    ends = [end for end in window or () if end is not None and math.isfinite(end)]
-    if len(ends) != 2:
-        return []
-    shade = {"line": {"width": 0}, "fillcolor": "var(--window)", "layer": "below"}
-    across = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
-    return [{**across, **shade, "x0": min(ends), "x1": max(ends)}]
-
-
-def _layout(height: int, x_label: str, y_label: str) -> Figure:
-    axes = [
-        {**AXIS, "title": _axis_title(_shown(one)), "fixedrange": True}
-        for one in (x_label, y_label)
-    ]
-    return {
-        "height": height,
-        "xaxis": axes[0],
-        "yaxis": axes[1],
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 13},
-        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-        "legend": {
-            "orientation": "h",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "x": 0,
-            "traceorder": "normal",
-        },
-        "hoverlabel": {"bgcolor": "var(--card)", "font": {"color": "var(--ink)"}},
-        "dragmode": False,
-    }
-
-
-def _figure(data: list[Figure], layout: Figure, description: str, caption: str) -> Figure:
-    return {
-        "data": data,
-        "layout": layout,
-        "label": clean(description),
-        "caption": clean(caption),
-    }
-
-
-def _axis_title(text: str) -> Figure:
-    return {"text": text, "font": {"color": "var(--soft)", "size": 12}}
-
-
-def _plain(values: Values) -> list[float | None]:
-    given = values.tolist() if isinstance(values, torch.Tensor) else list(values)
+def _finite(values: Iterable[float | None] | torch.Tensor) -> list[float | None]:
+    given = values.tolist() if isinstance(values, torch.Tensor) else values
     return [float(v) if v is not None and math.isfinite(v) else None for v in given]
 
 
@@ -346,27 +307,9 @@ def _shown(text: str) -> str:
 
 def _distinct(labels: Sequence[str]) -> list[str]:
     """Make equal labels different, for a category axis would draw them in one place."""
-    seen: dict[str, int] = {}
-    result: list[str] = []
-    for label in map(_shown, labels):
-        seen[label] = seen.get(label, 0) + 1
-        result.append(label + "\u200b" * (seen[label] - 1))
-    return result
+    return [_shown(label) + "\u200b" * labels[:i].count(label) for i, label in enumerate(labels)]
 
 
-def _same_length(name: str, values: Any, against: Sequence[object]) -> Any:
-    if len(values) != len(against):
-        raise _refusal(
-            f"{len(values)} values of {name} for {len(against)} places", "give one value per place"
-        )
-    return values
-
-
-def _color(name: str, allowed: Sequence[str] = COLORS) -> str:
-    if name not in allowed:
-        raise _refusal(f"the color {name!r}", f"choose one of: {', '.join(allowed)}")
+def _color(name: str) -> str:
+    assert name in COLORS, f"{name} is no color of the page"
     return f"var({name})"
-
-
-def _refusal(found: str, advice: str) -> TrimtabError:
-    return TrimtabError(asked="a figure", found=found, advice=advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 from trimtab.prompts.gap.gap_search import GapSearch
 from trimtab.report.figures import Series, line_figure
@@ -13,11 +14,7 @@ _COLORS = ("--vector", "--prompt", "--baked", "--coherence")
 
 
 def gap_section(searches: Sequence[GapSearch]) -> Section:
-    """Draw predicted against true gain per token of one search or several, with their tables.
-
-    Args:
-        searches: at least one, of one behavior.
-    """
+    """Draw predicted against true gain per token of the searches for one behavior."""
     behavior = searches[0].behavior
     values = [x for s in searches for t in s.found.steps for x in (t.predicted, t.true)]
     low, high = min([0.0, *values]), max([0.0, *values])
@@ -26,10 +23,10 @@ def gap_section(searches: Sequence[GapSearch]) -> Section:
             search.found.method + f" {search.sign:+d}",
             [step.predicted for step in search.found.steps],
             [step.true for step in search.found.steps],
-            _COLORS[number_ % len(_COLORS)],
+            color,
             "markers",
         )
-        for number_, search in enumerate(searches)
+        for search, color in zip(searches, cycle(_COLORS), strict=False)
     ]
     figure = line_figure(
         "predicted gain of a token",

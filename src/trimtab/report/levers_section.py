@@ -12,18 +12,14 @@ from trimtab.results.tables import Table, number, percent
 
 
 def levers_section(found: LeversTable) -> Section:
-    """Draw scores and damage of every lever beside the unsteered model and the random direction.
-
-    Args:
-        found: one table.
-    """
+    """Draw scores and damage of every lever beside the unsteered model and the random control."""
     side = "toward" if found.sign > 0 else "away"
     return Section(
         f"Levers: {found.behavior}, {side}, within {found.budget:g} nats",
         paragraphs=(
             found.advice.sentence,
             "Found on train prompts, put at the largest strength whose 95th percentile of damage "
-            "keeps the budget on validation prompts, chosen there, scored on test prompts. What has "
+            "(on-target KL) keeps the budget on validation prompts, chosen there, scored on test prompts. What has "
             "no strength is shown with what it costs.",
         ),
         figures=(_scores(found.rows), _damage(found.rows, found.budget)),
@@ -33,22 +29,13 @@ def levers_section(found: LeversTable) -> Section:
 
 
 def _scores(rows: Sequence[LeverRow]) -> Figure:
-    names = [row.name for row in rows]
     return bar_figure(
-        names,
+        [row.name for row in rows],
         "share of test answers",
         [
-            Bars(
-                "behavior",
-                [row.score for row in rows],
-                "--vector",
-                low=[row.low for row in rows],
-                high=[row.high for row in rows],
-            ),
+            Bars("behavior", [(row.score, row.low, row.high) for row in rows]),
             Bars("coherence", [row.coherence for row in rows], "--coherence"),
         ],
-        description="Behavior on test answers: "
-        + ", ".join(f"{row.name} {percent(row.score)}" for row in rows),
     )
 
 
@@ -57,11 +44,9 @@ def _damage(rows: Sequence[LeverRow], budget: float) -> Figure:
         [row.name for row in rows],
         "nats per token, 95th percentile",
         [
-            Bars("damage", [row.damage_p95 for row in rows], "--damage"),
-            Bars("budget", [budget for _ in rows], "--baseline"),
+            Bars("damage (on-target KL)", [row.damage_p95 for row in rows], "--damage"),
+            Bars("budget", [budget] * len(rows), "--baseline"),
         ],
-        description="Damage on test prompts: "
-        + ", ".join(f"{row.name} {number(row.damage_p95, 3)}" for row in rows),
         caption="Strengths were chosen on validation prompts, so a bar may pass the budget a little.",
     )
 

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from trimtab.prompts.pipeline.attempt import STAGES, TITLES
 from trimtab.prompts.pipeline.report import NOT_COMPARED, SearchReport
 from trimtab.prompts.scores import Scores
 from trimtab.prompts.soft.states import StateSweep
 from trimtab.report.figures import Bars, Figure, Series, bar_figure, line_figure
-from trimtab.report.page import Section, write_page
+from trimtab.report.page import Section
 from trimtab.results.tables import Table, number, percent
 
 SAMPLED = ("chosen", "soft", "reference", "random", "no prompt")
 
 
-def write_search_page(
-    folder: str | os.PathLike[str],
-    reports: SearchReport | Sequence[SearchReport],
-    states: StateSweep | None = None,
-) -> Path:
-    """Write one or several searches as a page that opens offline and return its path.
-
-    Args:
-        folder: made when missing.
-        reports: of searches, in the order of the page.
-        states: state matching by layer, where it was run.
-
-    Raises:
-        TrimtabError: when the folder cannot be written or there are no reports.
-    """
-    listed = [reports] if isinstance(reports, SearchReport) else list(reports)
-    sections = [section for report in listed for section in search_sections(report)]
-    if states is not None:
-        sections.append(states_section(states))
-    lead = ", ".join(dict.fromkeys(report.model for report in listed))
-    return write_page(folder, sections, title="Prompt search", lead=lead)
-
-
 def search_sections(report: SearchReport, states: StateSweep | None = None) -> list[Section]:
     """Return the sections of one search in the order they are read."""
-    sections = [
-        _found_section(report),
-        _stages_section(report),
-        _baselines_section(report),
-        _answers_section(report),
-    ]
-    return sections if states is None else [*sections, states_section(states)]
+    parts = (_found_section, _stages_section, _baselines_section, _answers_section)
+    extra = [] if states is None else [states_section(states)]
+    return [*(part(report) for part in parts), *extra]
 
 
 def _found_section(report: SearchReport) -> Section:
@@ -69,14 +39,9 @@ def _found_section(report: SearchReport) -> Section:
     warnings = [] if check.same_ids else ["The text does not give back the tokens that were found."]
     if chosen.judged is not None and chosen.judged.coherence < 0.9:
         warnings.append(f"Only {percent(chosen.judged.coherence)} coherent: read the answers.")
-    tables = (
-        chosen.table(),
-        report.scores["reference"].table(),
-        report.scores["no prompt"].table(),
-    )
-    return Section(
-        f"{report.reference}: what was found", tuple(paragraphs), (), tables, tuple(warnings)
-    )
+    tables = tuple(report.scores[name].table() for name in ("chosen", "reference", "no prompt"))
+    title = f"{report.reference}: what was found"
+    return Section(title, tuple(paragraphs), (), tables, tuple(warnings))
 
 
 def _stages_section(report: SearchReport) -> Section:
@@ -99,19 +64,15 @@ def _stages_section(report: SearchReport) -> Section:
         + ", ".join(f"{kind} {count}" for kind, count in a.violated_start.items())
         for a in stuck
     )
-    return Section(
-        f"{report.reference}: stage by stage",
-        paragraphs,
-        (_stages_figure(report),),
-        (table, report.restarts_table()),
-        warnings,
-    )
+    title, tables = f"{report.reference}: stage by stage", (table, report.restarts_table())
+    return Section(title, paragraphs, (_stages_figure(report),), tables, warnings)
 
 
 def _stages_figure(report: SearchReport) -> Figure:
     ends = [0.0, 1.0, 2.0]
+    tests = {(attempt.arm, attempt.restart): attempt.test for attempt in report.attempts}
     series = [
-        Series("a restart", ends, [_test(report, stage, restart) for stage in STAGES], "--vector")
+        Series("a restart", ends, [tests[stage, restart] for stage in STAGES])
         for restart in range(report.arm("repaired").n)
     ]
     for arm, color in (("reference", "--coherence"), ("random", "--null")):
@@ -121,12 +82,7 @@ def _stages_figure(report: SearchReport) -> Figure:
         "stage: 0 soft, 1 projected, 2 repaired",
         "test cross-entropy, nats per token",
         series,
-        description=f"Cross-entropy of {report.reference} by stage, one line per restart",
     )
-
-
-def _test(report: SearchReport, arm: str, restart: int) -> float:
-    return next(a.test for a in report.attempts if a.arm == arm and a.restart == restart)
 
 
 def _baselines_section(report: SearchReport) -> Section:
@@ -138,10 +94,9 @@ def _baselines_section(report: SearchReport) -> Section:
         [TITLES[arm.arm] for arm in arms],
         "gap closed, share",
         [
-            Bars("mean of all restarts", [_finite(arm.gap_closed) for arm in arms], "--vector"),
-            Bars("chosen restart", [_finite(arm.chosen_gap_closed) for arm in arms], "--prompt"),
+            Bars("mean of all restarts", [arm.gap_closed for arm in arms], "--vector"),
+            Bars("chosen restart", [arm.chosen_gap_closed for arm in arms], "--prompt"),
         ],
-        description="Gap closed between random tokens (0) and the reference (1) by each arm",
         caption="(CE of random tokens - CE) / (CE of random tokens - CE of the reference)",
     )
     paragraph = (
@@ -150,16 +105,7 @@ def _baselines_section(report: SearchReport) -> Section:
         "close more than all of the gap: it can predict the reference's answers better than the "
         "reference does."
     )
-    return Section(
-        f"{report.reference}: against the baselines",
-        (paragraph,),
-        (figure,),
-        tables,
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return Section(f"{report.reference}: against the baselines", (paragraph,), (figure,), tables)
 
 
 def _score_table(report: SearchReport) -> Table:
@@ -182,7 +128,7 @@ def _score_row(name: str, scores: Scores, ks: Sequence[int]) -> tuple[str, ...]:
     verdict = ("", "", "")
     if judged is not None:
         means = (judged.greedy.mean, judged.sampled.mean, judged.coherence)
-        verdict = tuple(percent(mean) for mean in means)
+        verdict = tuple(map(percent, means))
     return (
         TITLES.get(name, name),
         scores.label,
@@ -210,42 +156,35 @@ def _answers_section(report: SearchReport) -> Section:
 
 def states_section(states: StateSweep) -> Section:
     """Return the section about prefixes that leave the reference's states at each layer."""
-    layers = [float(match.layer) for match in states.matches]
-    figure = line_figure(
-        "layer whose output is matched",
-        "mean cosine with the reference's states",
-        [
-            Series("trained", layers, [m.cosine for m in states.matches], "--vector"),
-            Series("before training", layers, [m.cosine_start for m in states.matches], "--null"),
-        ],
-        description="Final cosine of matched states by layer, against that of the start",
-    )
-    losses = line_figure(
-        "layer whose output is matched",
-        "cross-entropy, nats per token",
-        [
-            Series("vectors", layers, [m.loss for m in states.matches], "--vector"),
-            Series(
-                "nearest tokens", layers, [m.loss_projected for m in states.matches], "--prompt"
-            ),
-        ],
-        description="Cross-entropy of the matched vectors and of their nearest tokens by layer",
-    )
-    curves = line_figure(
-        "step",
-        "state loss",
-        [
-            Series(f"layer {m.layer}", list(map(float, range(len(m.soft.curve)))), m.soft.curve)
-            for m in states.matches
-        ],
-        description="Loss against step, one line per layer",
-        log_y=True,
+    matches = states.matches
+    layers = [match.layer for match in matches]
+    figures = (
+        line_figure(
+            "layer whose output is matched",
+            "mean cosine with the reference's states",
+            [
+                Series("trained", layers, [m.cosine for m in matches]),
+                Series("before training", layers, [m.cosine_start for m in matches], "--null"),
+            ],
+        ),
+        line_figure(
+            "layer whose output is matched",
+            "cross-entropy, nats per token",
+            [
+                Series("vectors", layers, [m.loss for m in matches]),
+                Series("nearest tokens", layers, [m.loss_projected for m in matches], "--prompt"),
+            ],
+        ),
+        line_figure(
+            "step",
+            "state loss",
+            [Series(f"layer {m.layer}", range(len(m.soft.curve)), m.soft.curve) for m in matches],
+            log_y=True,
+        ),
     )
     paragraph = (
         "For each layer, vectors in the slot were trained until the layer's output behind the slot "
         "was that under the reference. Early layers project to near-copies of it, late layers to "
         "odd tokens."
     )
-    return Section(
-        "States, layer by layer", (paragraph,), (figure, losses, curves), (states.table(),)
-    )
+    return Section("States, layer by layer", (paragraph,), figures, (states.table(),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trimtab.results.tables import Printable, Table, number
+from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.vector import VectorSteering
 
 
@@ -38,6 +38,16 @@ class StrengthTable(Printable):
     rows: tuple[LayerStrength, ...]
     nats: float | None = None
 
+    @property
+    def sentence(self) -> str:
+        """Strength m with raw alpha and its share of the stream's mean norm, for running text."""
+        alphas = [number(row.alpha) for row in self.rows if row.alpha is not None]
+        shares = [percent(row.relative) for row in self.rows if row.relative is not None]
+        said = [f"alpha {_from_to(alphas)}"] if alphas else []
+        said += [f"{_from_to(shares)} of the norm"] if shares else []
+        m = f"m = {self.rows[0].m:+.3g}"
+        return f"{m} ({', '.join(said)})" if said else m
+
     def table(self) -> Table:
         """Return one line per layer, and the measured nats underneath."""
         cells = tuple(
@@ -52,7 +62,7 @@ class StrengthTable(Printable):
             for row in self.rows
         )
         notes = () if self.nats is None else (f"{number(self.nats, 3)} nats per token, measured",)
-        columns = ("layer", "m", "alpha", "alpha / mu", "class gaps", "spreads")
+        columns = ("layer", "m", "alpha", "share of norm", "class gaps", "spreads")
         return Table("strength in every unit", columns, cells, notes)
 
 
@@ -79,6 +89,10 @@ def convert(vector: VectorSteering, nats: float | None = None) -> StrengthTable:
         for layer in vector.layers
     )
     return StrengthTable(rows, nats)
+
+
+def _from_to(layers: list[str]) -> str:
+    return layers[0] if len(set(layers)) == 1 else f"{layers[0]} to {layers[-1]} by layer"
 
 
 def _ratio(alpha: float | None, unit: float | None) -> float | None:
