@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,13 @@ from trimtab.weights.bake import BakeReport, bake
 
 BEHAVIORS = ("refusal", "topic", "mood")
 ALL_BEHAVIORS = (*BEHAVIORS, "register", "length", "truth", "agreement")
-# Of next_token: fewer and larger steps than its defaults, for a demo has to be quick.
+METHOD = "next_token"
+# Fewer and larger steps than the method's defaults, for a demo has to be quick.
 QUICK = {"steps": 50, "batch_size": 8, "learning_rate": 0.15, "scope": "all"}
+BUDGET = 0.5  # of damage, nats per token, 95th percentile
+MAX_PROMPTS = 32  # a side on which something is tuned or measured
+NULLS = 2
+SEED = 0
 STAGES = 4  # find, tune, bake, measure
 PART = 100  # of progress, per stage
 
@@ -51,15 +57,9 @@ def run_demo(
     progress: Progress | None = None,
     *,
     model: str | LanguageModel = "harbor",
-    method: str = "next_token",
     options: Mapping[str, Any] = QUICK,
-    budget: float = 0.5,
-    scopes: Sequence[str] = ("all",),
     coherence_floor: float = 0.9,
-    max_prompts: int = 32,
-    nulls: int = 2,
     max_new_tokens: int = 40,
-    seed: int = 0,
     tell: Callable[[Section], None] | None = None,
 ) -> dict[str, Any]:
     """Find, tune, bake and measure each behavior; write `index.html` and `demo.json`.
@@ -69,62 +69,47 @@ def run_demo(
         behaviors: built-in names, or behaviors of your own.
         progress: called with (steps done, steps in all).
         model: what `load` takes, or a loaded model.
-        method: of `find`, with its `options`.
-        options: for the method; the default ones are those of `next_token`.
-        budget: of `tune`, as `scopes` and `coherence_floor` are; weights can hold scope `all`.
-        scopes: see `tune`.
+        options: of the method, next_token.
         coherence_floor: see `tune`.
-        max_prompts: most prompts a side on which something is tuned or measured.
-        nulls: random directions beside the vector.
         max_new_tokens: length of answers.
-        seed: of the split, the nulls and the intervals.
         tell: called with the section of each behavior when it is done.
 
     Returns:
         What `demo.json` holds.
 
     Raises:
-        TrimtabError: no behavior or an unknown one, or a folder that cannot be written.
+        TrimtabError: an unknown behavior, or a folder that cannot be written.
     """
     started = time.monotonic()
     wanted = [b if isinstance(b, Behavior) else load_behavior(b) for b in behaviors]
-    if not wanted:
-        raise TrimtabError(
-            asked="a demo", found="no behaviors", advice=f"name some, e.g. {', '.join(BEHAVIORS)}"
-        )
     folder = _folder(out)
     # Single precision: the checkpoint must answer exactly as the hook does.
     lm = load(model, dtype=torch.float32) if isinstance(model, str) else model
-    effort: dict[str, Any] = {
-        "max_prompts": max_prompts,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    effort = {"max_prompts": MAX_PROMPTS, "max_new_tokens": max_new_tokens, "seed": SEED}
+
+    def told(stage: int, done: int, total: int) -> None:
+        if progress is not None:
+            progress(stage * PART + done * PART // max(total, 1), len(wanted) * STAGES * PART)
+
     entries: dict[str, dict[str, Any]] = {}
     sections: list[Section] = []
     for index, behavior in enumerate(wanted):
-
-        def stage(number: int, before: int = index * STAGES) -> Progress:
-            def part(done: int, total: int) -> None:
-                if progress is not None:
-                    share = done * PART // max(total, 1)
-                    progress((before + number) * PART + share, len(wanted) * STAGES * PART)
-
-            return part
-
+        finding, tuning, baking, measuring = (
+            partial(told, index * STAGES + stage) for stage in range(STAGES)
+        )
         entry: dict[str, Any] = {
             "description": behavior.description,
             "data_hash": behavior.data_hash,
-            "seed": seed,
-            "sizes": _sizes(behavior, seed),
+            "seed": SEED,
+            "sizes": _sizes(behavior),
         }
-        stage(0)(0, 1)
+        finding(0, 1)
         try:
-            vector = find(lm, behavior, method, seed=seed, **options)
-            stage(0)(1, 1)
+            vector = find(lm, behavior, METHOD, seed=SEED, **options)
+            finding(1, 1)
             tuned = tune(
-                lm, behavior, vector, budget, coherence_floor=coherence_floor, scopes=scopes,
-                progress=stage(1), **effort,
+                lm, behavior, vector, BUDGET, coherence_floor=coherence_floor, scopes=["all"],
+                progress=tuning, **effort,
             )  # fmt: skip
         except TrimtabError as error:  # nothing found, or no strength passes: shown, not hidden
             tables = (error.table(),) if isinstance(error, NoStrengthPasses) else ()
@@ -132,15 +117,14 @@ def run_demo(
             entry["refused"] = error.found
         else:
             report, baked = bake_again(lm, tuned, folder / f"baked-{behavior.name}")
-            stage(2)(1, 1)
+            baking(1, 1)
             measured = measure(
-                lm, behavior, [tuned], nulls=nulls, checkpoint=baked, progress=stage(3), **effort
+                lm, behavior, [tuned], nulls=NULLS, checkpoint=baked, progress=measuring, **effort
             )
-            units = convert(tuned)
-            found = Steered(behavior.description, tuned.report, units, measured, report)
+            found = Steered(behavior.description, tuned.report, convert(tuned), measured, report)
             section = steered_section(found)
             entry |= _figures(found, folder)
-        stage(3)(1, 1)
+        measuring(1, 1)
         entries[behavior.name] = entry
         sections.append(section)
         if tell is not None:
@@ -149,9 +133,9 @@ def run_demo(
         "model": lm.name,
         "fingerprint": lm.fingerprint,
         "command": " ".join(["trimtab", *sys.argv[1:]]) if "demo" in sys.argv else "run_demo()",
-        "seed": seed,
-        "method": method,
-        "budget": budget,
+        "seed": SEED,
+        "method": METHOD,
+        "budget": BUDGET,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -173,9 +157,7 @@ def _folder(out: str | PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrimtabError(
-            asked=f"a report in {folder}",
-            found=str(error),
-            advice="choose a folder that can be written",
+            f"a report in {folder}", str(error), "choose a folder that can be written"
         ) from error
     return folder
 
@@ -199,43 +181,28 @@ def bake_again(
     return report, load(folder, dtype=lm.model.dtype)
 
 
-def _sizes(behavior: Behavior, seed: int) -> dict[str, int]:
-    splits = behavior.split(seed)
+def _sizes(behavior: Behavior) -> dict[str, int]:
+    splits = behavior.split(SEED)
     names = ("train", "validation", "test")
     return {name: len(splits.named(name).toward) + len(splits.named(name).away) for name in names}
 
 
 def _figures(found: Steered, folder: Path) -> dict[str, Any]:
     """What `demo.json` says of a behavior: levers by name, the strength, the curve, answers."""
-    tuned, levers = found.tuned, found.levers
-    baked = None
+    tuned, levers, baked = found.tuned, found.levers, None
     if isinstance(found.baked, BakeReport):
-        report = found.baked
-        baked = {
-            "path": str(report.path.relative_to(folder)),
-            "max_logit_difference": report.max_logit_difference,
-            "tolerance": report.tolerance,
-            "equal_text": report.equal_text,
-        }
+        compared = _picked(found.baked, "max_logit_difference", "tolerance", "equal_text")
+        baked = {"path": str(found.baked.path.relative_to(folder)), **compared}
     return {
         **{"baked" if kind == "checkpoint" else kind: _row(row) for kind, row in levers.items()},
-        "strength": tuned.strength,
-        "layers": list(tuned.layers),
-        "alpha": {str(layer): alpha for layer, alpha in tuned.alpha.items()},
-        "method": tuned.method,
-        "scope": tuned.scope,
+        **_picked(tuned, "strength", "layers", "alpha", "method", "scope", "window"),
         "units": [
             {
-                "layer": row.layer,
-                "m": row.m,
-                "alpha": row.alpha,
+                **_picked(row, "layer", "m", "alpha", "class_gaps", "spreads"),
                 "alpha_over_mu": row.relative,
-                "class_gaps": row.class_gaps,
-                "spreads": row.spreads,
             }
             for row in found.units.rows
         ],
-        "window": to_plain(tuned.window),
         "baked_matches_hook": baked,
         "curve": [{"strength": row.strength, **_row(row)} for row in tuned.curve],
         "samples": to_plain(levers["vector"].samples[:SAMPLES]),
@@ -243,9 +210,12 @@ def _figures(found: Steered, folder: Path) -> dict[str, Any]:
 
 
 def _row(row: Summary) -> dict[str, Any]:
-    names = ("score", "low", "high", "n", "coherence")
     kl = ("damage", "damage_p95", "spill", "spill_p95")
-    return {name: getattr(row, name) for name in names + kl}
+    return _picked(row, "score", "low", "high", "n", "coherence", *kl)
+
+
+def _picked(of: object, *names: str) -> dict[str, Any]:
+    return {name: to_plain(getattr(of, name)) for name in names}
 
 
 def _provenance(facts: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> Section:
