@@ -83,7 +83,8 @@ def test_warnings_name_what_is_broken(model: LanguageModel) -> None:
     assert lever.warnings(0) == lever.warnings(2.0) == lever.warnings(3.0) == []
     assert ["weaker" in line for line in lever.warnings(1.0)] == [True]
     stronger, text, damage = lever.warnings(4.0)
-    assert "stronger" in stronger and "coherence 40%" in text and "2.00 nats" in damage
+    assert "stronger" in stronger and "coherence 40%" in text
+    assert "Damage (on-target KL) of 2.00 nats" in damage
     assert "No strength measured away" in lever.warnings(-1.0)[0]
     # A window that more prompts confirmed while tuning stands where a few find none.
     assert replace(lever, tuned=(1.0, 3.0), bounds=Bounds(target=1.1)).window(1) == (1.0, 3.0)
@@ -214,6 +215,9 @@ def test_gauges_show_the_reading_and_shade_the_window(bench: Bench) -> None:
     assert f'data-score="{read.score:.3f}"' in page and f'data-kl="{read.damage_p95:.4f}"' in page
     shaded = re.search(r'tt-window" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', page)
     assert shaded and float(shaded[2]) > 0
+    assert "damage (on-target KL)" in page and ">damage / budget<" in page
+    vector = lever.vector.at(window[0])
+    assert f"m = {window[0]:+.3g} (alpha {vector.alphas[vector.layers[0]]:.2f}" in page
     assert "tt-marker tt-out" not in page
     assert "tt-marker tt-out" in views.gauges_view(lever, lever.read(0.0))
 

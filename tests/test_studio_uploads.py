@@ -174,7 +174,7 @@ def test_what_was_uploaded_is_read(web: TestClient, tmp_path: Path) -> None:
     vector = planted.push(planted.language_model()).save(tmp_path / "push.safetensors")
     lever = as_a_browser_names(upload(web, "push.safetensors", vector.read_bytes()))
     chosen = [None, "from a file", file, "mine", *[""] * 5, "mean_difference", "toward", 0.5]
-    find, opened = named(web, "find"), named(web, "opened")
+    find, opened = named(web, "find"), named(web, "open")
     ends = ask(web, {(find,): chosen, (opened,): [lever, *chosen]}, "s")
     assert len(ends) == 2
     for end in ends.values():

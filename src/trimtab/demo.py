@@ -85,7 +85,11 @@ def run_demo(
     folder = _folder(out)
     # Single precision: the checkpoint must answer exactly as the hook does.
     lm = load(model, dtype=torch.float32) if isinstance(model, str) else model
-    effort = {"max_prompts": MAX_PROMPTS, "max_new_tokens": max_new_tokens, "seed": SEED}
+    effort: dict[str, Any] = {
+        "max_prompts": MAX_PROMPTS,
+        "max_new_tokens": max_new_tokens,
+        "seed": SEED,
+    }
 
     def told(stage: int, done: int, total: int) -> None:
         if progress is not None:

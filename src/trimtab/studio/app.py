@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,21 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import Bounds
 from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk
+from trimtab.studio.lever import Lever
 from trimtab.studio.uploads import Page
 from trimtab.studio.workshop import Bench, Workshop, written_behavior
 
 LOOPBACK = ("127.0.0.1", "localhost")
 WRITE, FILE = "write my own", "from a file"
+# What a behavior of one's own is written in, and lines of each field: see `written_behavior`.
+FIELDS = {
+    "Name": 1,
+    "Prompts whose answers show it, one a line": 5,
+    "Prompts whose answers do not": 5,
+    "Phrases of answers that show it, one a line": 3,
+    "Phrases of the opposite (optional)": 3,
+    "Neutral prompts (optional)": 3,
+}
 CSS = Path(__file__).with_name("studio.css")
 # A stream of answers is drawn at most so often, in seconds.
 FRAME = 0.08
@@ -51,15 +61,11 @@ LEAVE_SECONDS = 2
 EMPTY = '<div class="tt-fine">Find a vector, or open a steering file, to move the slider.</div>'
 # Two moves may be under way at once; the page says when each was made.
 STAMPED = "(desk, prompt, m, _) => [desk, prompt, m, performance.now()]"
-SHOWN = 5  # what a move of the slider changes: warning, answers, gauges, colors, samples
+SHOWN = ("warning", "answers", "gauges", "tokens", "samples")  # what a move of the slider changes
+BAR = gr.Progress()  # a default argument of this type is how Gradio hands one out
 
 
-def serve(
-    lm: LanguageModel,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    ready: Callable[[str], None] | None = None,
-) -> None:
+def serve(lm: LanguageModel, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve the app until it is interrupted.
 
     Args:
@@ -67,9 +73,6 @@ def serve(
         host: address to listen on; other machines reach it only if this is not loopback.
         port: 0 takes any free one.
         ready: called with the app's address when it listens.
-
-    Raises:
-        TrimtabError: an address that cannot be listened on.
     """
     try:
         listening = socket.create_server((host, port))
@@ -82,8 +85,7 @@ def serve(
         # Open pages keep a connection for as long as they stand: they do not keep the app alive.
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LEAVE_SECONDS)
         server = uvicorn.Server(config)
-        if ready is not None:
-            ready(f"http://{host}:{listening.getsockname()[1]}")
+        ready(f"http://{host}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])
 
 
@@ -134,10 +136,11 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
                     list(METHODS), value="mean_difference", label="Method", elem_id="tt-method"
                 )
                 side = gr.Radio(["toward", "away"], value="toward", label="Steer")
-                budget = gr.Slider(0.1, 2.0, value=0.5, step=0.1, label="Budget, nats per token")
-            form = gr.Group(visible=False)
-            with form:
-                fields = _form()
+                budget = gr.Slider(
+                    0.1, 2.0, value=0.5, step=0.1, label="Budget of damage (on-target KL), nats"
+                )
+            with gr.Group(visible=False) as form, gr.Row():
+                fields = [gr.Textbox(label=at, lines=n, min_width=240) for at, n in FIELDS.items()]
             file = gr.File(
                 label="Behavior file", file_types=[".yaml", ".yml", ".jsonl"], visible=False
             )
@@ -208,27 +211,11 @@ def build(workshop: Workshop, root: Path) -> gr.Blocks:
     return page
 
 
-def _form() -> list[gr.Textbox]:
-    with gr.Row():
-        return [
-            gr.Textbox("mine", label="Name", min_width=240),
-            gr.Textbox(
-                label="Prompts whose answers show it, one a line", lines=5, min_width=240
-            ),
-            gr.Textbox(label="Prompts whose answers do not", lines=5, min_width=240),
-            gr.Textbox(
-                label="Phrases of answers that show it, one a line", lines=3, min_width=240
-            ),
-            gr.Textbox(label="Phrases of the opposite (optional)", lines=3, min_width=240),
-            gr.Textbox(label="Neutral prompts (optional)", lines=3, min_width=240),
-        ]  # fmt: skip
-
-
-def _said(function: Callable[..., Any]) -> Callable[..., Any]:
+def _said(function: Callable[..., str]) -> Callable[..., str]:
     """Show what a user asked wrongly where the result would have been."""
 
     @wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> str:
         try:
             return function(*args)
         except TrimtabError as error:
@@ -241,34 +228,7 @@ class Actions:
     """What the page's events do; everything that belongs to a visitor is in the desk."""
 
     def __init__(self, workshop: Workshop, root: Path) -> None:
-        """Keep what all visitors share."""
         self.workshop, self.root = workshop, root
-        bar = gr.Progress()  # a default argument of this type is how Gradio hands one out
-
-        def find(desk: Desk | None, *chosen: Any, progress: Any = bar) -> tuple[Any, ...]:
-            return self._put(desk, lambda: self._found(chosen, progress))
-
-        def opened(desk: str, *chosen: Any, progress: Any = bar) -> tuple[Any, ...]:
-            return self._put(chosen[0], lambda: self._read(desk, chosen[1:], progress))
-
-        def compare(desk: Desk | None, m: float, words: str, progress: Any = bar) -> str:
-            found = workshop.compare(self._bench(desk), m, words, _report(progress, "measuring"))
-            return views.measurement_view(found)
-
-        def explain(desk: Desk | None, m: float, progress: Any = bar) -> str:
-            bench, desk = self._bench(desk), self.arrive(desk)
-            folder = desk.folder / f"why-{time.time_ns():x}"
-            page = workshop.explain(bench, m, folder, _report(progress, "explaining"))
-            return views.page_view(desk.url(page))
-
-        def bake(desk: Desk | None, m: float, progress: Any = bar) -> str:
-            bench, desk = self._bench(desk), self.arrive(desk)
-            made = workshop.bake(bench, m, desk.folder, _report(progress, "baking"))
-            return views.link_view(desk.url(made), made.name, made.stat().st_size)
-
-        self.find, self.open = find, opened
-        self.compare, self.explain, self.bake = _said(compare), _said(explain), _said(bake)
-        self.save = _said(self._save)
 
     def arrive(self, desk: Desk | None) -> Desk:
         """Give a visitor a desk, once."""
@@ -289,6 +249,23 @@ class Actions:
         """Show the fields that a behavior of this source needs."""
         return gr.update(visible=source == WRITE), gr.update(visible=source == FILE)
 
+    def find(self, desk: Desk | None, *chosen: Any, progress: Any = BAR) -> tuple[Any, ...]:
+        *source, method, side, budget = chosen
+        sign, bounds = 1 if side == "toward" else -1, Bounds(budget=budget)
+        bars = partial(_report, progress)
+        return self._put(
+            desk, lambda: self.workshop.find(_behavior(*source), method, sign, bounds, bars)
+        )
+
+    def open(
+        self, path: str, desk: Desk | None, *chosen: Any, progress: Any = BAR
+    ) -> tuple[Any, ...]:
+        *source, _, _, budget = chosen
+        bounds, bar = Bounds(budget=budget), _report(progress, "measuring the slider's range")
+        return self._put(
+            desk, lambda: self.workshop.take(_behavior(*source), _vector(path), bounds, bar)
+        )
+
     def show(
         self, desk: Desk | None, prompt: str, m: float, at: float
     ) -> Iterator[tuple[Any, ...]]:
@@ -301,28 +278,49 @@ class Actions:
         try:
             yield from takewhile(lambda _: last(), self._shown(desk.ready, prompt, float(m)))
         except TrimtabError as error:
-            yield views.refusal_view(error), *[gr.skip()] * (SHOWN - 1)
+            yield _changed(warning=views.refusal_view(error))
+
+    @_said
+    def compare(self, desk: Desk | None, m: float, words: str, progress: Any = BAR) -> str:
+        bench, bar = self._at(desk).ready, _report(progress, "measuring")
+        return views.measurement_view(self.workshop.compare(bench, m, words, bar))
+
+    @_said
+    def explain(self, desk: Desk | None, m: float, progress: Any = BAR) -> str:
+        desk = self._at(desk)
+        folder = desk.folder / f"why-{time.time_ns():x}"
+        page = self.workshop.explain(desk.ready, m, folder, _report(progress, "explaining"))
+        return views.page_view(desk.url(page))
+
+    @_said
+    def bake(self, desk: Desk | None, m: float, progress: Any = BAR) -> str:
+        desk = self._at(desk)
+        made = self.workshop.bake(desk.ready, m, desk.folder, _report(progress, "baking"))
+        return views.link_view(desk.url(made), made.name, made.stat().st_size)
+
+    @_said
+    def save(self, desk: Desk | None, m: float) -> str:
+        desk = self._at(desk)
+        made = self.workshop.save(desk.ready, m, desk.folder)
+        return views.link_view(desk.url(made), made.name, made.stat().st_size)
+
+    def _at(self, desk: Desk | None) -> Desk:
+        # A desk that holds nothing yet needs no folder to say so.
+        return desk or Desk(self.root)
 
     def _shown(self, bench: Bench, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
         lever, before, after, drawn = bench.lever, "", "", 0.0
         if lever.known(m):
-            yield *self._measured(bench, m), gr.skip()
+            yield _changed(**_gauges(lever, m))
         for before, after in self.workshop.answers(bench, prompt, m):
             if time.monotonic() - drawn >= FRAME:
                 drawn = time.monotonic()
-                view = views.answers_view(before, after, m, False)
-                yield gr.skip(), view, gr.skip(), gr.skip(), gr.skip()
-        warning, _, gauges, _ = self._measured(bench, m)
-        view = views.answers_view(before, after, m, True)
-        yield warning, view, gauges, gr.skip(), views.samples_view(lever.read(m))
+                yield _changed(answers=views.answers_view(before, after, m, False))
+        answers = views.answers_view(before, after, m, True)
+        samples = views.samples_view(lever.read(m))
+        yield _changed(**_gauges(lever, m), answers=answers, samples=samples)
         shades = [self.workshop.tokens(bench, prompt, text) for text in (before, after)]
-        tokens = views.tokens_view(shades[0], shades[1], lever.vector)
-        yield gr.skip(), gr.skip(), gr.skip(), tokens, gr.skip()
-
-    def _measured(self, bench: Bench, m: float) -> tuple[Any, ...]:
-        reading = self.workshop.read(bench, m)
-        warning = views.warnings_view(bench.lever, m)
-        return warning, gr.skip(), views.gauges_view(bench.lever, reading), gr.skip()
+        yield _changed(tokens=views.tokens_view(shades[0], shades[1], lever.vector))
 
     def _put(self, desk: Desk | None, make: Callable[[], Bench]) -> tuple[Any, ...]:
         """Put a new bench on a desk, or say why there is none."""
@@ -343,35 +341,26 @@ class Actions:
             clean(prompts[0]),
         )
 
-    def _found(self, chosen: tuple[Any, ...], progress: Any) -> Bench:
-        *source, method, side, budget = chosen
-        return self.workshop.find(
-            _behavior(*source),
-            method,
-            1 if side == "toward" else -1,
-            Bounds(budget=budget),
-            lambda stage: _report(progress, stage),
+
+def _changed(**shown: str) -> tuple[Any, ...]:
+    """What a move shows anew; everything else stays as it is."""
+    return tuple(shown.get(name, gr.skip()) for name in SHOWN)
+
+
+def _gauges(lever: Lever, m: float) -> dict[str, str]:
+    gauges = views.gauges_view(lever, lever.read(m))
+    return {"warning": views.warnings_view(lever, m), "gauges": gauges}
+
+
+def _vector(path: str) -> VectorSteering:
+    vector = load_steering(path)
+    if not isinstance(vector, VectorSteering):
+        raise TrimtabError(
+            "to put this file on the slider",
+            "a prompt, which has no strength",
+            "open a file with a vector",
         )
-
-    def _read(self, path: str, chosen: tuple[Any, ...], progress: Any) -> Bench:
-        *source, _, _, budget = chosen
-        vector = load_steering(path)
-        if not isinstance(vector, VectorSteering):
-            raise TrimtabError(
-                "to put this file on the slider",
-                "a prompt, which has no strength",
-                "open a file with a vector",
-            )
-        measured = _report(progress, "measuring the slider's range")
-        return self.workshop.take(_behavior(*source), vector, Bounds(budget=budget), measured)
-
-    def _save(self, desk: Desk | None, m: float) -> str:
-        bench, desk = self._bench(desk), self.arrive(desk)
-        made = self.workshop.save(bench, m, desk.folder)
-        return views.link_view(desk.url(made), made.name, made.stat().st_size)
-
-    def _bench(self, desk: Desk | None) -> Bench:
-        return (desk or Desk(self.root)).ready
+    return vector
 
 
 def _behavior(source: str, file: str | None, *fields: str) -> Behavior:

@@ -26,28 +26,14 @@ class Scale:
         return max(-1.0, min(1.0, (projection - self.center) / self.width))
 
 
-def layer_read(vector: VectorSteering) -> int:
-    """The layer whose projections are shown: the first that is steered."""
-    return vector.layers[0]
-
-
 @torch.no_grad()
 def projections(
     lm: LanguageModel, vector: VectorSteering, prompt: Prompt, answer: str
 ) -> list[tuple[str, float]]:
-    """Read an answer's tokens in the unsteered model, along the unit direction.
+    """Read an answer's tokens in the unsteered model, along the unit direction of the first layer.
 
     Steering adds the same push to every token; without it, what is left says which words carry the
-    behavior by themselves.
-
-    Args:
-        lm: the model, unsteered.
-        vector: its first steered layer and site are read.
-        prompt: what was answered.
-        answer: any text.
-
-    Returns:
-        Each token's text and its projection, in the order of the text; empty for no answer.
+    behavior by themselves. Returns each token's text and its projection; empty for no answer.
     """
     encoded = lm.encode(prompt, completion=answer)
     start, stop = encoded.prompt_length, encoded.completion_end or encoded.prompt_length
@@ -55,7 +41,7 @@ def projections(
         return []
     # To the reader all of it is a prompt, whose last positions are the answer.
     whole = replace(encoded, ids=encoded.ids[:stop], prompt_length=stop, completion_end=None)
-    layer = layer_read(vector)
+    layer = vector.layers[0]
     read = capture(lm, [whole], [layer], positions=stop - start, site=vector.site)
     along = read[0, 0] @ vector.directions[layer]
     texts = [str(lm.tokenizer.decode([i])) for i in encoded.ids[start:stop]]

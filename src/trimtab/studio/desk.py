@@ -19,7 +19,6 @@ class Turns:
     """Which of a visitor's moves is the last one: they may overlap and arrive out of order."""
 
     def __init__(self) -> None:
-        """Start with no move made."""
         self._latest, self._taken = -math.inf, time.monotonic()
 
     def take(self, at: float) -> Callable[[], bool]:
@@ -48,11 +47,7 @@ class Desk:
 
     @property
     def ready(self) -> Bench:
-        """The bench.
-
-        Raises:
-            TrimtabError: when there is none yet.
-        """
+        """The bench, which has to be there."""
         if self.bench is None:
             raise TrimtabError(
                 "to steer", "no vector yet", "find one, or open a steering file, under 1 above"

@@ -105,8 +105,8 @@ class Lever:
             )
         if reading.damage_p95 > self.bounds.budget:
             said.append(
-                f"Damage {number(reading.damage_p95)} nats per token (95th percentile) exceeds "
-                f"the budget of {self.bounds.budget:g}."
+                f"Damage (on-target KL) of {number(reading.damage_p95)} nats per token (95th "
+                f"percentile) exceeds the budget of {self.bounds.budget:g}."
             )
         return said
 
@@ -120,15 +120,7 @@ def measure_lever(
 ) -> Lever:
     """Measure a vector on both sides of 0, as far as the text holds, and read its windows.
 
-    Args:
-        evaluator: of the held-out prompts for the gauges.
-        vector: its own strength sets the first range, twice as far.
-        bounds: of the window.
-        lock: held around every use of the model.
-        progress: called with (grid points measured, grid points in all).
-
-    Raises:
-        TrimtabError: a vector of another model, or a behavior without prompts or judge.
+    The first range is twice the vector's own strength; progress is in grid points.
     """
     first = nice(2 * abs(vector.strength) or 2.0)
     tuned = vector.report.window if isinstance(vector, Tuned) else None

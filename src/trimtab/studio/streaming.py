@@ -32,28 +32,25 @@ def stream(
     The lock is taken for each token by itself: hooks never outlive a token, whoever stops
     listening, and other users get their turn.
 
-    Args:
-        lm: the model.
-        vector: what is scaled; its own strength does not matter.
-        prompt: a string or a conversation.
-        strengths: multipliers m; 0 is the unsteered model.
-        max_new_tokens: most tokens of an answer.
-        lock: held while the model is steered.
-
-    Yields:
-        The answers so far, one per strength; at the end they equal `lm.generate` inside
-        `vector.at(m).on(lm)`.
-
-    Raises:
-        TrimtabError: a prompt that is too long, a vector of another model, a number out of range.
+    Yields the answers so far, one per strength m, 0 the unsteered model; at the end they equal
+    `lm.generate` inside `vector.at(m).on(lm)`.
     """
     with lock:
         fan = Fan(lm, vector, [lm.encode(prompt)])
         lm.check_length(len(fan.encoded[0].ids) + max_new_tokens)
         states = list(fan.states(strengths)) if fan.shares(strengths) else []
     if not states:
-        yield from _again(lm, vector, prompt, strengths, max_new_tokens, lock)
-        return
+        # Whole generations of doubling length, until nothing more comes.
+        length, before = min(FIRST_LENGTH, max_new_tokens), None
+        while True:
+            answers = []
+            for strength in strengths:
+                with lock, vector.at(strength).on(lm):
+                    answers += lm.generate([prompt], max_new_tokens=length)
+            yield answers
+            if length == max_new_tokens or answers == before:
+                return
+            length, before = min(2 * length, max_new_tokens), answers
     stops = generation.end_ids(lm)
     parts = [
         (state, greedy(lm, state.batch, state.cache, stops, logits=state.logits))
@@ -71,25 +68,3 @@ def stream(
         if not grown:
             return
         yield [generation.decode(lm.tokenizer, ids, stops) for ids in found]
-
-
-def _again(
-    lm: LanguageModel,
-    vector: VectorSteering,
-    prompt: Prompt,
-    strengths: Sequence[float],
-    max_new_tokens: int,
-    lock: AbstractContextManager[object],
-) -> Iterator[list[str]]:
-    """Answers by whole generations of doubling length, until nothing more comes."""
-    length, before = min(FIRST_LENGTH, max_new_tokens), None
-    while True:
-        answers = []
-        for strength in strengths:
-            with lock, vector.at(strength).on(lm):
-                (answer,) = lm.generate([prompt], max_new_tokens=length)
-            answers.append(answer)
-        yield answers
-        if length == max_new_tokens or answers == before:
-            return
-        length, before = min(2 * length, max_new_tokens), answers

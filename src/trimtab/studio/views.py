@@ -8,14 +8,14 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.measurement import Measurement
 from trimtab.results.tables import escape, number
+from trimtab.steering.units import convert
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import SweepRow, inside, span
-from trimtab.studio.coloring import layer_read
 from trimtab.studio.lever import Lever
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 8.0, 34.0
-LINES = (("score", "behavior"), ("coherence", "coherence"), ("damage", "KL / budget"))
+LINES = (("score", "behavior"), ("coherence", "coherence"), ("damage", "damage / budget"))
 # A page that draws HTML from a template must not find one in it.
 _TEMPLATES = str.maketrans({"$": "&#36;", "{": "&#123;", "}": "&#125;", "`": "&#96;"})
 
@@ -48,29 +48,30 @@ def tokens_view(
         f'<p>{_colored(after)}</p></section></div><p class="tt-note"><span class="tt-key" '
         f'style="background:{_color(-1)}">away</span> <span class="tt-key" '
         f'style="background:{_color(1)}">toward</span> Projection on the direction at '
-        f"{inert(vector.site)} of layer {layer_read(vector)}, read without the steering, so that "
+        f"{inert(vector.site)} of layer {vector.layers[0]}, read without the steering, so that "
         f"its own push does not color every word.</p>"
     )
 
 
 def gauges_view(lever: Lever, reading: SweepRow) -> str:
-    """Show score, coherence and KL at a strength, and the curves with the window shaded."""
+    """Show score, coherence and damage at a strength, and the curves with the window shaded."""
     bounds = lever.bounds
     bars = (
         _bar("behavior", reading.score, f"{reading.score:.0%}", reading.score < bounds.target),
         _bar("coherence", reading.coherence, f"{reading.coherence:.0%}",
              reading.coherence < bounds.coherence),
-        _bar("KL", reading.damage_p95 / bounds.budget / 2,
+        _bar("damage (on-target KL)", reading.damage_p95 / bounds.budget / 2,
              f"{number(reading.damage_p95, 3)} nats (budget {bounds.budget:g})",
              reading.damage_p95 > bounds.budget),
     )  # fmt: skip
     side = "toward" if reading.sign > 0 else "away"
-    asked = len(reading.samples)
+    asked, strength = len(reading.samples), convert(lever.vector.at(reading.strength)).sentence
     return (
         f'<div class="tt-gauges" data-m="{reading.strength:g}" data-score="{reading.score:.3f}" '
         f'data-kl="{reading.damage_p95:.4f}"><div class="tt-bars">{"".join(bars)}'
-        f'<p class="tt-note">Share of {asked} held-out answers that show the {side} side; KL is '
-        f"damage per token, 95th percentile, along answers that already show it.</p></div>"
+        f'<p class="tt-note">{strength}. Behavior: share of {asked} held-out answers that show the '
+        f"{side} side; damage: KL per token, 95th percentile, along answers that already show it."
+        f"</p></div>"
         f"{_chart(lever, reading)}</div>"
     )
 
@@ -171,7 +172,7 @@ def _bar(name: str, share: float, text: str, bad: bool) -> str:
 
 
 def _chart(lever: Lever, reading: SweepRow) -> str:
-    """The curves of both sides over the slider's range; KL as a share of the budget."""
+    """The curves of both sides over the slider's range; damage as a share of the budget."""
     reach, budget = lever.reach, lever.bounds.budget
 
     def x(m: float) -> float:
@@ -219,6 +220,6 @@ def _chart(lever: Lever, reading: SweepRow) -> str:
     )
     return (
         f'<svg class="tt-chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
-        f'aria-label="score, coherence and KL against strength, window shaded">'
+        f'aria-label="behavior, coherence and damage against strength, window shaded">'
         f"{shaded}{grid}{paths}{marker}{ticks}{legend}</svg>"
     )

@@ -7,11 +7,11 @@ import shutil
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
@@ -26,16 +26,13 @@ from trimtab.results import Progress
 from trimtab.results.files import written
 from trimtab.steering.prompt import prompt as prompt_lever
 from trimtab.steering.vector import VectorSteering
-from trimtab.strength.core import Bounds, SweepRow, span
+from trimtab.strength.core import Bounds, span
 from trimtab.strength.sweep import NoStrengthPasses
 from trimtab.strength.tune import tune
 from trimtab.studio.coloring import Scale, projections, scale_of
 from trimtab.studio.lever import Lever, measure_lever
 from trimtab.studio.streaming import stream
 from trimtab.weights import bake
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Answers to what users typed; those to a behavior's prompts are kept with its evaluator.
 KEPT_ANSWERS = 256
@@ -77,6 +74,10 @@ class Bench:
     scale: Scale
     note: str
 
+    def at(self, strength: float) -> VectorSteering:
+        """The vector at a strength; at 0, where it does nothing, as it was found or tuned."""
+        return self.lever.vector.at(strength or self.lever.vector.strength)
+
     def prompts(self) -> list[str]:
         """Return the held-out prompts in words, to choose one from."""
         sides = [*self.lever.evaluator.prompts(self.lever.evaluator.scored(self.lever.side))]
@@ -86,14 +87,8 @@ class Bench:
 class Workshop:
     """One model for several users: steering hooks are global to it, so each use holds the lock."""
 
-    def __init__(self, lm: LanguageModel, limits: Limits | None = None) -> None:
-        """Start without answers.
-
-        Args:
-            lm: the unsteered model.
-            limits: how much is run.
-        """
-        self.lm, self.limits = lm, limits or Limits()
+    def __init__(self, lm: LanguageModel, limits: Limits = Limits()) -> None:  # noqa: B008
+        self.lm, self.limits = lm, limits
         self.lock: AbstractContextManager[object] = threading.Lock()
         self._answers: OrderedDict[str, str] = OrderedDict()
 
@@ -108,16 +103,7 @@ class Workshop:
         """Find a vector, tune it, and measure it over the slider's range.
 
         A vector that no strength passes for is kept as it was found, and the note says so.
-
-        Args:
-            behavior: what is to change.
-            method: of `trimtab.methods`.
-            side: +1 toward, -1 away.
-            bounds: of the window.
-            report: makes the progress callback of a stage from its name.
-
-        Raises:
-            TrimtabError: an unusable behavior, or one that this method cannot find.
+        `report` makes the progress callback of a stage from its name.
         """
         judge = judge_for(behavior)
         options: dict[str, Any] = {}
@@ -158,11 +144,7 @@ class Workshop:
         progress: Progress | None = None,
         note: str = "from a file",
     ) -> Bench:
-        """Put a vector on the table: measure its curve, its windows and the scale of the colors.
-
-        Raises:
-            TrimtabError: a vector of another model, or an unusable behavior.
-        """
+        """Put a vector on the table: measure its curve, its windows and the scale of the colors."""
         vector.check(self.lm)
         # Spill is not among the gauges: without neutral prompts a move costs a third less.
         data = behavior.split(SEED).test
@@ -188,9 +170,6 @@ class Workshop:
         """Answer a prompt unsteered and steered, as pairs that grow; the first may be complete.
 
         The unsteered answer is made once. A strength of 0 is the unsteered model itself.
-
-        Raises:
-            TrimtabError: an empty prompt, or one that is too long.
         """
         if not prompt.strip():
             raise TrimtabError("an answer", "an empty prompt", "type something to answer")
@@ -208,10 +187,6 @@ class Workshop:
         while len(self._answers) > KEPT_ANSWERS:
             self._answers.popitem(last=False)
 
-    def read(self, bench: Bench, strength: float) -> SweepRow:
-        """Return the gauges at a strength."""
-        return bench.lever.read(strength)
-
     def tokens(self, bench: Bench, prompt: str, answer: str) -> list[tuple[str, float]]:
         """Return an answer's tokens with their shade, from -1 (away) to 1 (toward)."""
         with self.lock:
@@ -221,13 +196,8 @@ class Workshop:
     def compare(
         self, bench: Bench, strength: float, words: str, progress: Progress | None = None
     ) -> Measurement:
-        """Measure the vector beside a prompt lever, the plain prompt and a random direction.
-
-        Raises:
-            TrimtabError: as `measure` does.
-        """
-        vector = bench.lever.vector.at(strength or bench.lever.vector.strength)
-        levers = [vector, *([prompt_lever(words)] if words.strip() else [])]
+        """Measure the vector beside a prompt lever, the plain prompt and a random control."""
+        levers = [bench.at(strength), *([prompt_lever(words)] if words.strip() else [])]
         with self.lock:
             return measure(
                 self.lm,
@@ -243,16 +213,12 @@ class Workshop:
     def explain(
         self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
     ) -> Path:
-        """Write the page that says why the vector works, and return its path.
-
-        Raises:
-            TrimtabError: a vector that does not add, or as `explain` does.
-        """
+        """Write the page that says why the vector works, and return its path."""
         with self.lock:
             found = explain(
                 self.lm,
                 bench.behavior,
-                bench.lever.vector.at(strength or bench.lever.vector.strength),
+                bench.at(strength),
                 look=strength == 0,
                 max_prompts=self.limits.explain_prompts,
                 max_new_tokens=self.limits.answer_tokens,
@@ -269,11 +235,7 @@ class Workshop:
     def bake(
         self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
     ) -> Path:
-        """Bake the vector at this strength into a checkpoint, verified, and zip it.
-
-        Raises:
-            TrimtabError: a strength of 0, or no exact route: the message says which scope has one.
-        """
+        """Bake the vector at this strength into a checkpoint, verified, and zip it."""
         if strength == 0:
             raise TrimtabError(
                 "to bake at strength 0", "the unsteered model", "move the slider off 0 first"
@@ -300,19 +262,7 @@ def zipped(folder: Path, target: Path) -> Path:
 def written_behavior(
     name: str, toward: str, away: str, shows: str, opposite: str, neutral: str = ""
 ) -> Behavior:
-    """Make a behavior from a form: one prompt a line, phrases that answers are judged by.
-
-    Args:
-        name: short name.
-        toward: prompts whose answers show it.
-        away: prompts whose answers do not.
-        shows: phrases of answers that show it.
-        opposite: phrases of answers that show the opposite.
-        neutral: prompts that have nothing to do with it.
-
-    Raises:
-        TrimtabError: an empty side, or no phrases.
-    """
+    """Make a behavior from a form: one prompt a line, phrases that answers are judged by."""
     judge = {"toward": _lines(shows), "away": _lines(opposite)}
     if not any(judge.values()):
         raise TrimtabError(
@@ -335,5 +285,5 @@ def _lines(text: str) -> list[str]:
 
 def _words(prompt: Prompt) -> str:
     """The last message of a conversation, or its JSON where it has no text."""
-    last: Sequence[Any] | dict[str, str] = prompt[-1]
+    last: Any = prompt[-1]
     return last["content"] if isinstance(last, dict) else json.dumps(prompt)
