@@ -113,7 +113,8 @@ def main() -> None:
             for method in METHODS:
                 try:
                     result = close_gap(
-                        lm, load_behavior(name), method=method, sign=sign, slot=options.slot,
+                        lm, load_behavior(name), method=method,
+                        direction="toward" if sign > 0 else "away", slot=options.slot,
                         train_prompts=TRAIN, goal=GOAL,
                     )  # fmt: skip
                 except TrimtabError as error:

@@ -24,8 +24,8 @@ from trimtab.cli.support import quiet_libraries
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers import (
     LeversTable,
+    compare_levers,
     convert,
-    levers_table,
 )
 from trimtab.levers.found import FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
@@ -139,7 +139,7 @@ def main() -> None:
 
         cells: dict[str, Callable[[], dict[str, object]]] = {
             f"{name} {budget}": lambda b=budget: compared(
-                levers_table(
+                compare_levers(
                     lm, behavior, budget=b, found=levers(), max_prompts=PROMPTS,  # noqa: B023
                     max_new_tokens=TOKENS, seed=SEED, progress=tell(f"{b:g} nats"),
                 )  # noqa: B023

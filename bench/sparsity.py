@@ -139,8 +139,8 @@ def tuned(lm: LanguageModel, behavior: Behavior, vector: VectorSteering) -> list
             row["budget_p95"] = budget
             try:
                 best = tune(
-                    lm, behavior, vector, budget, sign=sign, layers=[vector.layers],
-                    scopes=[str(vector.scope)], seed=SEED,
+                    lm, behavior, vector, budget, direction="toward" if sign > 0 else "away",
+                    layers=[vector.layers], scopes=[str(vector.scope)], seed=SEED,
                 ).report  # fmt: skip
             except NoStrengthPasses as refusal:
                 row[f"refused at {budget}"] = refusal.found

@@ -162,7 +162,7 @@ def test_vectors_of_both_signs_give_a_baseline_each(lm: LanguageModel) -> None:
         ("vector", -1),
         ("lever", -1),
     ]
-    forced = run(lm, planted.behavior(), levers, nulls=0, sign=-1)
+    forced = run(lm, planted.behavior(), levers, nulls=0, direction="away")
     assert [row.sign for row in forced.rows] == [-1] * 4
 
 

@@ -203,7 +203,7 @@ def test_the_page_names_the_strength_that_is_explained(
 def test_both_directions_are_read_when_asked(
     lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering
 ) -> None:
-    both = tt.explain(lm, contrast, vector, both=True, look=False, max_prompts=2, max_new_tokens=3)
+    both = tt.explain(lm, contrast, vector, direction="both", look=False, max_prompts=2, max_new_tokens=3)
     assert both.explained.signs == (1, -1)
     assert set(both.frozen.prompts) == {1, -1}
 

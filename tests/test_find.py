@@ -344,7 +344,7 @@ def test_both_signs_and_the_other_sign(llama: LanguageModel) -> None:
         behavior(),
         "next_token",
         split=None,
-        side="both",
+        direction="both",
         completions=[*WANTED, *UNWANTED],
         **{**QUICK, "steps": 30},
     )
@@ -353,7 +353,7 @@ def test_both_signs_and_the_other_sign(llama: LanguageModel) -> None:
     opposite = both.at(-both.strength)
     assert mean_loss(llama, UNWANTED, 4, opposite) < mean_loss(llama, UNWANTED, 4) - 0.2
     away = find(
-        llama, behavior(), "next_token", split=None, side="away", completions=UNWANTED, **QUICK
+        llama, behavior(), "next_token", split=None, direction="away", completions=UNWANTED, **QUICK
     )
     assert away.strength < 0
     assert mean_loss(llama, UNWANTED, 4, away) < mean_loss(llama, UNWANTED, 4) - 0.2
@@ -363,7 +363,7 @@ def test_both_signs_and_the_other_sign(llama: LanguageModel) -> None:
         behavior(),
         "next_token",
         split=None,
-        side="away",
+        direction="away",
         completions=UNWANTED,
         **{**QUICK, "learning_rate": 1e-9},
     )
@@ -494,7 +494,7 @@ def test_no_wanted_answers_says_what_to_supply(llama: LanguageModel) -> None:
     with pytest.raises(TrimtabError, match="prompt_toward"):
         find(llama, behavior(), "next_token")
     with pytest.raises(TrimtabError, match="prompt_away"):
-        find(llama, behavior(prompt_toward="Be kind."), "next_token", side="both", **QUICK)
+        find(llama, behavior(prompt_toward="Be kind."), "next_token", direction="both", **QUICK)
     with pytest.raises(TrimtabError, match="without a completion"):
         find(llama, behavior(), "next_token", completions=[AWAY[0]])
     assert _collect(llama, behavior(), source="paired").sources == {"paired prompt": 8}
@@ -528,7 +528,7 @@ def test_an_answer_that_was_cut_off_is_not_taught_to_end(llama: LanguageModel) -
         ({"position": 500}, "500"),
         ({"split": "tset"}, "train, validation, test"),
         ({"method": "probe", "l2": 0.0}, "l2"),
-        ({"method": "next_token", "side": "up"}, "toward, away, both"),
+        ({"method": "next_token", "direction": "up"}, "toward, away or both"),
         ({"method": "next_token", "steps": 0}, "steps=0"),
         ({"method": "next_token", "strengths": (2.0, 1.0)}, "strengths=(2.0, 1.0)"),
         ({"method": "next_token", "learning_rate": math.nan}, "learning_rate=nan"),

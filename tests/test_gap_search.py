@@ -146,8 +146,8 @@ def test_bad_input_is_refused(llama, behavior):
         close_gap(llama, behavior, method="magic")
     with pytest.raises(TrimtabError, match="aggregator"):
         close_gap(llama, behavior, aggregator="mean")
-    with pytest.raises(TrimtabError, match="sign"):
-        close_gap(llama, behavior, sign=0)
+    with pytest.raises(TrimtabError, match="direction"):
+        close_gap(llama, behavior, direction="up")
     with pytest.raises(TrimtabError, match="readout"):
         close_gap(llama, planted.behavior())
     for method in METHODS:
@@ -157,7 +157,7 @@ def test_bad_input_is_refused(llama, behavior):
 
 def test_the_command_writes_lever_page_and_figures(tmp_path, capsys):
     page, out, figures = tmp_path / "page", tmp_path / "p.safetensors", tmp_path / "f.json"
-    command = ["close-gap", "harbor", "refusal", "--max-tokens", "2", "--away"]
+    command = ["close-gap", "harbor", "refusal", "--max-tokens", "2", "--direction", "away"]
     files = ["-o", str(out), "--report", str(page), "--json", str(figures)]
     main_until_done([*command, *files])
     lever = load_steering(out)

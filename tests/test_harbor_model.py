@@ -86,7 +86,7 @@ def test_a_trained_vector_is_baked(harbor: tt.LanguageModel, tmp_path):
         behavior,
         method="next_token",
         layer=1,
-        side="toward",
+        direction="toward",
         steps=50,
         learning_rate=0.15,
         judge=judge_for(behavior),

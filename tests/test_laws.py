@@ -23,7 +23,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path: Path) -> None:
     behavior.write_text(yaml.safe_dump({k: v for k, v in content.items() if v not in (None, [])}))
     planted.push(lm).save(file)
     page, measured = tmp_path / "page", tmp_path / "laws.json"
-    caps = ["--max-prompts", "2", "--max-new-tokens", "3", "--away"]
+    caps = ["--max-prompts", "2", "--max-new-tokens", "3", "--direction", "away"]
     written = ["--out", str(page), "--json", str(measured)]
     main_exits(["laws", str(folder), str(behavior), str(file), *caps, *written], 0)
 
@@ -35,7 +35,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path: Path) -> None:
         lm,
         split,
         vector,
-        sign=-1,
+        direction="away",
         max_prompts=2,
         max_new_tokens=3,
         progress=lambda done, of: steps.append((done, of)),
@@ -43,7 +43,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path: Path) -> None:
     assert json.loads(measured.read_text()) == found.to_dict()
     assert steps == [(i, 8) for i in range(1, 9)]
     alone = tt.predict_strength(
-        lm, split.split().test, vector, sign=-1, max_prompts=2, max_new_tokens=3
+        lm, split.split().test, vector, direction="away", max_prompts=2, max_new_tokens=3
     )
     assert found.prediction == alone
     assert [check.layers for check in found.depth] == [(0,), (1,), (2,), (3,)]

@@ -7,7 +7,7 @@ from typing import Any
 import planted
 import tiny
 from trimtab.levers.found import Effort
-from trimtab.levers.table import levers_table
+from trimtab.levers.table import compare_levers
 from trimtab.models.model import LanguageModel
 from trimtab.report.levers_section import levers_section
 from trimtab.steering.prompt import prompt
@@ -21,8 +21,8 @@ SMALL: dict[str, Any] = {"max_prompts": 2, "max_new_tokens": 4, "nulls": 1, "rou
 def test_the_other_side_and_a_given_prompt(llama: LanguageModel) -> None:
     vector = planted.push(llama, scope="all")
     behavior = planted.behavior(10, readout=WORDS, prompt_toward="Say Z.", prompt_away="Say Q.")
-    made = levers_table(
-        llama, behavior, budget=BUDGET, sign=-1, vector=vector, prompt=prompt("Say Q.", "prefix"),
+    made = compare_levers(
+        llama, behavior, budget=BUDGET, direction="away", vector=vector, prompt=prompt("Say Q.", "prefix"),
         effort=QUICK, **SMALL,
     )  # fmt: skip
     row = made.row("vector (all)")
@@ -37,7 +37,7 @@ def test_what_cannot_be_made_is_named() -> None:
     lm = tiny.language_model("gemma2")
     bare = planted.behavior(10, readout=WORDS)
     vector = planted.push(lm, scope="all")
-    made = levers_table(lm, bare, budget=BUDGET, vector=vector, effort=QUICK, **SMALL)
+    made = compare_levers(lm, bare, budget=BUDGET, vector=vector, effort=QUICK, **SMALL)
     assert "Gemma2ForCausalLM" in made.missing["rank-1"]
     assert "instruction prompt" in made.missing["plain prompt"]
     assert "no answers" in made.missing["LoRA"] and "no answers" in made.missing["soft prompt"]

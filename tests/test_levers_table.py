@@ -15,7 +15,7 @@ from trimtab.evaluation.evaluate import Evaluator
 from trimtab.levers.entries import NAMES
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.settle import Bench, settle_vector
-from trimtab.levers.table import LeversTable, levers_table
+from trimtab.levers.table import LeversTable, compare_levers
 from trimtab.models.model import LanguageModel
 from trimtab.report.levers_section import levers_section
 from trimtab.report.page import render
@@ -51,7 +51,7 @@ def found(llama: LanguageModel, behavior) -> FoundLevers:
 def table(llama: LanguageModel, behavior, found: FoundLevers) -> LeversTable:
     before = {k: v.clone() for k, v in llama.model.state_dict().items()}
     steps: list[tuple[int, int]] = []
-    made = levers_table(
+    made = compare_levers(
         llama, behavior, budget=BUDGET, found=found, progress=lambda n, of: steps.append((n, of)),
         **SMALL,
     )  # fmt: skip
@@ -128,10 +128,10 @@ def test_levers_of_another_behavior_and_budgets_are_refused(
     llama: LanguageModel, behavior, found: FoundLevers
 ) -> None:
     with pytest.raises(TrimtabError, match="levers found for"):
-        levers_table(llama, behavior, sign=-1, found=found)
+        compare_levers(llama, behavior, direction="away", found=found)
     for budget in (0.0, -1.0, float("nan")):
         with pytest.raises(TrimtabError, match="above 0"):
-            levers_table(llama, behavior, budget=budget, found=found)
+            compare_levers(llama, behavior, budget=budget, found=found)
 
 
 def test_settling_takes_the_place_that_works(llama: LanguageModel, behavior) -> None:

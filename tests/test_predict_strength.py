@@ -11,6 +11,7 @@ import torch
 import planted
 import tiny
 from conftest import tiny_model
+from trimtab.arguments import Side
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
 from trimtab.evaluation.evaluate import Evaluator
@@ -28,6 +29,7 @@ from trimtab.steering.vector import VectorSteering
 
 WORDS = {"toward": ["Z"], "away": ["Q"]}
 TOKENS = planted.TOKENS
+DIRECTIONS: dict[int, Side] = {1: "toward", -1: "away"}
 DENSE = [name for name in tiny.ARCHITECTURES if name != "mixtral"]  # experts switch in jumps
 
 
@@ -98,7 +100,7 @@ def test_the_last_layer_of_experts_obeys_as_well() -> None:
 def test_kl_at_the_trusted_strength_is_near_the_law(architecture: str, sign: int) -> None:
     lm = tiny_model(architecture)
     vector = push(lm)
-    found = predict(lm, vector, sign=sign)
+    found = predict(lm, vector, direction=DIRECTIONS[sign])
     assert 0 < found.trusted < math.inf
     tilt = decisions(lm, vector, prompts()).tilt
     ratio = measured(lm, vector, sign * found.trusted) / tilt.kl(sign * found.trusted)
@@ -122,7 +124,7 @@ def test_what_never_bends_is_trusted_up_to_one_nat(monkeypatch: pytest.MonkeyPat
 def test_windows_and_reach_are_those_of_the_tilt(llama: LanguageModel) -> None:
     vector = planted.push(llama, scope="all")
     for sign, word in ((1, "Z"), (-1, "Q")):
-        found = predict(llama, vector, sign=sign)
+        found = predict(llama, vector, direction=DIRECTIONS[sign])
         evaluator = Evaluator(llama, planted.behavior())
         tilt = decisions(llama, vector, evaluator.prompts(evaluator.scored(sign))).tilt
         (token,) = llama.tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -153,7 +155,7 @@ def test_the_gap_moves_by_its_slope(llama: LanguageModel) -> None:
             with vector.at(m).on(llama):
                 ends.append(float(gap(llama, behavior, listed).mean()))
         expected = sign * (ends[1] - ends[0]) / (2 * h)
-        assert predict(llama, vector, sign=sign).gap_slope == pytest.approx(expected, rel=0.02)
+        assert predict(llama, vector, direction=DIRECTIONS[sign]).gap_slope == pytest.approx(expected, rel=0.02)
 
 
 def test_gap_slope_weighs_tokens_by_probability() -> None:
@@ -211,7 +213,7 @@ def test_a_behavior_without_readout_words_works(llama: LanguageModel) -> None:
 
 
 def test_it_prints_and_saves(llama: LanguageModel, tmp_path: Path) -> None:
-    found = predict(llama, sign=-1)
+    found = predict(llama, direction="away")
     table = found.table()
     assert len(table.rows) == 3 and "away" in table.title and "layers 1, 2" in table.title
     assert str(found) and found._repr_html_()

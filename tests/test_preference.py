@@ -171,14 +171,14 @@ def test_the_objective_is_the_formula() -> None:
 def test_both_signs_and_the_other_sign(llama: LanguageModel) -> None:
     longer = {**QUICK, "steps": 30, "phi": 0.02}
     both = find(
-        llama, behavior(), "preference", split=None, side="both",
+        llama, behavior(), "preference", split=None, direction="both",
         completions=[*WANTED, *UNWANTED], **longer,
     )  # fmt: skip
     assert plain_loss(llama, WANTED, 0.02, both) < 0.8 * plain_loss(llama, WANTED, 0.02)
     opposite = both.at(-both.strength)
     assert plain_loss(llama, UNWANTED, 0.02, opposite) < 0.8 * plain_loss(llama, UNWANTED, 0.02)
     away = find(
-        llama, behavior(), "preference", split=None, side="away", completions=UNWANTED, **QUICK
+        llama, behavior(), "preference", split=None, direction="away", completions=UNWANTED, **QUICK
     )
     assert away.strength < 0
     assert plain_loss(llama, UNWANTED, 0.02, away) < 0.8 * plain_loss(llama, UNWANTED, 0.02)

@@ -138,7 +138,7 @@ def test_the_command_trains_along_a_direction(
     vector, out, data = tmp_path / "v.safetensors", tmp_path / "s.safetensors", tmp_path / "s.json"
     planted.push(lm).save(vector)
     written_to = ("-o", out, "--json", data, "--report", tmp_path / "page")
-    done = run(*files, "--direction", vector, "--length", 2, *written_to)
+    done = run(*files, "--along", vector, "--length", 2, *written_to)
     assert done.code == 0, done.err
     written, lever = json.loads(data.read_text()), load_steering(out)
     assert isinstance(lever, PromptSteering) and lever.vectors is not None
@@ -146,9 +146,9 @@ def test_the_command_trains_along_a_direction(
     assert written["projection"]["3"] > written["projection_start"]["3"]
     assert "projection, layer 3" in done.out
     assert "projection, layer 3" in (tmp_path / "page" / "index.html").read_text()
-    done = run(*files, "--direction", vector, "--compare", "--states")
+    done = run(*files, "--along", vector, "--compare", "--states")
     assert done.code == 2 and "--compare, --states" in done.err
-    done = run(*files, "--direction", out)
+    done = run(*files, "--along", out)
     assert done.code == 2 and "no direction" in done.err
 
 

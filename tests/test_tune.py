@@ -190,7 +190,7 @@ def test_a_smaller_budget_gives_a_smaller_strength(
 
 
 def test_the_away_side_gives_a_negative_strength(lm: LanguageModel, behavior: Behavior) -> None:
-    tuned = pick(lm, behavior, 2.0, sign=-1, adaptive=True)
+    tuned = pick(lm, behavior, 2.0, direction="away", adaptive=True)
     report = tuned.report
     assert report.sign == -1 and tuned.strength < 0 and report.alpha[3] < 0
     assert report.score > report.baseline and "away" in str(report)

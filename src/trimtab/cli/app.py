@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from trimtab.arguments import Side
 from trimtab.errors import TrimtabError
 
 # Also read where commands load models.
@@ -64,6 +65,9 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the split, of sampling and of intervals.")]
+Toward = Annotated[
+    Side, typer.Option("--direction", help="Steer toward the behavior, or away from it.")
+]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
 
@@ -17,9 +17,7 @@ def close_gap_command(
     model: Model,
     behavior: BehaviorName,
     method: Annotated[str, typer.Option(help="How to search: sort or gradient.")] = "sort",
-    away: Annotated[
-        bool, typer.Option("--away", help="Lower the gap instead of raising it.")
-    ] = False,
+    direction: Toward = "toward",
     slot: Annotated[str, typer.Option(help="Where the tokens stand: prefix or suffix.")] = "suffix",
     prompt: Annotated[str | None, typer.Option(help="Close it for this prompt alone.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 12,
@@ -52,7 +50,7 @@ def close_gap_command(
             lm,
             contrast,
             method=method,
-            sign=-1 if away else 1,
+            direction=direction,
             slot=slot,
             prompt=prompt,
             max_tokens=max_tokens,

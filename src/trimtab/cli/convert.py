@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.arguments import Side
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
@@ -49,8 +50,7 @@ def convert_command(
         float | None, typer.Option(help="Strength m to convert; as stored by default.")
     ] = None,
     direction: Annotated[
-        str | None,
-        typer.Option(metavar="toward|away", help="By the sign of the strength by default."),
+        Side | None, typer.Option(help="Where the strength goes by default.")
     ] = None,
     max_prompts: Annotated[
         int, typer.Option(min=1, help="At most so many prompts a side and split.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from trimtab.arguments import Direction
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
@@ -39,9 +40,10 @@ def explain_command(
             help="Another vector, added at the same place: also run the circuit of each under the other.",
         ),
     ] = None,
-    both: Annotated[
-        bool, typer.Option("--both", help="Also steer the other way, at the same strength.")
-    ] = False,
+    direction: Annotated[
+        Direction | None,
+        typer.Option(help="Where the strength goes by default; both: also the other way, as far."),
+    ] = None,
     max_prompts: Annotated[
         int, typer.Option(min=2, help="At most so many prompts a direction.")
     ] = 16,
@@ -72,7 +74,7 @@ def explain_command(
             vector if strength is None else vector.at(strength),
             against=other,
             look=strength is None,
-            both=both,
+            direction=direction,
             max_prompts=max_prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -28,7 +28,7 @@ def laws_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the page.")] = Path(
         "laws"
     ),
-    away: Annotated[bool, typer.Option("--away", help="Study negative strengths.")] = False,
+    direction: Toward = "toward",
     max_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts a side.")] = 16,
     max_new_tokens: Tokens = 40,
     seed: Seed = 0,
@@ -52,7 +52,7 @@ def laws_command(
             lm,
             contrast,
             vector,
-            sign=-1 if away else 1,
+            direction=direction,
             max_prompts=max_prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -27,7 +27,7 @@ def levers_command(
     budget: Annotated[
         float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
     ] = 0.5,
-    away: Annotated[bool, typer.Option("--away", help="Steer away from the behavior.")] = False,
+    direction: Toward = "toward",
     vector: Annotated[
         Path | None, typer.Option(help="A steering file; its directions, instead of found ones.")
     ] = None,
@@ -55,7 +55,7 @@ def levers_command(
     import torch
 
     from trimtab.behaviors.file import load_behavior
-    from trimtab.levers import levers_table
+    from trimtab.levers import compare_levers
     from trimtab.report.levers_section import levers_section
     from trimtab.report.page import write_page
     from trimtab.steering.prompt import PromptSteering
@@ -74,11 +74,11 @@ def levers_command(
     # Damage is placed to a few thousandths of a nat, which half precision would drown.
     lm = load_model(model, dtype=torch.float32)
     with progress_bar(f"comparing levers for {contrast.name}") as progress:
-        found = levers_table(
+        found = compare_levers(
             lm,
             contrast,
             budget=budget,
-            sign=-1 if away else 1,
+            direction=direction,
             vector=given,
             prompt=words,
             nulls=nulls,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.arguments import Direction
 from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.screen import Full, show
@@ -39,6 +40,9 @@ def measure_command(
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="A second model, measured like a lever: a baked folder.")
+    ] = None,
+    direction: Annotated[
+        Direction | None, typer.Option(help="Where each strength goes by default.")
     ] = None,
     nulls: Annotated[int, typer.Option(min=0, help="Random directions per vector.")] = 3,
     max_prompts: Annotated[
@@ -118,6 +122,7 @@ def measure_command(
             lm,
             contrast,
             chosen,
+            direction=direction,
             nulls=nulls,
             max_new_tokens=max_new_tokens,
             max_prompts=max_prompts,

@@ -56,7 +56,7 @@ def search_command(
         bool,
         typer.Option("--states", help="Also match the reference's states at every layer."),
     ] = False,
-    direction: Annotated[
+    along: Annotated[
         Path | None,
         typer.Option(help="Instead train a soft prompt along the vector in this file."),
     ] = None,
@@ -74,7 +74,7 @@ def search_command(
     """Find a prompt that makes the model answer as the reference does, without its words.
 
     Validation requests choose among the restarts; the figures are those of the test requests. With
-    --direction no reference is matched: trained vectors move the state along the given vector.
+    --along no reference is matched: trained vectors move the state along the given vector.
     """
     import torch
 
@@ -91,7 +91,7 @@ def search_command(
     check_engine(engine, ("local", "ray"))
     contrast = load_behavior(behavior)
     split = behavior_requests(contrast, seed) if requests is None else load_requests(requests, seed)
-    if direction is not None:
+    if along is not None:
         matching = {
             "reference": reference,
             "compare": compare,
@@ -101,11 +101,11 @@ def search_command(
         ignored = [f"--{name}" for name, given in matching.items() if given]
         if ignored:
             raise TrimtabError(
-                asked=f"--direction with {', '.join(ignored)}",
+                asked=f"--along with {', '.join(ignored)}",
                 found="no reference to match along a direction",
                 advice="leave one of them out",
             )
-        _raise(model, contrast, split, direction, slot, length, seed, out, report, full, json_file)
+        _raise(model, contrast, split, along, slot, length, seed, out, report, full, json_file)
         return
     wanted = reference_of(contrast, reference)
     # Losses are compared to a millionth of a nat, which half precision would drown.

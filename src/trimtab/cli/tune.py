@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.screen import Full, show
 from trimtab.cli.sparse import Sparsify, check_share
@@ -38,7 +38,7 @@ def tune_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the tuned vector to this file.")
     ] = None,
-    away: Annotated[bool, typer.Option("--away", help="Steer away from the behavior.")] = False,
+    direction: Toward = "toward",
     layers: Annotated[
         list[str] | None,
         typer.Option(help="A layer set to try, `2`, `2,5` or `2-5`; may be given again."),
@@ -74,6 +74,7 @@ def tune_command(
     Refuses, with the curve, when no strength keeps the budget and moves the behavior. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
+    from trimtab.arguments import signs_of
     from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.mechanism.case import Case
@@ -103,7 +104,7 @@ def tune_command(
                 contrast,
                 lever,
                 budget,
-                sign=-1 if away else 1,
+                direction=direction,
                 spill_budget=spill_budget,
                 coherence_floor=coherence,
                 target=target,
@@ -121,8 +122,9 @@ def tune_command(
         tuned = choose(vector, sets, scope, f"tuning {contrast.name}")
         if keep is not None:
             with progress_bar("weighing dimensions") as progress:
-                signs = (-1 if away else 1,)
-                case = Case(lm, contrast, tuned, signs, max_prompts=16, seed=seed)
+                case = Case(
+                    lm, contrast, tuned, signs_of(direction), max_prompts=16, seed=seed
+                )
                 sparse = sparsify(case, keep, progress=progress)
             chosen = [list(sparse.layers)]
             tuned = choose(sparse, chosen, [str(sparse.scope)], f"tuning {keep:.0%} of it")

@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 
+from trimtab.arguments import Direction, signs_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.judges import judge_kind
@@ -30,7 +31,7 @@ def measure(
     levers: Sequence[Steering] = (),
     *,
     split: str | None = "test",
-    sign: int | None = None,
+    direction: Direction | None = None,
     nulls: int = 3,
     max_new_tokens: int = 40,
     max_prompts: int | None = None,
@@ -45,10 +46,10 @@ def measure(
     Args:
         lm: the unsteered model.
         behavior: what is judged; its `split` (train, validation, test) is used, None for all of it.
-        levers: steerings; vectors are scored in the direction of their strength's sign.
+        levers: steerings; see `direction` for where they are scored.
         split: must be data on which nothing was selected; prompts are scored as `Evaluator` says.
-        sign: the direction of everything else, and of all levers when given; None: that of the
-            vectors, both when they disagree, +1 without vectors.
+        direction: `toward`, `away` or `both`, for every lever; None: vectors by the sign of their
+            strength, everything else as the vectors, toward without any.
         nulls: random directions per vector.
         max_new_tokens: length of answers.
         max_prompts: cap per side.
@@ -68,8 +69,8 @@ def measure(
         engine=engine,
     )  # fmt: skip
     names = unique_names([lever.label for lever in levers])
-    signs = [1 if sign > 0 else -1] if sign is not None else _signs(levers)
-    plan = _plan(behavior, levers, names, checkpoint, signs, sign)
+    signs = _signs(levers) if direction is None else signs_of(direction)
+    plan = _plan(behavior, levers, names, checkpoint, signs, direction is not None)
     drawn = [nulls_of(lever, seed, nulls) for _, _, lever, _ in plan]
     asked: list[tuple[Steering | LanguageModel | None, int]] = []
     for (_, _, lever, side), directions in zip(plan, drawn, strict=True):
@@ -121,7 +122,7 @@ def _plan(
     names: Sequence[str],
     checkpoint: LanguageModel | None,
     signs: Sequence[int],
-    forced: int | None,
+    forced: bool,
 ) -> list[Entry]:
     plan: list[Entry] = []
     for side in signs:
@@ -131,7 +132,7 @@ def _plan(
             plan.append(("prompt", "prompt", PromptSteering(text), side))
         for lever, name in zip(levers, names, strict=True):
             scaled = isinstance(lever, Scaled)
-            if not scaled or forced is not None or _sign(lever) == side:
+            if not scaled or forced or _sign(lever) == side:
                 kind = "vector" if isinstance(lever, VectorSteering) else "lever"
                 plan.append((name, kind, lever, side))
         if checkpoint is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.arguments import Side, sign_of
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.summary import Summary, alpha_text, with_p95
 from trimtab.results.intervals import paired_bootstrap
@@ -51,12 +52,13 @@ class Measurement(Printable):
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
-    def row(self, name: str, sign: int | None = None) -> Row:
-        """Return the row of that name.
+    def row(self, name: str, direction: Side | None = None) -> Row:
+        """Return the row of that name, the first one or that of a direction.
 
         Raises:
             TrimtabError: when there is none, listing the names.
         """
+        sign = None if direction is None else sign_of(direction)
         for row in self.rows:
             if row.name == name and sign in (None, row.sign):
                 return row

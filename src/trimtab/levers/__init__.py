@@ -5,7 +5,7 @@ from trimtab.levers.conversions.convert import convert
 from trimtab.levers.conversions.recovered import Recovered, recovered
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.lora import train_lora
-from trimtab.levers.table import LeversTable, levers_table
+from trimtab.levers.table import LeversTable, compare_levers
 
 __all__ = [
     "Conversion",
@@ -13,9 +13,9 @@ __all__ = [
     "FoundLevers",
     "LeversTable",
     "Recovered",
+    "compare_levers",
     "convert",
     "find_levers",
-    "levers_table",
     "recovered",
     "train_lora",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.levers.lora import train_lora, wanted_answers_of
@@ -100,16 +101,16 @@ def find_levers(
     lm: LanguageModel,
     behavior: Behavior,
     *,
-    sign: int = 1,
+    direction: Side = "toward",
     vector: VectorSteering | None = None,
     prompt: PromptSteering | None = None,
     effort: Effort | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FoundLevers:
-    """Find what `levers_table` compares; the result serves any number of budgets.
+    """Find what `compare_levers` compares; the result serves any number of budgets.
 
-    The arguments are those of `levers_table`. The behavior is split here, and only its train and
+    The arguments are those of `compare_levers`. The behavior is split here, and only its train and
     validation prompts are looked at; a given vector is taken with both scopes.
 
     Raises:
@@ -119,8 +120,8 @@ def find_levers(
     spend = effort or Effort()
     for method in spend.methods:
         METHODS.get(method)
-    found = FoundLevers(behavior.name, 1 if sign > 0 else -1, seed)
-    text = behavior.prompt_toward if sign > 0 else behavior.prompt_away
+    found = FoundLevers(behavior.name, sign_of(direction), seed)
+    text = behavior.prompt_toward if found.sign > 0 else behavior.prompt_away
     found.plain = None if text is None else PromptSteering(text)
     found.searched = prompt
     steps: list[Callable[[], None]] = [
@@ -154,7 +155,7 @@ def _vectors(
         options = {}
         if method == "next_token":
             side = "toward" if found.sign > 0 else "away"
-            options = {"steps": spend.vector_steps, "side": side}
+            options = {"steps": spend.vector_steps, "direction": side}
         with found.counted(lm, scope):
             made = find(lm, behavior, method, scope=scope, seed=found.seed, **options)
             made = made.at(abs(made.strength))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
@@ -102,12 +103,12 @@ class LeversTable(Printable):
         )
 
 
-def levers_table(
+def compare_levers(
     lm: LanguageModel,
     behavior: Behavior,
     *,
     budget: float = 0.5,
-    sign: int = 1,
+    direction: Side = "toward",
     vector: VectorSteering | None = None,
     prompt: PromptSteering | None = None,
     found: FoundLevers | None = None,
@@ -125,7 +126,7 @@ def levers_table(
         lm: the unsteered model; float32 for exact figures.
         behavior: split here: train finds, validation places and decides, test scores.
         budget: greatest p95 damage, nats per token.
-        sign: +1 toward, -1 away.
+        direction: `toward` or `away`.
         vector: whose directions are used in place of found ones.
         prompt: used in place of a searched one.
         found: of `find_levers`, to share between budgets.
@@ -147,7 +148,7 @@ def levers_table(
             found="a budget that is not above 0, or no null",
             advice="give nats per token such as 0.5 and at least one null",
         )
-    started, side = time.monotonic(), 1 if sign > 0 else -1
+    started, side = time.monotonic(), sign_of(direction)
     setting = Setting(
         lm, behavior, sign=side, max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed
     )
@@ -164,7 +165,7 @@ def levers_table(
         return tell
 
     levers = found or find_levers(
-        lm, behavior, sign=side, vector=vector, prompt=prompt, effort=effort, seed=seed,
+        lm, behavior, direction=direction, vector=vector, prompt=prompt, effort=effort, seed=seed,
         progress=stage(0, 2 * len(NAMES)),
     )  # fmt: skip
     if (levers.behavior, levers.sign, levers.seed) != (behavior.name, side, seed):

@@ -12,6 +12,7 @@ from time import perf_counter
 
 from torch import Tensor
 
+from trimtab.arguments import Direction, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.case import Case, check_adds, counting
@@ -147,7 +148,7 @@ def explain(
     *,
     against: VectorSteering | None = None,
     look: bool = True,
-    both: bool = False,
+    direction: Direction | None = None,
     max_prompts: int = 16,
     max_new_tokens: int = 24,
     nulls: int = 1,
@@ -164,7 +165,8 @@ def explain(
             steers the way that `vector` does.
         look: where that strength moves nothing, explain the weakest of 1/4 to 32 times it that
             moves the behavior on validation prompts (working.py); of `against` likewise.
-        both: also steer the other way, at the same strength.
+        direction: `toward` or `away`, whichever the strength's sign says by default; `both`: that
+            way first, then the other, at the same strength.
         max_prompts: at most so many a direction, for every part.
         max_new_tokens: length of responses and answers.
         nulls: random counterparts per frozen part.
@@ -178,13 +180,16 @@ def explain(
     """
     started = perf_counter()
     own = 1 if vector.strength > 0 else -1
+    if direction not in (None, "both"):
+        own = sign_of(direction)
+        vector = vector.at(own * abs(vector.strength))
     given = [vector] if against is None else [vector, against.at(own * abs(against.strength))]
     for one in given:
         check_adds(one)
         one.check(lm)
     check_places(given)
     done = counting(progress, STAGES + len(given) - 1)
-    signs = (own, -own) if both else (own,)
+    signs = (own, -own) if direction == "both" else (own,)
     case = Case(lm, behavior, vector, signs, max_prompts, max_new_tokens, seed)
     working = done(working_strength(case, look=look))
     case = case.under(vector.at(working.used))

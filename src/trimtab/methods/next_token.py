@@ -15,7 +15,7 @@ def next_token(task: Task, recipe: Recipe) -> Found:
 
     The factor a is drawn again for each row, so that a window of strengths works rather than one.
     The found strength is |v| in units of mu_l / sqrt(d_model), the m of every other method;
-    negative for side `away`, whose vector still points toward.
+    negative for direction `away`, whose vector still points toward.
 
     Source: the next-token objective of Cheng et al., 2026 (arXiv 2604.08524), with a keep term.
 

@@ -9,12 +9,12 @@ from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
+from trimtab.arguments import Direction, signs_of
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.methods.registry import Found, Task
 from trimtab.methods.wanted import SOURCES, Judge
 
-SIDES = {"toward": (1,), "away": (-1,), "both": (1, -1)}
 INITS = ("mean_difference", "random")
 
 
@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         layer: the layer it is added at; the one at 25 % of the depth when absent.
-        side: `toward`, `away`, or `both`: one vector for +a v and -a v.
+        direction: `toward`, `away`, or `both`: one vector for +a v and -a v.
         steps: of Adam, with linear decay to 0.
         batch_size: wanted answers per step; half as many kept ones are added to them.
         learning_rate: per coordinate, in units of mu_l / sqrt(d_model).
@@ -43,7 +43,7 @@ class Recipe:
     """
 
     layer: int | None = None
-    side: str = "toward"
+    direction: Direction = "toward"
     steps: int = 120
     batch_size: int = 16
     learning_rate: float = 0.06
@@ -57,7 +57,7 @@ class Recipe:
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
-        choice("side", self.side, tuple(SIDES))
+        signs_of(self.direction)
         low_high = self.strengths
         problem = ""
         if min(self.steps, self.batch_size, self.max_completion_tokens) < 1:

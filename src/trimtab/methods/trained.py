@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.arguments import signs_of
 from trimtab.errors import TrimtabError
 from trimtab.methods.contrast import Contrast, read_contrast
-from trimtab.methods.recipe import SIDES, Recipe
+from trimtab.methods.recipe import Recipe
 from trimtab.methods.registry import Found, Task
 from trimtab.methods.training import Rows, Trainer
 from trimtab.methods.wanted import Answered, own_answers, wanted_answers
@@ -34,7 +35,7 @@ def train_vector(task: Task, recipe: Recipe, rows: Callable[[int, Answered], Row
     first = _start(task, recipe, contrast, at, generator)
     sides: list[Rows] = []
     sources: dict[str, Any] = {}
-    for sign in SIDES[recipe.side]:
+    for sign in signs_of(recipe.direction):
         target = wanted_answers(
             task,
             sign,
@@ -64,7 +65,7 @@ def train_vector(task: Task, recipe: Recipe, rows: Callable[[int, Answered], Row
     return replace(
         found,
         read_at=f"trained; start {recipe.init} at {found.read_at}",
-        strength=(-m if recipe.side == "away" else m) * used,
+        strength=(-m if recipe.direction == "away" else m) * used,
         details={
             "layer": at,
             "wanted": sources,

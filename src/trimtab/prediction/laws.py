@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
@@ -65,7 +66,7 @@ def laws(
     behavior: Behavior,
     vector: VectorSteering,
     *,
-    sign: int = 1,
+    direction: Side = "toward",
     max_prompts: int | None = 16,
     max_new_tokens: int = 40,
     seed: int = 0,
@@ -77,12 +78,13 @@ def laws(
         lm: the unsteered model, best in float32.
         behavior: split here; the test prompts are used.
         vector: whose strength it is about.
-        sign: +1 toward, -1 away; the calibration takes both.
+        direction: `toward` or `away`; the calibration takes both.
         max_prompts: cap per side.
         max_new_tokens: length of answers.
         seed: of the split and the intervals.
         progress: called with (steps done, steps in all).
     """
+    sign = sign_of(direction)
     test = behavior.split(seed).named("test")
     known = Unsteered(lm, max_new_tokens)
     evaluator = Evaluator(
@@ -94,7 +96,7 @@ def laws(
     layers = sorted(vector.directions)
     step = stepper(progress, len(layers) + 4)
     predicted = predict_strength(
-        lm, test, vector, sign=sign, max_prompts=max_prompts, max_new_tokens=max_new_tokens,
+        lm, test, vector, direction=direction, max_prompts=max_prompts, max_new_tokens=max_new_tokens,
         unsteered=known,
     )  # fmt: skip
     step()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
@@ -129,7 +130,7 @@ def predict_strength(
     behavior: Behavior,
     vector: VectorSteering,
     *,
-    sign: int = 1,
+    direction: Side = "toward",
     budgets: Sequence[float] = BUDGETS,
     max_prompts: int | None = 32,
     max_new_tokens: int = 40,
@@ -141,7 +142,7 @@ def predict_strength(
         lm: the unsteered model.
         behavior: the split whose prompts are used.
         vector: any vector; its own strength does not matter.
-        sign: +1 to steer toward, -1 away.
+        direction: `toward` or `away`.
         budgets: nats; windows end at the largest.
         max_prompts: cap per side.
         max_new_tokens: length of the unsteered answers that damage is read along.
@@ -156,7 +157,7 @@ def predict_strength(
             found=f"the budgets {list(budgets)}",
             advice="give at least one, in nats above 0, such as 0.1",
         )
-    side = 1 if sign > 0 else -1
+    side = sign_of(direction)
     evaluator = Evaluator(
         lm, behavior, max_new_tokens=max_new_tokens, max_prompts=max_prompts, unsteered=unsteered
     )

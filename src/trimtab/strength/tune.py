@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
@@ -152,7 +153,7 @@ def tune(
     vector: VectorSteering,
     budget: float = 0.5,
     *,
-    sign: int = 1,
+    direction: Side = "toward",
     spill_budget: float | None = None,
     coherence_floor: float = 0.9,
     target: float = 0.9,
@@ -172,7 +173,7 @@ def tune(
         behavior: split here; chosen on validation prompts, reported on test prompts.
         vector: its directions are used; `add`, `ablate` and `affine` all have a strength.
         budget: greatest p95 damage in nats per token.
-        sign: +1 toward, -1 away.
+        direction: `toward` or `away`.
         spill_budget: greatest p95 spill, None for no bound.
         coherence_floor: least mean coherence.
         target: score that the window has to reach.
@@ -214,7 +215,7 @@ def tune(
     with counting(lm) as calls:
         search = Search(
             lm, splits.named("validation"), vector,
-            Bounds(budget, coherence_floor, target, spill_budget), 1 if sign > 0 else -1,
+            Bounds(budget, coherence_floor, target, spill_budget), sign_of(direction),
             max_new_tokens, max_prompts, seed, progress, engine,
         )  # fmt: skip
         chosen = search.choose(layers, scopes)

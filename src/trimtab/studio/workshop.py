@@ -119,7 +119,7 @@ class Workshop:
                     behavior,
                     found,
                     bounds.budget,
-                    sign=side,
+                    direction="toward" if side > 0 else "away",
                     coherence_floor=bounds.coherence,
                     target=bounds.target,
                     max_new_tokens=self.limits.answer_tokens,

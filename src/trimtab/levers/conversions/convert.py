@@ -6,8 +6,8 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
-from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.ablation import ablation_to_weights
 from trimtab.levers.conversions.conversion import Conversion, Setting
@@ -45,7 +45,7 @@ def convert(
     lever: Steering,
     to: str,
     *,
-    direction: str | None = None,
+    direction: Side | None = None,
     train_requests: int | None = None,
     max_prompts: int = 32,
     max_new_tokens: int = 40,
@@ -97,9 +97,7 @@ def convert(
             found="no such option",
             advice=f"its options: {', '.join(list(signature(way).parameters)[2:]) or 'none'}",
         )
-    usual = "away" if lever.strength < 0 else "toward"
-    choice("direction", direction or usual, ("toward", "away"))
-    sign = 1 if (direction or usual) == "toward" else -1
+    sign = sign_of(direction or ("away" if lever.strength < 0 else "toward"))
     if to in ("bias", "ablation"):
         found = way(lm, lever, **options)
     else:

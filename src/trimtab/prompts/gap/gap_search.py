@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trimtab.arguments import Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
@@ -133,7 +134,7 @@ def close_gap(
     behavior: Behavior,
     *,
     method: str = "sort",
-    sign: int = 1,
+    direction: Side = "toward",
     slot: str = "suffix",
     prompt: Prompt | None = None,
     aggregator: str = "logsumexp",
@@ -151,7 +152,7 @@ def close_gap(
         lm: the model.
         behavior: its readout words, prompts and judge.
         method: `sort` (sort-sum-stop) or `gradient`.
-        sign: +1 raises the gap on away prompts, -1 lowers it on toward prompts.
+        direction: `toward` raises the gap on away prompts, `away` lowers it on toward prompts.
         slot: `suffix`, `prefix` or `system`.
         prompt: close it for this prompt alone; nothing is held out then.
         aggregator: `logsumexp` or `max`.
@@ -164,12 +165,11 @@ def close_gap(
         options: of the method.
 
     Raises:
-        TrimtabError: an unknown method or sign, a behavior without readout words, or a search that
+        TrimtabError: an unknown method or direction, a behavior without readout words, or a search that
             found no token at all.
     """
     search = METHODS[method]
-    if sign not in (1, -1):
-        raise TrimtabError(f"a gap search with sign {sign!r}", "no sign", "use +1 or -1")
+    sign = sign_of(direction)
     tokens = readout_tokens(lm, behavior)
     objective = GapLoss(tokens.toward, tokens.away, sign, aggregator)
     splits = behavior.split(seed)
