@@ -115,7 +115,7 @@ def main() -> None:
                     result = close_gap(
                         lm, load_behavior(name), method=method,
                         direction="toward" if sign > 0 else "away", slot=options.slot,
-                        train_prompts=TRAIN, goal=GOAL,
+                        train_prompts=TRAIN, max_prompts=40, nulls=5, goal=GOAL,
                     )  # fmt: skip
                 except TrimtabError as error:
                     entry[method] = {"refused": error.found}

@@ -140,7 +140,7 @@ def main() -> None:
         cells: dict[str, Callable[[], dict[str, object]]] = {
             f"{name} {budget}": lambda b=budget: compared(
                 compare_levers(
-                    lm, behavior, budget=b, found=levers(), max_prompts=PROMPTS,  # noqa: B023
+                    lm, behavior, budget=b, found=levers(), nulls=2, max_prompts=PROMPTS,  # noqa: B023
                     max_new_tokens=TOKENS, seed=SEED, progress=tell(f"{b:g} nats"),
                 )  # noqa: B023
             )

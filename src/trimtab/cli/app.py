@@ -69,6 +69,8 @@ Toward = Annotated[
     Side, typer.Option("--direction", help="Steer toward the behavior, or away from it.")
 ]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
+MaxPrompts = Annotated[int, typer.Option(min=1, help="At most so many prompts a side and split.")]
+Nulls = Annotated[int, typer.Option(min=0, help="Random directions per vector.")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.arguments import MAX_PROMPTS
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -37,7 +38,7 @@ def audit_command(
     layer: Annotated[
         int | None, typer.Option(min=0, help="The layer that is pushed to close the gap.")
     ] = None,
-    max_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts a list.")] = 32,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
     seed: Seed = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Toward, app
+from trimtab.arguments import MAX_PROMPTS, NULLS
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Nulls, Seed, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
 
@@ -20,6 +21,14 @@ def close_gap_command(
     direction: Toward = "toward",
     slot: Annotated[str, typer.Option(help="Where the tokens stand: prefix or suffix.")] = "suffix",
     prompt: Annotated[str | None, typer.Option(help="Close it for this prompt alone.")] = None,
+    aggregator: Annotated[
+        str, typer.Option(help="Of a set's logits: logsumexp or max.")
+    ] = "logsumexp",
+    train_prompts: Annotated[
+        int, typer.Option(min=1, help="Most train prompts that the search sees.")
+    ] = 16,
+    nulls: Nulls = NULLS,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 12,
     seed: Seed = 0,
     out: Annotated[
@@ -53,6 +62,10 @@ def close_gap_command(
             direction=direction,
             slot=slot,
             prompt=prompt,
+            aggregator=aggregator,
+            train_prompts=train_prompts,
+            nulls=nulls,
+            max_prompts=max_prompts,
             max_tokens=max_tokens,
             seed=seed,
             progress=progress,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.arguments import Side
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, Tokens, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
@@ -52,10 +52,8 @@ def convert_command(
     direction: Annotated[
         Side | None, typer.Option(help="Where the strength goes by default.")
     ] = None,
-    max_prompts: Annotated[
-        int, typer.Option(min=1, help="At most so many prompts a side and split.")
-    ] = 32,
-    max_new_tokens: Tokens = 40,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     full: Full = False,
     json_file: Json = None,

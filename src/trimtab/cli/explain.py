@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trimtab.arguments import Direction
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Direction
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Nulls, Seed, Tokens, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -44,10 +44,9 @@ def explain_command(
         Direction | None,
         typer.Option(help="Where the strength goes by default; both: also the other way, as far."),
     ] = None,
-    max_prompts: Annotated[
-        int, typer.Option(min=2, help="At most so many prompts a direction.")
-    ] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
+    nulls: Nulls = NULLS,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
@@ -75,6 +74,7 @@ def explain_command(
             against=other,
             look=strength is None,
             direction=direction,
+            nulls=nulls,
             max_prompts=max_prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.arguments import MAX_NEW_TOKENS
 from trimtab.cli.app import Json, Model, Seed, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
@@ -27,7 +28,7 @@ def generate_command(
         float | None, typer.Option(help="Strength m of every file; as stored by default.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_new_tokens: Tokens = 40,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
     json_file: Json = None,

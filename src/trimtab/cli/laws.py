@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, Tokens, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -29,8 +30,8 @@ def laws_command(
         "laws"
     ),
     direction: Toward = "toward",
-    max_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts a side.")] = 16,
-    max_new_tokens: Tokens = 40,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     full: Full = False,
     json_file: Json = None,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Nulls, Seed, Tokens, Toward, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -35,11 +36,9 @@ def levers_command(
         str | None,
         typer.Option(help="prompt:TEXT, prefix:TEXT, suffix:TEXT, instead of a searched one."),
     ] = None,
-    nulls: Annotated[int, typer.Option(min=1, help="Random directions.")] = 2,
-    max_prompts: Annotated[
-        int, typer.Option(min=1, help="At most so many prompts a side and split.")
-    ] = 32,
-    max_new_tokens: Tokens = 40,
+    nulls: Nulls = NULLS,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")

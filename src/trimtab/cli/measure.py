@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trimtab.arguments import Direction
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Direction
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Nulls, Seed, Tokens, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
@@ -44,11 +44,9 @@ def measure_command(
     direction: Annotated[
         Direction | None, typer.Option(help="Where each strength goes by default.")
     ] = None,
-    nulls: Annotated[int, typer.Option(min=0, help="Random directions per vector.")] = 3,
-    max_prompts: Annotated[
-        int | None, typer.Option(min=1, help="At most so many prompts a side.")
-    ] = None,
-    max_new_tokens: Tokens = 40,
+    nulls: Nulls = NULLS,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     engine: EngineName = "local",
     address: Address = None,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, Tokens, Toward, app
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, signs_of
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, Tokens, Toward, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.screen import Full, show
 from trimtab.cli.sparse import Sparsify, check_share
@@ -55,10 +56,8 @@ def tune_command(
         bool, typer.Option("--adaptive", help="Also measure a strength for each prompt.")
     ] = False,
     keep: Sparsify = None,
-    max_prompts: Annotated[
-        int, typer.Option(min=1, help="At most so many prompts a side and split.")
-    ] = 32,
-    max_new_tokens: Tokens = 40,
+    max_prompts: MaxPrompts = MAX_PROMPTS,
+    max_new_tokens: Tokens = MAX_NEW_TOKENS,
     seed: Seed = 0,
     engine: EngineName = "local",
     address: Address = None,
@@ -74,7 +73,6 @@ def tune_command(
     Refuses, with the curve, when no strength keeps the budget and moves the behavior. With
     --sparsify the chosen vector is made sparse and its strength is chosen again.
     """
-    from trimtab.arguments import signs_of
     from trimtab.behaviors.file import load_behavior
     from trimtab.engine import open_engine
     from trimtab.mechanism.case import Case

@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 
-from trimtab.arguments import Direction, signs_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Direction, signs_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.judges import judge_kind
@@ -32,9 +32,9 @@ def measure(
     *,
     split: str | None = "test",
     direction: Direction | None = None,
-    nulls: int = 3,
-    max_new_tokens: int = 40,
-    max_prompts: int | None = None,
+    nulls: int = NULLS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_prompts: int | None = MAX_PROMPTS,
     seed: int = 0,
     checkpoint: LanguageModel | None = None,
     unsteered: Unsteered | None = None,
@@ -52,7 +52,7 @@ def measure(
             strength, everything else as the vectors, toward without any.
         nulls: random directions per vector.
         max_new_tokens: length of answers.
-        max_prompts: cap per side.
+        max_prompts: cap per side; None for all.
         seed: of the split, the bootstrap and the nulls.
         checkpoint: a second model, e.g. the reloaded baked one, measured like a lever.
         unsteered: answers to share with other measurements of this model at this length.

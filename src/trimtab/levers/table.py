@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.compare import averaged
@@ -113,9 +113,9 @@ def compare_levers(
     prompt: PromptSteering | None = None,
     found: FoundLevers | None = None,
     effort: Effort | None = None,
-    nulls: int = 2,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
+    nulls: int = NULLS,
+    max_prompts: int | None = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     rounds: int = ROUNDS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -132,7 +132,7 @@ def compare_levers(
         found: of `find_levers`, to share between budgets.
         effort: how much is spent on finding.
         nulls: random directions of the vector's size.
-        max_prompts: cap per side and split.
+        max_prompts: cap per side and split; None for all.
         max_new_tokens: length of answers.
         rounds: interleaved runs that are timed.
         seed: of everything random.

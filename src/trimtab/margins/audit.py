@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from trimtab.arguments import MAX_PROMPTS
 from trimtab.behaviors.behavior import Behavior
 from trimtab.checks import choice, layer_within
 from trimtab.errors import TrimtabError
@@ -128,7 +129,7 @@ def audit(
     aggregator: str = "logsumexp",
     sets: LearnedSets | ReadoutTokens | None = None,
     layer: int | None = None,
-    max_prompts: int = 32,
+    max_prompts: int | None = MAX_PROMPTS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -145,7 +146,7 @@ def audit(
         sets: sets to read in place of the behavior's words, e.g. from `learn_sets`.
         layer: 0-based, whose output is pushed to close the gap; by default the one of the middle
             layers with the smallest first-order radius on train prompts.
-        max_prompts: at most so many of each list of prompts.
+        max_prompts: at most so many of each list of prompts; None for all.
         seed: of the split, the nulls and the intervals.
         progress: called with (stages done, stages in all).
 
@@ -161,7 +162,7 @@ def audit(
             found="no second checkpoint",
             advice="give the model that it was baked into as other",
         )
-    if max_prompts < 1:
+    if max_prompts is not None and max_prompts < 1:
         raise TrimtabError(
             asked="an audit", found=f"max_prompts={max_prompts}", advice="read at least one prompt"
         )
@@ -223,7 +224,7 @@ class _Plan:
 
     behavior: Behavior
     aggregator: str
-    max_prompts: int
+    max_prompts: int | None
     seed: int
     step: Callable[[], None]
 

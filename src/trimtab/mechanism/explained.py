@@ -12,7 +12,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from trimtab.arguments import Direction, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Direction, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.case import Case, check_adds, counting
@@ -149,9 +149,9 @@ def explain(
     against: VectorSteering | None = None,
     look: bool = True,
     direction: Direction | None = None,
-    max_prompts: int = 16,
-    max_new_tokens: int = 24,
-    nulls: int = 1,
+    max_prompts: int | None = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    nulls: int = NULLS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Explanation:
@@ -167,7 +167,7 @@ def explain(
             moves the behavior on validation prompts (working.py); of `against` likewise.
         direction: `toward` or `away`, whichever the strength's sign says by default; `both`: that
             way first, then the other, at the same strength.
-        max_prompts: at most so many a direction, for every part.
+        max_prompts: at most so many a direction, for every part; None for all.
         max_new_tokens: length of responses and answers.
         nulls: random counterparts per frozen part.
         seed: of the split, nulls and intervals.

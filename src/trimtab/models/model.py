@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.arguments import MAX_NEW_TOKENS
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.batch import Batch, padded
@@ -253,7 +254,7 @@ class LanguageModel:
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 40,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         seed: int = 0,
         use_cache: bool = True,

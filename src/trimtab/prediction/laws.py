@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
@@ -67,8 +67,8 @@ def laws(
     vector: VectorSteering,
     *,
     direction: Side = "toward",
-    max_prompts: int | None = 16,
-    max_new_tokens: int = 40,
+    max_prompts: int | None = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LawsReport:
@@ -79,7 +79,7 @@ def laws(
         behavior: split here; the test prompts are used.
         vector: whose strength it is about.
         direction: `toward` or `away`; the calibration takes both.
-        max_prompts: cap per side.
+        max_prompts: cap per side; None for all.
         max_new_tokens: length of answers.
         seed: of the split and the intervals.
         progress: called with (steps done, steps in all).

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator, Unsteered
@@ -132,8 +132,8 @@ def predict_strength(
     *,
     direction: Side = "toward",
     budgets: Sequence[float] = BUDGETS,
-    max_prompts: int | None = 32,
-    max_new_tokens: int = 40,
+    max_prompts: int | None = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     unsteered: Unsteered | None = None,
 ) -> StrengthPrediction:
     """Predict strengths, windows and the place of collapse from derivatives at m = 0.
@@ -144,7 +144,7 @@ def predict_strength(
         vector: any vector; its own strength does not matter.
         direction: `toward` or `away`.
         budgets: nats; windows end at the largest.
-        max_prompts: cap per side.
+        max_prompts: cap per side; None for all.
         max_new_tokens: length of the unsteered answers that damage is read along.
         unsteered: answers to share with other measurements of this model at this length.
 

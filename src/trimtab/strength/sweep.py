@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample, Unsteered
@@ -93,8 +94,8 @@ def sweep(
     vector: VectorSteering,
     strengths: Sequence[float],
     *,
-    max_new_tokens: int = 40,
-    max_prompts: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_prompts: int | None = MAX_PROMPTS,
     seed: int = 0,
     unsteered: Unsteered | None = None,
     progress: Progress | None = None,
@@ -110,7 +111,7 @@ def sweep(
         vector: what is scaled; its own strength does not matter.
         strengths: multipliers m of any sign; 0 gives one unsteered row per side.
         max_new_tokens: length of answers.
-        max_prompts: cap per side.
+        max_prompts: cap per side; None for all.
         seed: of the bootstrap.
         unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all).

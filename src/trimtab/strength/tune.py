@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
@@ -160,8 +160,8 @@ def tune(
     layers: Sequence[Sequence[int]] | None = None,
     scopes: Sequence[str] | None = None,
     adaptive: bool = False,
-    max_new_tokens: int = 40,
-    max_prompts: int | None = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_prompts: int | None = MAX_PROMPTS,
     seed: int = 0,
     progress: Progress | None = None,
     engine: Engine | None = None,
@@ -182,7 +182,7 @@ def tune(
         scopes: scopes to try; by default the vector's own, all, last and post_instruction.
         adaptive: also measure a strength for each prompt, from 0 to the window's far end.
         max_new_tokens: length of answers.
-        max_prompts: cap per side and split.
+        max_prompts: cap per side and split; None for all.
         seed: of the split, the nulls and the intervals.
         progress: called with (steps done, steps in all).
         engine: does places, cells and nulls; this process by default.

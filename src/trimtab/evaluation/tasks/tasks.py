@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.arguments import NULLS
 from trimtab.errors import TrimtabError, extra
 from trimtab.evaluation.compare import null_notes, nulls_of, unique_names
 from trimtab.evaluation.tasks.files import Loaded, load_tasks, members, set_examples
@@ -36,7 +37,7 @@ def measure_tasks(
     limit: float | None = None,
     fewshot: int | None = None,
     seed: int = 0,
-    nulls: int = 1,
+    nulls: int = NULLS,
     batch_size: int = 8,
     apply_chat_template: bool = False,
     progress: Progress | None = None,

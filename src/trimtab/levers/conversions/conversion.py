@@ -110,7 +110,7 @@ class Setting:
         *,
         sign: int = 1,
         train_requests: int | None = None,
-        max_prompts: int = 32,
+        max_prompts: int | None = 32,
         max_new_tokens: int = 40,
         seed: int = 0,
         known: Unsteered | None = None,
@@ -134,7 +134,7 @@ class Setting:
         """The evaluator of test prompts, on which nothing is chosen."""
         return self._evaluator(self.splits.test, self.max_prompts)
 
-    def _evaluator(self, part: Behavior, most: int) -> Evaluator:
+    def _evaluator(self, part: Behavior, most: int | None) -> Evaluator:
         tokens = self.known.max_new_tokens
         return Evaluator(
             self.lm, part, max_new_tokens=tokens, max_prompts=most, unsteered=self.known

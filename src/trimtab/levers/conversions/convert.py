@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.levers.conversions.ablation import ablation_to_weights
@@ -47,8 +47,8 @@ def convert(
     *,
     direction: Side | None = None,
     train_requests: int | None = None,
-    max_prompts: int = 32,
-    max_new_tokens: int = 40,
+    max_prompts: int | None = MAX_PROMPTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     **options: Any,
 ) -> Conversion:
@@ -71,7 +71,7 @@ def convert(
         direction: `toward` or `away`, the side that the lever steers to; by the sign of its strength
             when absent.
         train_requests: most train prompts of each side; each conversion has its own default.
-        max_prompts: most prompts of each side of the other splits.
+        max_prompts: most prompts of each side of the other splits; None for all.
         max_new_tokens: length of answers.
         seed: of everything random.
         options: of the conversion: `scope`, `layers` (prompt to vector), `k`, `slot`, `steps` (to

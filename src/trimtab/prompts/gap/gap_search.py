@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trimtab.arguments import Side, sign_of
+from trimtab.arguments import MAX_PROMPTS, NULLS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import Reference, summarize
@@ -140,8 +140,8 @@ def close_gap(
     aggregator: str = "logsumexp",
     constraints: Constraints | None = None,
     train_prompts: int = 16,
-    held_out_prompts: int = 40,
-    nulls: int = 5,
+    max_prompts: int | None = MAX_PROMPTS,
+    nulls: int = NULLS,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -158,7 +158,7 @@ def close_gap(
         aggregator: `logsumexp` or `max`.
         constraints: what the tokens may be; printable ASCII by default.
         train_prompts: most prompts that the search sees.
-        held_out_prompts: most prompts of the test split.
+        max_prompts: most prompts of the test split that it is scored on; None for all.
         nulls: draws of random tokens.
         seed: of the split and the nulls.
         progress: called with tokens in the slot and the most tokens.
@@ -195,7 +195,7 @@ def close_gap(
     )
     held = null = None
     if prompt is None:
-        unseen = _side(splits.test, sign, held_out_prompts)
+        unseen = _side(splits.test, sign, max_prompts)
         fresh = Reader(lm, lay_out(lm, unseen, slot), objective)
         held = _held_out(lm, behavior, lever, fresh, found.slot, unseen)
         null = _null(fresh, bound, len(found.slot), nulls, seed)
@@ -214,7 +214,7 @@ def close_gap(
     )
 
 
-def _side(behavior: Behavior, sign: int, most: int) -> list[Prompt]:
+def _side(behavior: Behavior, sign: int, most: int | None) -> list[Prompt]:
     """Prompts whose gap the sign is to change."""
     return [e.prompt for e in (behavior.away if sign > 0 else behavior.toward)[:most]]
 
