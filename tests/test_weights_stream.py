@@ -93,7 +93,7 @@ def test_shards_survive_added_blocks_and_conversions(tmp_path, name):
 
 def test_copies_share_nothing(tmp_path):
     lm, base = sharded(tmp_path)
-    bake(base, steering(lm), tmp_path / "out", link=False)
+    bake(base, steering(lm), tmp_path / "out", copy=True)
     assert {os.stat(p).st_nlink for p in (tmp_path / "out").glob("*.safetensors")} == {1}
 
 

@@ -70,6 +70,9 @@ Toward = Annotated[
 ]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
 MaxPrompts = Annotated[int, typer.Option(min=1, help="At most so many prompts a side and split.")]
+Strength = Annotated[
+    float | None, typer.Option(help="Strength m; that of the file by default.")
+]
 Nulls = Annotated[int, typer.Option(min=0, help="Random directions per vector.")]
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.cli.app import Json, Model, app
+from trimtab.cli.app import Json, Model, Strength, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
     progress_bar,
     quiet_libraries,
     read_lever,
-    read_vector,
     write_result,
 )
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.steering.vector import VectorSteering
-    from trimtab.steering.weights import WeightSteering
+    from trimtab.steering.prompt import PromptSteering
+    from trimtab.steering.weights import Scaled
+    from trimtab.weights import SoftPrompt
 
 
 @app.command("bake", epilog="Example: trimtab bake harbor refusal.safetensors -o refusing-harbor")
@@ -35,9 +35,7 @@ def bake_command(
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to create.")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Strength m to bake; as stored by default.")
-    ] = None,
+    strength: Strength = None,
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Only say by which route, at what cost, or why not.")
     ] = False,
@@ -58,56 +56,41 @@ def bake_command(
     json_file: Json = None,
 ) -> None:
     """Write a checkpoint that steers itself, or refuse and say why."""
-    from trimtab.weights import at_every_writer, bake, bake_prompt, plan
+    from trimtab.weights import bake, plan
 
     if out is None and not show_plan:
         raise TrimtabError("to bake", "no folder to write to", "give one with -o, or ask --plan")
     check_writable(None if out is None else out / "config.json", json_file)
     quiet_libraries()
-    if len(files) == 1 and out is not None and _is_soft_prompt(Path(files[0])):
-        done = bake_prompt(model, files[0], out, verify=verify, link=not copy)
-        show(done, full=full)
-        return write_result(json_file, done.to_dict())
-    vectors = [_lever(file, strength) for file in files]
-    if every_writer is not None:
-        named = [(read_vector(file), v.strength) for file, v in zip(files, vectors, strict=True)]
-        vectors = [part for v, m in named for part in at_every_writer(v.at(m), every_writer)]
+    levers = [_lever(file, strength) for file in files]
+    lever: Any = levers[0] if len(levers) == 1 else levers
     if show_plan or out is None:
-        found = plan(model, vectors, route)
-        show(found, full=full)
-        return write_result(json_file, found.to_dict())
-    with progress_bar(f"writing {out}") as progress:
-        report = bake(
-            model,
-            vectors,
-            out,
-            verify=verify,
-            route=route,
-            link=not copy,
-            progress=progress,
-        )
-    show(report, full=full)
-    return write_result(json_file, report.to_dict())
+        found = plan(model, lever, route, every_writer)
+    else:
+        with progress_bar(f"writing {out}") as progress:
+            found = bake(
+                model,
+                lever,
+                out,
+                verify=verify,
+                route=route,
+                every_writer=every_writer,
+                copy=copy,
+                progress=progress,
+            )
+    show(found, full=full)
+    write_result(json_file, found.to_dict())
 
 
-def _lever(file: str, strength: float | None) -> VectorSteering | WeightSteering:
-    from trimtab.steering.prompt import PromptSteering
-
-    lever = read_lever(file)
-    if isinstance(lever, PromptSteering):
-        raise TrimtabError(
-            asked=f"to bake {file}",
-            found="a prompt in words, which has no place in the weights",
-            advice="bake a vector, a low-rank update or a soft prompt; words go into the prompt",
-        )
-    return lever if strength is None else lever.at(strength)
-
-
-def _is_soft_prompt(path: Path) -> bool:
-    """Whether a file holds one table of numbers, as a soft prompt does and no vector."""
+def _lever(file: str, strength: float | None) -> Scaled | PromptSteering | SoftPrompt:
+    """Read a steering file, or a file with one table of numbers, which is a soft prompt too."""
     from trimtab.weights.disk.checkpoint import read_header
+    from trimtab.weights.soft.prompt import read_soft
 
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    facts = list(read_header(path).values())
-    return len(facts) == 1 and len(facts[0].shape) == 2
+    path = Path(file)
+    if path.suffix == ".safetensors" and path.is_file():
+        facts = list(read_header(path).values())
+        if len(facts) == 1 and len(facts[0].shape) == 2:
+            return read_soft(path)
+    lever = read_lever(file)
+    return lever if strength is None else lever.at(strength)

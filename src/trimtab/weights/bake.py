@@ -30,9 +30,10 @@ from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
 from trimtab.weights.disk.stream import check_space, write
 from trimtab.weights.plan import BakeReport, Plan, prepare, refuse_early
+from trimtab.weights.routes.low_rank import at_every_writer
 from trimtab.weights.slices import write_slices
 from trimtab.weights.soft.prompt import bake_prompt
-from trimtab.weights.soft.value import PromptReport
+from trimtab.weights.soft.value import PromptReport, SoftPrompt
 from trimtab.weights.verify import (
     Base,
     compare_models,
@@ -45,75 +46,64 @@ from trimtab.weights.verify import (
 __all__ = ["BakeReport", "bake", "plan"]
 
 Levers = Scaled | Together | Sequence[Scaled]
+Soft = SoftPrompt | PromptSteering
 
 
+# The overloads say what comes back; the options stand once, below.
 @overload
-def bake(
-    model: Model, lever: PromptSteering, out: str | os.PathLike[str], **how: Any
-) -> PromptReport: ...
+def bake(model: Model, lever: Soft, out: str | os.PathLike[str], **how: Any) -> PromptReport: ...
 @overload
 def bake(model: Model, lever: Levers, out: str | os.PathLike[str], **how: Any) -> BakeReport: ...
-def bake(
-    model: Model, lever: Levers | PromptSteering, out: str | os.PathLike[str], **how: Any
-) -> BakeReport | PromptReport:
-    """Write a checkpoint that steers itself, from any lever that weights can hold.
-
-    Vectors and low-rank updates become weights (`bake_levers`, which says what can be asked), a soft
-    prompt becomes tokens of the vocabulary (`bake_prompt`).
-
-    Args:
-        model: a folder, a hub id, "harbor" or a loaded model.
-        lever: a vector, a low-rank update, several of these that would be on together, or a soft
-            prompt.
-        out: folder to create.
-        how: the options of `bake_levers` or `bake_prompt`.
-
-    Raises:
-        TrimtabError: a prompt in words, which has no place in the weights, and whatever has no exact
-            route.
-    """
-    if not isinstance(lever, PromptSteering):
-        return bake_levers(model, lever, out, **how)
-    return bake_prompt(model, lever, out, **how)
-
-
-def bake_levers(
+def bake(  # pyright: ignore[reportInconsistentOverload]
     model: Model,
-    lever: Levers,
+    lever: Levers | Soft,
     out: str | os.PathLike[str],
     *,
     verify: bool | str = True,
     prompts: Sequence[Prompt] = NEUTRAL_PROMPTS[:4],
     route: str | None = None,
-    link: bool = True,
+    every_writer: int | None = None,
+    copy: bool = False,
     progress: Progress | None = None,
-) -> BakeReport:
-    """Write a checkpoint of a model that steers itself; the model is left as it is.
+) -> BakeReport | PromptReport:
+    """Write a checkpoint that steers itself, from any lever that weights can hold.
 
     The folder holds weights, config, generation config, tokenizer with its chat template, a model
     card and a record of what was done. It is built beside `out` and renamed there at the end, so
     `out` is complete or absent; what a killed run left is removed by the next one. Given a folder
     or hub id, no tensor is held in memory whole and files that do not change are shared with the
-    base by hard links; a loaded model is saved first, as it is now.
+    base by hard links; a loaded model is saved first, as it is now. The model itself is left alone.
 
     Args:
         model: a folder, a hub id, "harbor" or a loaded model; the one the levers were made for.
-        lever: a vector or low-rank update at the strength to bake, or several that would be on
-            together.
+        lever: a vector or low-rank update at the strength to bake, several that would be on
+            together, or a soft prompt, which becomes tokens of the vocabulary.
         out: folder to create; an existing empty one is taken.
         verify: True compares the reloaded whole model, or a slice where it does not fit into
             memory; "slice" always a slice; False only writes.
         prompts: what the reloaded model is compared on.
         route: only `bias`, `null_block` or `convert` for what is added, where there is a choice.
-        link: False copies unchanged files, so that nothing is shared with the base's folder.
-        progress: called with (bytes done, bytes in all).
+        every_writer: ablate this layer's direction wherever the stream is written, see
+            `trimtab.weights.at_every_writer`.
+        copy: whether unchanged files are copied, so that nothing is shared with the base's folder.
+        progress: called with (bytes done, bytes in all); not for a soft prompt.
 
     Raises:
-        TrimtabError: no exact route (the plan says why, and what is nearest); another model's
-            vector; a folder with something in it; too little space; a checkpoint that does not
-            reload as what it was meant to be.
+        TrimtabError: a prompt in words, which has no place in the weights; no exact route (the plan
+            says why, and what is nearest); another model's vector; a folder with something in it;
+            too little space; a checkpoint that does not reload as what it was meant to be.
     """
-    vectors, target = _listed(lever), Path(out)
+    if isinstance(lever, Soft):
+        if route is not None or every_writer is not None:
+            raise TrimtabError(
+                asked="to bake a soft prompt by a route of the weights",
+                found="vectors that become tokens of the vocabulary, in one way",
+                advice="leave out route and every_writer",
+            )
+        return bake_prompt(
+            model, lever, out, verify=bool(verify), prompts=prompts[:2], link=not copy
+        )
+    vectors, link, target = _listed(lever, every_writer), not copy, Path(out)
     lm = model if isinstance(model, LanguageModel) else None
     if lm is not None:
         _check_early(lm, vectors)
@@ -138,7 +128,9 @@ def bake_levers(
     return report
 
 
-def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
+def plan(
+    model: Model, lever: Levers, route: str | None = None, every_writer: int | None = None
+) -> Plan:
     """Say by which exact route each steering would become weights, at what cost, or why it cannot.
 
     Nothing is loaded and nothing is written (a model in memory is saved to a temporary folder).
@@ -147,11 +139,12 @@ def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
         model: as for `bake`.
         lever: one steering or several.
         route: as for `bake`.
+        every_writer: as for `bake`.
 
     Raises:
         TrimtabError: no model, or an architecture that has no routes at all.
     """
-    vectors = _listed(lever)
+    vectors = _listed(lever, every_writer)
     if isinstance(model, LanguageModel):
         for vector in vectors:
             vector.check(model)
@@ -160,7 +153,7 @@ def plan(model: Model, lever: Levers, route: str | None = None) -> Plan:
         return prepare(open_checkpoint(folder), name, vectors, route)[0]
 
 
-def _listed(lever: Levers) -> list[Scaled]:
+def _listed(lever: Levers, every_writer: int | None) -> list[Scaled]:
     lever = lever.vectors if isinstance(lever, Together) else lever
     levers = [lever] if isinstance(lever, Scaled) else list(lever)
     if not levers or not all(isinstance(each, Scaled) for each in levers):
@@ -170,7 +163,17 @@ def _listed(lever: Levers) -> list[Scaled]:
             advice="give vectors or low-rank updates; a soft prompt is baked alone, and a prompt in "
             "words has no place in the weights",
         )
-    return levers
+    if every_writer is None:
+        return levers
+    for each in levers:
+        if not isinstance(each, VectorSteering):
+            raise TrimtabError(
+                asked=f"to bake {each.label} at every writer",
+                found="an update of weights, which has no direction to take out",
+                advice="give a vector, or leave every_writer out",
+            )
+    vectors = [each for each in levers if isinstance(each, VectorSteering)]
+    return [part for each in vectors for part in at_every_writer(each, every_writer)]
 
 
 def _check_early(lm: LanguageModel, vectors: list[Scaled]) -> None:

@@ -86,7 +86,7 @@ def bake_prompt(
         TrimtabError: vectors of another width; an unknown architecture; tokens that exist already;
             a reload that is not equal.
     """
-    given = soft if isinstance(soft, SoftPrompt | PromptSteering) else _read(soft)
+    given = soft if isinstance(soft, SoftPrompt | PromptSteering) else read_soft(soft)
     if isinstance(given, PromptSteering) and given.vectors is None:
         raise TrimtabError(
             asked=f"to bake {given.label}",
@@ -125,7 +125,7 @@ def bake_prompt(
     return report
 
 
-def _read(path: str | os.PathLike[str]) -> SoftPrompt | PromptSteering:
+def read_soft(path: str | os.PathLike[str]) -> SoftPrompt | PromptSteering:
     """Read a steering file, or a file with one tensor."""
     try:
         with safe_open(path, framework="pt") as file:
