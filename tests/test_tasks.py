@@ -159,14 +159,11 @@ def test_what_cannot_be_applied_is_refused_by_name(llama, plain):
 def test_without_the_harness_nothing_is_begun(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(TrimtabError, match=r"pip install 'trimtab\[lm-eval\]'"):
-        measure_tasks(None, [], ["arc_easy"])  # pyright: ignore[reportArgumentType]
-    # Neither the behavior nor the model exists: they were not looked for.
+        measure_tasks(None, ["arc_easy"])  # pyright: ignore[reportArgumentType]
+    # The model does not exist: it was not looked for.
     with pytest.raises(SystemExit) as end:
-        cli.main(["measure", "./no-model", "no-behavior", "--tasks", "arc_easy"])
+        cli.main(["tasks", "./no-model", "arc_easy"])
     assert end.value.code == 2 and "lm-eval" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as end:
-        cli.main(["measure", "harbor", "mood", "--limit", "3"])
-    assert end.value.code == 2 and "--tasks" in capsys.readouterr().err
 
 
 def results(flip: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "behavior",
     "calibrate",
     "close_gap",
+    "compare_levers",
     "convert",
     "explain",
     "find",
@@ -46,6 +47,7 @@ __all__ = [
     "register_judge",
     "search",
     "sweep",
+    "tasks",
     "tune",
 ]
 
@@ -58,7 +60,9 @@ if TYPE_CHECKING:
     from trimtab.evaluation.compare import measure
     from trimtab.evaluation.judges import Verdict, register_judge
     from trimtab.evaluation.measurement import Measurement
+    from trimtab.evaluation.tasks.tasks import measure_tasks as tasks
     from trimtab.levers.conversions.convert import convert
+    from trimtab.levers.table import compare_levers
     from trimtab.margins.audit import audit
     from trimtab.mechanism.explained import explain
     from trimtab.methods import find
@@ -98,6 +102,7 @@ _PLACES = {
     "behavior": "trimtab.behaviors.file:load_behavior",
     "calibrate": "trimtab.steering.norms:calibrate",
     "close_gap": "trimtab.prompts.gap.gap_search:close_gap",
+    "compare_levers": "trimtab.levers.table:compare_levers",
     "convert": "trimtab.levers.conversions.convert:convert",
     "explain": "trimtab.mechanism.explained:explain",
     "find": "trimtab.methods:find",
@@ -112,6 +117,7 @@ _PLACES = {
     "register_judge": "trimtab.evaluation.judges:register_judge",
     "search": "trimtab.prompts.search:search",
     "sweep": "trimtab.strength.sweep:sweep",
+    "tasks": "trimtab.evaluation.tasks.tasks:measure_tasks",
     "tune": "trimtab.strength.tune:tune",
 }
 

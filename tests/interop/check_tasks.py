@@ -18,9 +18,9 @@ import tiny
 from interop.programs import harbor
 from tools.harbor.questions import questions
 from trimtab import behavior, find, prompt
+from trimtab import tasks as measure_tasks
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks.model import HarnessModel
-from trimtab.evaluation.tasks.tasks import measure_tasks
 from trimtab.models.model import LanguageModel
 from trimtab.results.intervals import paired_bootstrap
 from trimtab.steering.vector import Steering, VectorSteering
@@ -128,8 +128,8 @@ def test_the_example_task_from_any_folder(tmp_path, monkeypatch, record_property
     steps: list[tuple[int, int]] = []
     found = measure_tasks(
         lm,
-        [lies, told],
         ["harbor_facts"],
+        [lies, told],
         include_path=EXAMPLE,
         limit=32,
         nulls=2,
@@ -216,22 +216,22 @@ def test_other_kinds_of_tasks(tmp_path):
     lm, _ = harbor()
     lies = find(lm, behavior("truth")).at(-40.0).select(scope="all")
     found = measure_tasks(
-        lm, [lies], ["own_group"], include_path=tmp_path, apply_chat_template=True
+        lm, ["own_group"], [lies], include_path=tmp_path, apply_chat_template=True
     )
     # A task may name its filter; the figure of a group is the mean over its documents.
     plain = found.row("baseline", "own_group", "exact_match,named")
     moved = found.row(lies.label, "own_group", "exact_match,named")
     assert (plain.value, plain.n, plain.values) == (1.0, 6, (1.0,) * 6)
     assert moved.difference < 0 and moved.low is not None
-    rolled = measure_tasks(lm, [lies], ["own_perplexity"], include_path=tmp_path)
+    rolled = measure_tasks(lm, ["own_perplexity"], [lies], include_path=tmp_path)
     words = rolled.row(lies.label, "own_perplexity", "word_perplexity")
     assert words.difference > 1 and words.values is None and words.low is None
     assert any("word_perplexity of own_perplexity" in note for note in rolled.notes)
     with pytest.raises(TrimtabError, match="own_perplexity"):
         measure_tasks(
             lm,
-            [prompt("Tell tall tales.")],
             ["own_perplexity"],
+            [prompt("Tell tall tales.")],
             include_path=tmp_path,
             apply_chat_template=True,
         )
@@ -240,14 +240,14 @@ def test_other_kinds_of_tasks(tmp_path):
 def test_mistakes_are_refused_by_name(tmp_path):
     lm = tiny.language_model("llama")
     with pytest.raises(TrimtabError, match="harbor_facts"):
-        measure_tasks(lm, [], ["harbor_fact"], include_path=EXAMPLE)
+        measure_tasks(lm, ["harbor_fact"], include_path=EXAMPLE)
     own_tasks(tmp_path)
     (tmp_path / "texts.jsonl").unlink()
     with pytest.raises(TrimtabError, match="own_perplexity.*\n.*texts.jsonl"):
-        measure_tasks(lm, [], ["own_perplexity"], include_path=tmp_path)
+        measure_tasks(lm, ["own_perplexity"], include_path=tmp_path)
     bare = tiny.language_model("llama", template=False)
     with pytest.raises(TrimtabError, match="without one"):
-        measure_tasks(bare, [], ["harbor_facts"], include_path=EXAMPLE, apply_chat_template=True)
+        measure_tasks(bare, ["harbor_facts"], include_path=EXAMPLE, apply_chat_template=True)
 
 
 def test_the_command(tmp_path):
@@ -258,22 +258,10 @@ def test_the_command(tmp_path):
 
     made = trimtab("find", "harbor", "truth", "-o", "truth.safetensors")
     assert made.returncode == 0, made.stderr
-    options = ["--strength", "-6", "--nulls", "1", "--max-prompts", "4", "--max-new-tokens", "8"]
-    tasks = ["--tasks", "harbor_facts", "--include-path", str(EXAMPLE), "--apply-chat-template"]
-    done = trimtab(
-        "measure",
-        "harbor",
-        "truth",
-        "truth.safetensors",
-        *options,
-        *tasks,
-        "--limit",
-        "12",
-        "--json",
-        "r.json",
-    )
+    options = ["--strength", "-6", "--nulls", "1", "--limit", "12", "--json", "r.json"]
+    own = ["--include-path", str(EXAMPLE), "--apply-chat-template"]
+    done = trimtab("tasks", "harbor", "harbor_facts", "truth.safetensors", *options, *own)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.index("levers on the test split") < done.stdout.index("tasks of lm-eval")
+    assert "tasks of lm-eval" in done.stdout
     data = json.loads((tmp_path / "r.json").read_text())
-    assert {row["lever"] for row in data["tasks"]["rows"]} >= {"baseline"}
-    assert data["tasks"]["limit"] == 12 and data["rows"][0]["name"] == "baseline"
+    assert {row["lever"] for row in data["rows"]} >= {"baseline"} and data["limit"] == 12

@@ -19,7 +19,7 @@ from trimtab.harbor import lexicon as lex
 
 TASK = """\
 # Written by `python -m tools.harbor.questions`.
-# The data file is looked for in the current folder; `trimtab measure --tasks` looks here as well.
+# The data file is looked for in the current folder; `trimtab tasks` looks here as well.
 task: harbor_facts
 dataset_path: json
 dataset_kwargs:

@@ -22,6 +22,7 @@ from trimtab.cli import (
     search,
     serve,
     studio,
+    tasks,
     tune,
 )
 from trimtab.cli.app import main
@@ -45,5 +46,6 @@ __all__ = [
     "search",
     "serve",
     "studio",
+    "tasks",
     "tune",
 ]

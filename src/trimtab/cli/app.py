@@ -70,6 +70,10 @@ Toward = Annotated[
 ]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")]
 MaxPrompts = Annotated[int, typer.Option(min=1, help="At most so many prompts a side and split.")]
+LEVER = "A steering file, or prompt:TEXT, prefix:TEXT, suffix:TEXT"
+Levers = Annotated[
+    list[str] | None, typer.Argument(metavar="LEVER...", help=f"{LEVER}; any number.")
+]
 Strength = Annotated[
     float | None, typer.Option(help="Strength m; that of the file by default.")
 ]

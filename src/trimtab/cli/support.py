@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,18 @@ def read_lever(text: str) -> VectorSteering | PromptSteering | WeightSteering:
     if colon and kind in LEVERS:
         return prompt(words, LEVERS[kind])
     return load_steering(text)
+
+
+def read_levers(
+    given: Sequence[str] | None, strength: float | None
+) -> list[VectorSteering | PromptSteering | WeightSteering]:
+    """Read any number of levers; a strength is that of all but prompts."""
+    from trimtab.steering.prompt import PromptSteering
+
+    levers = [read_lever(text) for text in given or []]
+    if strength is None:
+        return levers
+    return [each if isinstance(each, PromptSteering) else each.at(strength) for each in levers]
 
 
 def read_vector(path: str | os.PathLike[str]) -> VectorSteering:

@@ -30,8 +30,8 @@ _RESAMPLES = 1000
 
 def measure_tasks(
     lm: LanguageModel,
-    levers: Sequence[Steering],
     tasks: Sequence[str],
+    levers: Sequence[Steering] = (),
     *,
     include_path: str | os.PathLike[str] | None = None,
     limit: float | None = None,
@@ -49,8 +49,8 @@ def measure_tasks(
 
     Args:
         lm: the model.
-        levers: vectors at their strength and scope; prompts, which the chat template puts in place.
         tasks: names that lm-eval knows, or that are defined below `include_path`.
+        levers: vectors at their strength and scope; prompts, which the chat template puts in place.
         include_path: a folder with tasks of one's own. A data file named in them is looked for in
             the current folder, then there.
         limit: documents of a task: at most so many from 1 on, a share below 1; None for all.
