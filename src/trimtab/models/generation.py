@@ -5,26 +5,35 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded, end_of_turn
 
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+
+class Generating(Protocol):
+    """What is needed of a language model (`trimtab.models.model`)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def batches(self, encoded: Sequence[Encoded], /) -> Iterator[Batch]: ...
+    def calling(self, batch: Batch, /) -> AbstractContextManager[None]: ...
 
 
 @torch.no_grad()
 def answer_ids(
-    lm: LanguageModel,
+    lm: Generating,
     encoded: Sequence[Encoded],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -107,7 +116,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def end_ids(lm: LanguageModel) -> list[int]:
+def end_ids(lm: Generating) -> list[int]:
     """Tokens that end an answer: the model's, the tokenizer's, the chat template's."""
     listed = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     ends = list(listed) if isinstance(listed, (list, tuple)) else [listed]
