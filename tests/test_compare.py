@@ -82,9 +82,9 @@ def test_the_rows_that_are_always_there(lm: LanguageModel) -> None:
         "baseline",
         "prompt",
         label,
-        f"null of {label}",
+        f"random control of {label}",
         f"{label} (2)",
-        f"null of {label} (2)",
+        f"random control of {label} (2)",
         'prompt "Say Z."',
     ]
     baseline = result.row("baseline")
@@ -132,7 +132,7 @@ def test_prompts_have_no_random_null_and_say_so(lm: LanguageModel) -> None:
     row = result.rows[-1]
     assert row.null_score is None and row.null_scores == ()
     assert not any(r.kind == "null" for r in result.rows)
-    assert any("no null for prompts" in note for note in result.notes)
+    assert any("no random control for prompts" in note for note in result.notes)
 
 
 def test_without_neutral_prompts_there_is_no_spill_and_it_says_so(lm: LanguageModel) -> None:
@@ -250,7 +250,7 @@ def test_results_print_save_and_escape(lm: LanguageModel, tmp_path: Path) -> Non
     assert saved["rows"][1]["score"] == result.rows[1].score
     assert saved["rows"][1]["alphas"] == {"3": pytest.approx(10.0)}
     assert saved["fingerprint"] == lm.fingerprint and saved["data_hash"] == behavior.data_hash
-    assert "null of" in str(result)
+    assert "random" in str(result)
 
 
 def test_messages_are_prompts_too(lm: LanguageModel) -> None:

@@ -157,7 +157,7 @@ def test_a_low_rank_update_goes_where_a_vector_goes(
     done = Ran(capsys, "measure", model, opening, file, "--nulls", "1", *QUICK, "--json", facts)
     assert done.code == 0, done.err
     names = [row["name"] for row in json.loads(facts.read_text())["rows"]]
-    assert names == ["baseline", "rank-1 m=+1", "null of rank-1 m=+1"]
+    assert names == ["baseline", "rank-1 m=+1", "random control of rank-1 m=+1"]
     assert "rank-1" in Ran(capsys, "inspect", file).out
     done = Ran(capsys, "bake", model, file, "-o", tmp_path / "baked", "--json", facts)
     assert done.code == 0, done.err

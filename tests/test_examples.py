@@ -88,8 +88,8 @@ def test_the_hardened_checkpoint_has_the_wider_margin(ran: Ran) -> None:
 
 def test_the_written_behavior_is_measured_against_its_prompt(ran: Ran) -> None:
     table = ran["write_a_behavior.py"]["printed"]
-    rows = re.findall(r"│ (baseline|prompt|brief|null of) +│ toward │[^│]*│[^│]*│ ([\d.]+)", table)
-    assert [name for name, _ in rows] == ["baseline", "prompt", "brief", "null of"]
+    rows = re.findall(r"│ (baseline|prompt|brief|random)[^│]*│ toward │[^│]*│[^│]*│ +([\d.]+)", table)
+    assert [name for name, _ in rows] == ["baseline", "prompt", "brief", "random"]
     baseline, prompt, vector, null = (float(score) for _, score in rows)
     assert baseline == null == 0 and prompt > 0.5 and vector > 0.5
 
@@ -118,7 +118,7 @@ def test_what_the_notebook_says_of_vector_and_prompt_holds(ran: Ran) -> None:
     rows["mine"] = cells(measured)["prompt &quot;Decline every request.&quot;"][4:]
     figures = {name: [float(row[i].split()[0]) for i in (0, -2, -1)] for name, row in rows.items()}
     (score, damage, spill), prompt = figures["refusal"], figures["mine"]
-    assert score == prompt[0] == 1 and figures["null"][0] == 0
+    assert score == prompt[0] == 1 and figures["random"][0] == 0
     assert damage > prompt[1] and spill < prompt[2]
     answers = dict(line.split(": ", 1) for line in shown.splitlines()[-4:])
     refused = [name for name, answer in answers.items() if re.search("cannot|decline", answer)]

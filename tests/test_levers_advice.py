@@ -72,7 +72,7 @@ def test_what_is_over_budget_or_broken_is_no_choice() -> None:
     assert "no other lever is usable" in found.sentence
     assert found.free is None and "no lever that leaves the context free" in found.sentence
     none = advise(rows(over), "mood", 0.5)
-    assert none.choice is None and "0.90 nats of damage" in none.sentence
+    assert none.choice is None and "0.90 nats of damage (on-target KL)" in none.sentence
     none = advise(rows(broken), "mood", 0.5)
     assert none.choice is None and "coherence of 0.40" in none.sentence
 

@@ -54,7 +54,7 @@ def test_the_audit_holds_the_margin_before_and_after(lm, tmp_path, sign):
         assert row.gap.mean * sign > 1.0 and abs(row.null) < abs(row.gap.mean)
         assert row.gap.low <= row.gap.mean <= row.gap.high
     table = found.compared.table()
-    assert table.columns[-1] == "mean difference by a null" and "not recorded" in table.notes[-1]
+    assert table.columns[-1] == "mean difference by a random control" and "not recorded" in table.notes[-1]
     assert "trimtab audit THIS BEHAVIOR" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -230,7 +230,7 @@ def test_the_table_and_its_json(tmp_path):
         "m", "f", ("one", "two"), "lm-eval 0", 3, None, False, 0, tuple(rows), ("a note",)
     )
     text = made.table().to_text(160)
-    assert "-0.33 [" in text and "0.67 ± 0.10" in text and "null of v" in text
+    assert "-0.33 [" in text and "0.67 ± 0.10" in text and "random control of v" in text
     data = json.loads(made.save(tmp_path / "made.json").read_text())
     assert data["rows"][0]["difference"] is None and len(data["rows"]) == len(rows)
     assert made.row("v", "one").null == pytest.approx(2 / 3)

@@ -128,7 +128,7 @@ def test_every_key_of_the_contract_is_written(tuned: Tuned, tmp_path: Path) -> N
     assert [row["strength"] for row in kept["curve"]] == sorted(
         row["strength"] for row in kept["curve"]
     )
-    for word in ("chosen", "test split", "random directions", "adaptive", "model calls"):
+    for word in ("chosen", "test split", "random control", "adaptive", "model calls"):
         assert word in str(tuned.table()) and word in str(tuned.report)
 
 

@@ -23,7 +23,7 @@ LABELS = {
     "prompt": "plain prompt",
     "vector": "vector",
     "baked": "baked checkpoint",
-    "null": "random vectors",
+    "null": "random control",
 }
 INK, SOFT, GRID, LINE, CARD = "#1d2530", "#545f6d", "#e8eaee", "#c6ccd4", "#ffffff"
 VECTOR, COHERENCE, NULL = "#0b6e7f", "#4f7326", "#868d97"

@@ -318,7 +318,7 @@ def test_find_and_tune_then_levers(browser: Browser, address: str) -> None:
     page.click("#tt-compare-box >> text=Levers side by side")
     page.click("#tt-compare")
     page.wait_for_selector("#tt-levers table")
-    assert "baseline" in page.inner_text("#tt-levers") and "null of" in page.inner_text(
+    assert "baseline" in page.inner_text("#tt-levers") and "random control of" in page.inner_text(
         "#tt-levers"
     )
     page.context.close()

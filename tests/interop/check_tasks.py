@@ -139,7 +139,7 @@ def test_the_example_task_from_any_folder(tmp_path, monkeypatch, record_property
     assert steps == [(n, 5) for n in range(1, 6)]
     rows = [
         found.row(name, "harbor_facts")
-        for name in ("baseline", lies.label, f"null of {lies.label}", told.label)
+        for name in ("baseline", lies.label, f"random control of {lies.label}", told.label)
     ]
     for row, lever in ((rows[0], None), (rows[1], lies), (rows[3], told)):
         assert row.values == counted(lm, lever, documents)

@@ -26,7 +26,7 @@ def levers_command(
     model: Model,
     behavior: BehaviorName,
     budget: Annotated[
-        float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
+        float, typer.Option(help="Damage (on-target KL) allowed: nats per token, 95th percentile.")
     ] = 0.5,
     direction: Toward = "toward",
     vector: Annotated[

@@ -34,7 +34,7 @@ def tune_command(
     behavior: BehaviorName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering file with a vector.")],
     budget: Annotated[
-        float, typer.Option(help="Damage allowed: nats per token, 95th percentile.")
+        float, typer.Option(help="Damage (on-target KL) allowed: nats per token, 95th percentile.")
     ] = 0.5,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the tuned vector to this file.")
@@ -48,7 +48,7 @@ def tune_command(
         list[str] | None, typer.Option(help="A scope to try; may be given again.")
     ] = None,
     spill_budget: Annotated[
-        float | None, typer.Option(help="Spill allowed, nats per token, 95th percentile.")
+        float | None, typer.Option(help="Spill (off-target KL) allowed, nats per token, 95th percentile.")
     ] = None,
     coherence: Annotated[float, typer.Option(help="Least mean coherence.")] = 0.9,
     target: Annotated[float, typer.Option(help="Score that the window has to reach.")] = 0.9,

@@ -14,13 +14,14 @@ from trimtab.evaluation.evaluate import Evaluation, Evaluator, Unsteered
 from trimtab.evaluation.judges import judge_kind
 from trimtab.evaluation.measurement import Measurement, Row
 from trimtab.evaluation.spread import run_each
-from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
+from trimtab.evaluation.summary import KL_NOTE, Summary, mean, raw_alphas, summary
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 from trimtab.results import Progress
 from trimtab.results.intervals import paired_bootstrap, two_way_bootstrap
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.prompt import PromptSteering
+from trimtab.steering.units import convert
 from trimtab.steering.vector import Steering, VectorSteering
 from trimtab.steering.weights import Scaled
 
@@ -97,7 +98,7 @@ def measure(
         random = list(islice(results, len(directions)))
         scores = [mean(result.scores) for result in random]
         pooled = averaged(random, seed)
-        null = _row(f"null of {name}", "null", lever, pooled, baseline, seed, scores)
+        null = _row(f"random control of {name}", "null", lever, pooled, baseline, seed, scores)
         rows += [replace(row, null_score=null.score), null]
     return Measurement(
         behavior=behavior.name,
@@ -221,7 +222,12 @@ def unique_names(labels: Sequence[str]) -> list[str]:
 def _notes(
     behavior: Behavior, plan: Sequence[Entry], signs: Sequence[int], nulls: int
 ) -> tuple[str, ...]:
-    notes = ["intervals 95 %; damage and spill in nats per token; gain is paired with the baseline"]
+    notes = [KL_NOTE, "gain: paired with the baseline; random: score of the random control"]
+    notes += [
+        f"{lever.label}: {convert(lever).sentence}"
+        for _, kind, lever, _ in plan
+        if kind == "vector" and isinstance(lever, VectorSteering) and lever.norms
+    ]
     if behavior.requests:
         notes.append("scored on plain requests, which call for neither side")
     if not behavior.neutral:
@@ -235,10 +241,10 @@ def _notes(
 
 
 def null_notes(levers: Sequence[object], nulls: int) -> list[str]:
-    """Say under a table why there is no null where there is none."""
+    """Say under a table why there is no random control where there is none."""
     notes = []
     if any(isinstance(lever, PromptSteering) for lever in levers):
-        notes.append("no null for prompts: a prompt has no norm-matched random counterpart")
+        notes.append("no random control for prompts: a prompt has no norm-matched random counterpart")
     if nulls < 1 and any(isinstance(lever, VectorSteering) for lever in levers):
-        notes.append("no nulls: none were asked for")
+        notes.append("no random control: none was asked for")
     return notes

@@ -86,7 +86,7 @@ class Measurement(Printable):
                 "score",
                 "n",
                 "gain",
-                "null",
+                "random",
                 "coherence",
                 "damage (p95)",
                 "spill (p95)",

@@ -74,6 +74,10 @@ def summary(result: Evaluation, seed: int, score: tuple[float, float] | None = N
     )
 
 
+# What stands under every table of scores.
+KL_NOTE = "damage: on-target KL, spill: off-target KL, nats per token; intervals 95 %"
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean."""
     return sum(values) / len(values)

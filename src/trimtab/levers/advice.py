@@ -107,12 +107,12 @@ def _free(
 def _told(row: LeverRow) -> str:
     return (
         f"{percent(row.score)} [{percent(row.low)}, {percent(row.high)}] of {row.n} test answers, "
-        f"damage {number(row.damage_p95, 3)}"
+        f"damage (on-target KL) {number(row.damage_p95, 3)}"
     )
 
 
 def _null(null: LeverRow | None) -> str:
-    return "" if null is None else f", random direction {percent(null.score)}"
+    return "" if null is None else f", random control {percent(null.score)}"
 
 
 def _nothing(levers: Sequence[LeverRow], base: LeverRow, behavior: str, budget: float) -> str:
@@ -123,7 +123,7 @@ def _nothing(levers: Sequence[LeverRow], base: LeverRow, behavior: str, budget: 
     mine = closest.validation
     why = "does not move it by more than chance"
     if not closest.within:
-        why = f"does {number(mine.damage_p95)} nats of damage"
+        why = f"does {number(mine.damage_p95)} nats of damage (on-target KL)"
     elif mine.coherence < FLOOR:
         why = f"leaves a coherence of {number(mine.coherence)}"
     return (

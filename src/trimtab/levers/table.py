@@ -90,7 +90,7 @@ class LeversTable(Printable):
         notes = [
             self.advice.sentence,
             "gap closed: share of prompts whose readout gap lies on the wanted side; gap: its mean, nats",
-            "damage: nats per token along answers that already show it; OVER: more than the budget",
+            "damage: on-target KL, nats per token along answers that already show it; OVER: above the budget",
             f"perplexity: {self.text}; ms/token: extra, median of interleaved runs",
             "context in tokens; calls: rows put through the model in forward passes; intervals 95 %",
             *(f"no {name}: {why}" for name, why in self.missing.items()),
@@ -145,8 +145,8 @@ def compare_levers(
     if not 0 < budget < float("inf") or nulls < 1:
         raise TrimtabError(
             asked=f"levers within {budget} nats beside {nulls} random directions",
-            found="a budget that is not above 0, or no null",
-            advice="give nats per token such as 0.5 and at least one null",
+            found="a budget that is not above 0, or no random control",
+            advice="give nats per token such as 0.5 and at least one random direction",
         )
     started, side = time.monotonic(), sign_of(direction)
     setting = Setting(

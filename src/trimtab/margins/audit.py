@@ -105,7 +105,7 @@ class AuditReport(Parts, Printable):
                 )
             )
         columns = ("prompts", "n", "median gap", "share > 0", "census toward", "away", "neither")
-        columns += ("radius / |h|, last layer", "KL to close", "by one vector", "null closes")
+        columns += ("radius / |h|, last layer", "KL to close", "by one vector", "random closes")
         title = f"audit of {self.audited.behavior} on {self.audited.model}"
         return Table(title, columns, tuple(rows), (self.gap.sign,))
 
@@ -158,7 +158,7 @@ def audit(
     choice("aggregator", aggregator, AGGREGATORS)
     if baked and other is None:
         raise TrimtabError(
-            asked="an audit with the null of what was baked in",
+            asked="an audit with the random control of what was baked in",
             found="no second checkpoint",
             advice="give the model that it was baked into as other",
         )

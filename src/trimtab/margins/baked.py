@@ -53,9 +53,9 @@ def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteer
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TrimtabError(
-            asked="the null of what a checkpoint has baked in",
+            asked="the random control of what a checkpoint has baked in",
             found=f"a record ({RECORD}) that does not say it all: {error!r}",
-            advice="bake it again, or move the record away to audit without a null",
+            advice="bake it again, or move the record away to audit without a random control",
         ) from error
 
 

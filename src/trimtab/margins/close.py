@@ -98,11 +98,11 @@ class KlToClose(Printable):
             for row in self.rows
         )
         columns = ("prompts", "lever", "open", "closed", "KL 25 %", "KL median", "KL 75 %")
-        columns += ("push / |h|", "null closes", "null KL")
+        columns += ("push / |h|", "random closes", "random KL")
         notes = (
             f"layer {self.layer} ({self.layer_from}); KL(unsteered, steered) in nats at the first "
             "answer position",
-            "null: random directions within the same length; a prompt without a gap of its side's "
+            "random control: directions within the same length; a prompt without a gap of its side's "
             "sign is not open",
         )
         return Table("KL to close the gap", columns, rows, notes)

@@ -103,7 +103,7 @@ class Compared(Parts, Printable):
         columns += ("mean difference / sd", "share wider")
         notes = (self.sign,)
         if nulls:
-            columns += ("mean difference by a null",)
+            columns += ("mean difference by a random control",)
             notes += (_WHOSE[self.held_out],)
         return Table(f"{self.model} against {self.other}", columns, rows, notes)
 

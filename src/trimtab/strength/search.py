@@ -264,7 +264,7 @@ class Search:
         closest = sorted(self.tried, key=_rank)[:3]
         cells = "; ".join(
             f"layers {', '.join(map(str, t.layers))} at m = {t.row.strength:+.3g}: score "
-            f"{t.row.score:.2f}, coherence {t.row.coherence:.2f}, p95 damage {t.row.damage_p95:.2f} "
+            f"{t.row.score:.2f}, coherence {t.row.coherence:.2f}, p95 damage (on-target KL) {t.row.damage_p95:.2f} "
             f"({t.verdict})"
             for t in closest
         )
@@ -277,7 +277,7 @@ class Search:
             best = f"no place can be steered ({self.looked[0].refused})"
         return NoStrengthPasses(
             asked=f"a strength that moves {self.behavior.name!r} {side} from a score of "
-            f"{before.score:.2f} within {self.budget:g} nats of damage at a coherence of "
+            f"{before.score:.2f} within {self.budget:g} nats of damage (on-target KL) at a coherence of "
             f"{self.bounds.coherence:g}",
             found=f"no strength passes: {found}; {best}",
             advice="try another method of find, other layers or scopes, or a larger budget",

@@ -13,6 +13,7 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator, Sample, Unsteered
 from trimtab.evaluation.spread import run_groups
+from trimtab.evaluation.summary import KL_NOTE
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine
 from trimtab.results import Progress
@@ -43,7 +44,7 @@ class Sweep(Printable):
             f"{self.behavior}: {self.label} at the layers {', '.join(map(str, self.layers))}",
             COLUMNS,
             tuple(row.cells() for row in self.rows),
-            ("intervals 95 %; damage and spill in nats per token",),
+            (KL_NOTE,),
         )
 
 
@@ -84,7 +85,7 @@ class NoStrengthPasses(TrimtabError):
             "layers and strengths tried",
             ("layers", "stage", "verdict", *COLUMNS),
             tuple(rows),
-            ("validation prompts; intervals 95 %; damage and spill in nats per token",),
+            (f"validation prompts; {KL_NOTE}",),
         )
 
 

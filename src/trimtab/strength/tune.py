@@ -26,7 +26,7 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluation, Evaluator
 from trimtab.evaluation.spread import run_each
-from trimtab.evaluation.summary import Summary, mean, raw_alphas, summary
+from trimtab.evaluation.summary import Summary, alpha_text, mean, raw_alphas, summary
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.passes.engine import Engine
@@ -102,12 +102,12 @@ class TuneReport(Summary, Printable):
         chosen = f"layers {', '.join(map(str, self.layers))}, scope {self.scope}"
         window = "no window" if self.window is None else f"window {span(self.window)}"
         notes = [
-            f"chosen: {chosen}, m = {self.strength:+.3g} ({window})",
+            f"chosen: {chosen}, m = {self.strength:+.3g}, alpha {alpha_text(self.alpha)} ({window})",
             f"test split: score {with_interval(self.score, self.low, self.high)} of {self.n}, "
-            f"unsteered {number(self.baseline)}, random directions {number(self.null)}, "
+            f"unsteered {number(self.baseline)}, random control {number(self.null)}, "
             f"coherence {number(self.coherence)}",
-            f"damage {number(self.damage, 3)} (p95 {number(self.damage_p95, 3)} of "
-            f"{self.budget:g} allowed), spill {number(self.spill, 3)}, nats per token",
+            f"damage (on-target KL) {number(self.damage, 3)} (p95 {number(self.damage_p95, 3)} of "
+            f"{self.budget:g} allowed), spill (off-target KL) {number(self.spill, 3)}, nats per token",
             f"damage against coherence over {len(self.tried)} cells: rank correlation "
             f"{number(self.damage_coherence)}",
         ]
@@ -234,7 +234,7 @@ def tune(
         if gain[0] <= 0 or row.score <= null:
             raise search.refusal(
                 f"the best cell does not hold on the test split: score {row.score:.2f}, unsteered "
-                f"{mean(base.scores):.2f}, random directions {null:.2f}"
+                f"{mean(base.scores):.2f}, random control {null:.2f}"
             )
         per_prompt = None
         if adaptive:

@@ -79,8 +79,8 @@ def steering_section(vector: Scaled) -> str:
     if isinstance(vector, WeightSteering):
         return f"{head}Each of these matrices W becomes W + m B A, of rank {vector.rank}.\n"
     return (
-        f"{head}alpha is the length added along a unit direction at each layer listed; mu is the mean norm"
-        f" there on neutral prompts.\n\n{markdown(convert(vector).table())}"
+        f"{head}alpha is the length added along a unit direction at each layer listed; share of norm is alpha"
+        f" over the mean norm there on neutral prompts.\n\n{markdown(convert(vector).table())}"
     )
 
 
@@ -89,7 +89,7 @@ def _limits(plan: Plan) -> str:
     return (
         "## Limits\n\n- What the steering does to the behavior, and what else it changes, was not"
         " measured by the baking; measure it before use. `trimtab audit THIS BEHAVIOR --against"
-        f" {one_line(plan.model)}` gives the margin before and after, beside a null.{notes}\n"
+        f" {one_line(plan.model)}` gives the margin before and after, beside a random control.{notes}\n"
     )
 
 

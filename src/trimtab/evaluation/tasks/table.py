@@ -98,7 +98,7 @@ class TaskMeasurement(Printable):
 
     def table(self) -> Table:
         """Return one line per task, metric and lever; the stderr stands behind the value."""
-        columns = ("task", "metric", "lever", "m", "n", "value", "difference", "null")
+        columns = ("task", "metric", "lever", "m", "n", "value", "difference", "random control")
         rows = tuple(self._cells(row) for row in self.rows)
         return Table(f"tasks of {self.harness} on {self.model}", columns, rows, self.notes)
 
@@ -157,7 +157,7 @@ def rows_of(
         add(name, kind, key, score, null=null and null.value)
         if null is not None:
             values = tuple(each.value for each in drawn)
-            add(f"null of {name}", "null", key, null, null_values=values)
+            add(f"random control of {name}", "null", key, null, null_values=values)
     return rows
 
 

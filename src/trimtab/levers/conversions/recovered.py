@@ -90,7 +90,7 @@ class Recovered(Printable):
         )
         note = f"{self.n} prompts of {self.behavior}, sign {self.sign:+d}; intervals 95 %"
         if self.null_gap is not None:
-            note += f"; the null recovers {number(self.null_gap)} of the gap"
+            note += f"; the random control recovers {number(self.null_gap)} of the gap"
         columns = ("lever", "gap", "score", "coherence", "damage p95")
         return Table(f"recovered: {self.told}", columns, rows, (note,))
 

@@ -122,13 +122,13 @@ class FreezeTable(Printable):
             )
             for row in self.rows
         )
-        columns = ("direction", "frozen", "score, %", "points lost", "null's")
-        columns += ("lost, % of the gain", "coherence (null's)")
+        columns = ("direction", "frozen", "score, %", "points lost", "random")
+        columns += ("lost, % of the gain", "coherence (random)")
         count = " and ".join(f"{n} ({sign:+d})" for sign, n in self.prompts.items())
         notes = (
             f"{count} prompts of the {self.split or 'whole'} split, judge {self.judge}, "
             f"95 % intervals, pairs of answers to the same prompt",
-            f"null: {self.nulls} changes as large as the frozen part's, in other directions; "
+            f"random control: {self.nulls} changes as large as the frozen part's, in other directions; "
             "attention patterns have none",
         )
         return Table(f"{self.behavior}: {self.vector}, frozen", columns, cells, notes)

@@ -145,12 +145,12 @@ class Feasibility(Printable):
             )
             for row in self.rows
         )
-        columns = ("prompts", "n", "feasible", "norm / |h|", "hardest alone", "null", "binding")
+        columns = ("prompts", "n", "feasible", "norm / |h|", "hardest alone", "random", "binding")
         columns += (*(f"share at {radius:g}" for radius in RADII), "really, times")
         notes = (
             f"{self.rows[0].site}, last position; to first order, train prompts; one push delta with "
             f"b_i + g_i . delta beyond {self.margin:g} nats for all; lengths over the median |h|",
-            "null: gradients of the same lengths in random directions; share at r: found..bound",
+            "random control: gradients of the same lengths in random directions; share at r: found..bound",
         )
         return Table("One push for all prompts", columns, rows, notes)
 

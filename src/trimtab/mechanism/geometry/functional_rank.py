@@ -109,7 +109,7 @@ class FunctionalRank(Printable):
         notes = (
             f"{self.site}, last position; share of the full change of the gap by k; subspaces from "
             f"{self.trained} train pairs, {self.n} held-out pairs",
-            "rank: smallest k tried that reaches 90 %, with its interval over prompts; random: null; a "
+            "rank: smallest k tried that reaches 90 %, with its interval over prompts; random: its control; a "
             "subspace has at most as many dimensions as its train rows",
         )
         return Table("Functional rank", columns, rows, notes)

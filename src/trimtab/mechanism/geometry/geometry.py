@@ -225,7 +225,7 @@ def _findings(
     )
     rows = [row for row in ranks.rows if row.site == site]
     said = "; ".join(
-        f"{row.what} {number(row.stable.value)} (null {number(row.stable.null)})" for row in rows
+        f"{row.what} {number(row.stable.value)} (random {number(row.stable.null)})" for row in rows
     )
     found.append(f"Stable rank at {site}: {said}.")
     found.append(_functional(site, functional, carried.d_model))
@@ -291,7 +291,7 @@ def _one_push(site: str, row: FeasibilityRow) -> str:
         )
     told = (
         f"One push of {number(row.norm, 3)} |h| at {site} crosses zero on all {row.n} {row.side} "
-        f"prompts to first order (hardest alone {number(row.alone, 3)}, null {number(row.null, 3)})"
+        f"prompts to first order (hardest alone {number(row.alone, 3)}, random {number(row.null, 3)})"
     )
     mine = [one for one in row.pushed if one.direction == "program"]
     if not mine:

@@ -57,7 +57,7 @@ class Measure:
     @property
     def cell(self) -> str:
         """Value, error and null, for a table."""
-        return f"{number(self.value)} ± {number(self.error)} (null {number(self.null)})"
+        return f"{number(self.value)} ± {number(self.error)} (random {number(self.null)})"
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Ranks(Printable):
             for row in self.rows
         )
         columns = ("rows", "site", "n", "share of the mean", "resultant", "stable rank")
-        columns += ("participation", "entropy rank", "above null")
+        columns += ("participation", "entropy rank", "above random")
         notes = (
-            "not centered; ± jackknife standard error; null of the first two: random signs of rows, "
-            "of the others: random signs of entries",
+            "not centered; ± jackknife standard error; random control: random signs of rows for the "
+            "first two, of entries for the others",
             "random signs of rows leave the singular values exactly as they are",
         )
         return Table("Rank", columns, rows, notes)

@@ -114,7 +114,7 @@ class SparsityCurve(Printable):
         )
         notes = [
             f"{_side(p.sign)} at m = {self.strengths[p.sign]:+.3g}: dense {_cell(p)}, unsteered "
-            f"{number(self.unsteered[p.sign])}, random direction {number(self.null[p.sign])}"
+            f"{number(self.unsteered[p.sign])}, random control {number(self.null[p.sign])}"
             for p in self.dense
         ]
         orders = dict.fromkeys(p.order for p in self.points)
