@@ -181,12 +181,12 @@ def test_the_page_warns_where_the_gap_closed_and_the_behavior_did_not():
     unmoved, moved = Interval(-1, -1, -1), Interval(1, 1, 1)
     held = HeldOut(8, unmoved, moved, 0.0, Interval(1.0, 0.7, 1.0), 0.1, 0.0)
     search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)
-    section = gap_section([search])
+    section = gap_section(search)
     assert "not the behavior" in section.warnings[0]
     html = render([section], title="t")
     assert "<b>" not in html
     agreeing = replace(search, held_out=replace(held, judged=0.95))
-    assert gap_section([agreeing]).warnings == ()
+    assert gap_section(agreeing).warnings == ()
 
 
 def main_until_done(arguments):

@@ -62,23 +62,10 @@ def run_demo(
     max_new_tokens: int = 40,
     tell: Callable[[Section], None] | None = None,
 ) -> dict[str, Any]:
-    """Find, tune, bake and measure each behavior; write `index.html` and `demo.json`.
+    """Find, tune, bake and measure each behavior; return what is written to `demo.json`.
 
-    Args:
-        out: folder for the page, the figures and one checkpoint per behavior.
-        behaviors: built-in names, or behaviors of your own.
-        progress: called with (steps done, steps in all).
-        model: what `load` takes, or a loaded model.
-        options: of the method, next_token.
-        coherence_floor: see `tune`.
-        max_new_tokens: length of answers.
-        tell: called with the section of each behavior when it is done.
-
-    Returns:
-        What `demo.json` holds.
-
-    Raises:
-        TrimtabError: an unknown behavior, or a folder that cannot be written.
+    The folder also gets `index.html` and a checkpoint per behavior. `options` are those of the method;
+    `tell` is called with the section of each behavior when it is done.
     """
     started = time.monotonic()
     wanted = [b if isinstance(b, Behavior) else load_behavior(b) for b in behaviors]

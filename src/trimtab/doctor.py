@@ -26,13 +26,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Extra:
-    """One optional part.
-
-    Attributes:
-        name: as in `pip install trimtab[name]`.
-        adds: what it is for.
-        version: of what is installed; None when it is not.
-    """
+    """One optional part, as in `pip install trimtab[name]`; no version where it is not installed."""
 
     name: str
     adds: str
@@ -41,16 +35,9 @@ class Extra:
 
 @dataclass(frozen=True)
 class Diagnosis(Printable):
-    """What this installation can do.
+    """What this installation can do; no memory where the system does not say, no devices but the CPU.
 
-    Attributes:
-        versions: name to version.
-        system: operating system and processor.
-        cores: of the processor.
-        threads: that torch uses.
-        memory_gib: of the machine; None where it does not say.
-        devices: accelerators by name; empty for the processor alone.
-        extras: optional parts.
+    `threads` are torch's, `devices` the names of accelerators.
     """
 
     versions: dict[str, str]

@@ -74,5 +74,5 @@ def close_gap_command(
     if out is not None:
         closed.lever.save(out)
     if report is not None:
-        write_page(report, [gap_section([closed])], title="Gap search", lead=lm.name)
+        write_page(report, [gap_section(closed)], title="Gap search", lead=lm.name)
     write_result(json_file, closed.to_dict())

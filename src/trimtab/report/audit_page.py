@@ -26,11 +26,7 @@ UNREAD = 0.25  # share of answers outside both sets from which a gap is doubtful
 
 
 def write_audit_page(folder: str | os.PathLike[str], report: AuditReport) -> Path:
-    """Write the audit as a page that opens offline and return its path.
-
-    Raises:
-        TrimtabError: when the folder cannot be written.
-    """
+    """Write the audit as a page that opens offline and return its path."""
     about = report.audited
     lead = f"{about.behavior} on {about.model}, {about.split} split"
     if report.compared is not None:

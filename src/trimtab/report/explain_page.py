@@ -22,11 +22,7 @@ ORDER_COLORS = {"attribution": "--vector", "magnitude": "--prompt", "random": "-
 
 
 def write_explain_page(folder: str | os.PathLike[str], found: Explanation) -> Path:
-    """Write an explanation as a page that opens offline and return its path.
-
-    Raises:
-        TrimtabError: when the folder cannot be written.
-    """
+    """Write an explanation as a page that opens offline and return its path."""
     one = found.explained
     lead = (
         f"{one.vector} on {one.model}: added at {one.site} of layer"

@@ -132,19 +132,10 @@ def line_figure(
     window: tuple[float, float] | None = None,
     height: int = 380,
 ) -> Figure:
-    """Draw lines over a shared axis.
+    """Draw lines over a shared axis, bands behind them; labels are given with their units.
 
-    Args:
-        x_label: with its unit.
-        y_label: with its unit.
-        series: the lines.
-        description: what the figure shows, in words; by default every line in words.
-        caption: printed below it.
-        log_x: a logarithmic axis; values of 0 and less are left out.
-        log_y: the same for y.
-        bands: drawn behind the lines.
-        window: strengths to shade, drawn only when both are finite.
-        height: in pixels.
+    `description` says in words what is shown, by default every line. On a logarithmic axis values of
+    0 and less are left out. The window is shaded where both of its ends are finite.
     """
     drawn = _empty(height, x_label, y_label)
     for band in bands:
@@ -181,14 +172,7 @@ def line_figure(
 def bar_figure(
     labels: Sequence[str], value_label: str, bars: Sequence[Bars], *, caption: str = ""
 ) -> Figure:
-    """Draw horizontal bars, one group per label, the first at the top; `label` says every value.
-
-    Args:
-        labels: one per group.
-        value_label: of the axis, with its unit.
-        bars: with one value per label.
-        caption: printed below it.
-    """
+    """Draw horizontal bars, one group per label, the first at the top; described by every value."""
     drawn, said = _empty(90 + len(labels) * (16 + 22 * len(bars)), value_label, ""), []
     for one in bars:
         assert len(one.values) == len(labels), f"{len(one.values)} values for {len(labels)} labels"
@@ -225,19 +209,10 @@ def heat_figure(
     ends: tuple[float, float] | None = None,
     diverging: bool = False,
 ) -> Figure:
-    """Draw a grid of colors, the first row at the top.
+    """Draw a grid of colors from values `[rows, columns]`, the first row at the top.
 
-    Args:
-        x_labels: one per column.
-        y_labels: one per row.
-        values: [rows, columns]; None or nan leaves a hole.
-        x_label: of the columns.
-        y_label: of the rows.
-        value_label: of the color bar, with its unit.
-        description: what the figure shows, in words.
-        caption: printed below it.
-        ends: values of the first and last color; by default the least and the greatest.
-        diverging: 0 has the page's color, negative and positive values one color each.
+    None or nan leaves a hole. `ends` are the values of the first and last color, by default the least
+    and the greatest. When diverging, 0 has the page's color, negative and positive values one each.
     """
     grid = [_finite(row) for row in values]
     assert [len(row) for row in grid] == [len(x_labels)] * len(y_labels), "one value per place"

@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle
-
 from trimtab.prompts.gap.gap_search import GapSearch
 from trimtab.report.figures import Series, line_figure
 from trimtab.report.page import Section
 from trimtab.results.tables import number, percent
 
-_COLORS = ("--vector", "--prompt", "--baked", "--coherence")
 
-
-def gap_section(searches: Sequence[GapSearch]) -> Section:
-    """Draw predicted against true gain per token of the searches for one behavior."""
-    behavior = searches[0].behavior
-    values = [x for s in searches for t in s.found.steps for x in (t.predicted, t.true)]
-    low, high = min([0.0, *values]), max([0.0, *values])
-    points = [
-        Series(
-            search.found.method + f" {search.sign:+d}",
-            [step.predicted for step in search.found.steps],
-            [step.true for step in search.found.steps],
-            color,
-            "markers",
-        )
-        for search, color in zip(searches, cycle(_COLORS), strict=False)
-    ]
+def gap_section(search: GapSearch) -> Section:
+    """Draw predicted against true gain per token of a search, with its tables."""
+    found = search.found
+    predicted, true = [s.predicted for s in found.steps], [s.true for s in found.steps]
+    ends = [min([0.0, *predicted, *true]), max([0.0, *predicted, *true])]
     figure = line_figure(
         "predicted gain of a token",
         "true gain behind the others",
-        [Series("as predicted", [low, high], [low, high], "--null", "dash"), *points],
+        [
+            Series("as predicted", ends, ends, "--null", "dash"),
+            Series(f"{found.method} {search.sign:+d}", predicted, true, dash="markers"),
+        ],
         description="Points on the dashed line did what was predicted.",
     )
     return Section(
-        f"Closing the gap: {behavior}",
-        paragraphs=tuple(_told(search) for search in searches),
+        f"Closing the gap: {search.behavior}",
+        paragraphs=(_told(search),),
         figures=(figure,),
-        tables=tuple(table for s in searches for table in (s.table(), s.found.table())),
-        warnings=tuple(w for s in searches for w in _warned(s)),
+        tables=(search.table(), found.table()),
+        warnings=tuple(_warned(search)),
     )
 
 
 def _told(search: GapSearch) -> str:
     """One search in a sentence."""
     held = search.held_out
+    tokens = len(search.found.slot)
     words = (
-        f"{search.found.method} search, sign {search.sign:+d}: {_count(len(search.found.slot))}, "
+        f"{search.found.method} search, sign {search.sign:+d}: {tokens} token{'s' * (tokens != 1)}, "
         f"{search.found.sequences} prompts fed."
     )
     if held is not None:
@@ -59,10 +48,6 @@ def _told(search: GapSearch) -> str:
     if search.found.additivity is not None:
         words += f" Of the gain predicted, {percent(search.found.additivity)} came true."
     return words
-
-
-def _count(tokens: int) -> str:
-    return f"{tokens} token" + "s" * (tokens != 1)
 
 
 def _warned(search: GapSearch) -> list[str]:

@@ -10,29 +10,23 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from trimtab.errors import TrimtabError
 from trimtab.report.figures import Figure
 from trimtab.results.files import written
 from trimtab.results.tables import ABSENT, Table, clean, to_plain
 
+TEMPLATES = Environment(
+    loader=PackageLoader("trimtab.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
-
-    Attributes:
-        title: its heading.
-        paragraphs: plain text.
-        figures: as `trimtab.report.figures` makes them; `label` says in words what they show.
-        tables: with their titles and notes.
-        warnings: plain text, set apart.
-    """
+    """One part of a page: plain text, figures, tables, and warnings that are set apart."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -50,14 +44,7 @@ def write_page(
 ) -> Path:
     """Write `index.html` and `plotly.min.js` into a folder and return the page's path.
 
-    Args:
-        folder: made when missing; other files in it are left alone.
-        sections: in the order of the page.
-        title: heading of the page.
-        lead: a sentence below it, e.g. which model and behavior.
-
-    Raises:
-        TrimtabError: when there are no sections or the folder cannot be written.
+    The folder is made when missing; other files in it are left alone.
     """
     from plotly.offline import get_plotlyjs  # four megabytes, read only when a page is written
 
@@ -70,28 +57,10 @@ def write_page(
 
 def render(sections: Sequence[Section], *, title: str, lead: str = "") -> str:
     """Render the page's HTML without writing anything."""
-    if not sections:
-        raise TrimtabError(
-            asked=f"the page {title!r}",
-            found="no sections",
-            advice="give at least one Section(title, ...)",
-        )
+    assert sections, f"the page {title!r} has no sections"
     views = [_view(section, number) for number, section in enumerate(sections, start=1)]
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(title=clean(title), lead=clean(lead), sections=views)
-    )
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("trimtab.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page = TEMPLATES.get_template("page.html.j2")
+    return page.render(title=clean(title), lead=clean(lead), sections=views)
 
 
 def _view(section: Section, number: int) -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from trimtab.prompts.pipeline.attempt import STAGES, TITLES
 from trimtab.prompts.pipeline.report import NOT_COMPARED, SearchReport
-from trimtab.prompts.scores import Scores
 from trimtab.prompts.soft.states import StateSweep
 from trimtab.report.figures import Bars, Figure, Series, bar_figure, line_figure
 from trimtab.report.page import Section
@@ -118,25 +115,18 @@ def _score_table(report: SearchReport) -> Table:
         *(f"overlap@{k}" for k in ks),
         *("judge, greedy", "judge, sampled", "coherence"),
     )
-    rows = tuple(_score_row(name, scores, ks) for name, scores in report.scores.items())
-    return Table("Scores of each arm's chosen prompt", columns, rows)
-
-
-def _score_row(name: str, scores: Scores, ks: Sequence[int]) -> tuple[str, ...]:
-    like, own, judged = scores.likelihood, scores.likeness, scores.judged
-    shares = [own.exact, *(own.exact_at[k] for k in ks), *(own.overlap_at[k] for k in ks)]
-    verdict = ("", "", "")
-    if judged is not None:
-        means = (judged.greedy.mean, judged.sampled.mean, judged.coherence)
-        verdict = tuple(map(percent, means))
-    return (
-        TITLES.get(name, name),
-        scores.label,
-        number(like.excess.mean, 3),
-        number(like.kl.mean, 3),
-        *(percent(share.mean) for share in shares),
-        *verdict,
-    )
+    rows = []
+    for name, scores in report.scores.items():
+        like, own, judged = scores.likelihood, scores.likeness, scores.judged
+        shares = [own.exact, *(own.exact_at[k] for k in ks), *(own.overlap_at[k] for k in ks)]
+        verdict = ("", "", "")
+        if judged is not None:
+            means = (judged.greedy.mean, judged.sampled.mean, judged.coherence)
+            verdict = tuple(map(percent, means))
+        kl = (number(like.excess.mean, 3), number(like.kl.mean, 3))
+        exact = (percent(share.mean) for share in shares)
+        rows.append((TITLES.get(name, name), scores.label, *kl, *exact, *verdict))
+    return Table("Scores of each arm's chosen prompt", columns, tuple(rows))
 
 
 def _answers_section(report: SearchReport) -> Section:

@@ -37,15 +37,11 @@ def laws_sections(found: LawsReport) -> list[Section]:
 def tune_section(tuned: Tuned) -> Section:
     """Show the curve behind a tuned strength: score, coherence, damage, spill and the window."""
     report, units = tuned.report, convert(tuned)
+    shares = [report.baseline, (report.score, report.low, report.high), report.null]
     test = bar_figure(
         ["unsteered", "tuned", "random control"],
         "share of test answers",
-        [
-            Bars(
-                "test split",
-                [report.baseline, (report.score, report.low, report.high), report.null],
-            )
-        ],
+        [Bars("test split", shares)],
     )
     return Section(
         title=f"Tuned: {report.behavior}",

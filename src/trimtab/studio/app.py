@@ -66,13 +66,9 @@ BAR = gr.Progress()  # a default argument of this type is how Gradio hands one o
 
 
 def serve(lm: LanguageModel, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve the app until it is interrupted.
+    """Serve the app until it is interrupted; `ready` is called with its address when it listens.
 
-    Args:
-        lm: the unsteered model.
-        host: address to listen on; other machines reach it only if this is not loopback.
-        port: 0 takes any free one.
-        ready: called with the app's address when it listens.
+    Other machines reach it only if the host is not loopback; port 0 takes any free one.
     """
     try:
         listening = socket.create_server((host, port))

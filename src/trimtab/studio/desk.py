@@ -35,10 +35,7 @@ class Turns:
 class Desk:
     """A value, so that what one visitor changes cannot reach another.
 
-    Attributes:
-        folder: named by a secret, which is all that its files' addresses are protected by.
-        bench: the behavior and vector at work; None before the first.
-        turns: of the moves on this desk, whatever bench is on it.
+    The folder is named by a secret, which is all that its files' addresses are protected by.
     """
 
     folder: Path

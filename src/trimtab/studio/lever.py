@@ -23,16 +23,10 @@ FURTHEST = 16
 
 @dataclass(frozen=True, eq=False)
 class Lever:
-    """One user's vector with everything measured about it so far.
+    """One user's vector, at the strength it was found or tuned at, with what was measured so far.
 
-    Attributes:
-        vector: at the strength it was found or tuned at.
-        evaluator: a few held-out prompts, whose unsteered answers are kept.
-        bounds: of the window.
-        lock: held while the model is steered.
-        reach: the slider goes from -reach to +reach.
-        tuned: the window that tuning confirmed on its own prompts, where it did.
-        readings: (side, m) -> what the gauges show; grows while the slider is moved.
+    The slider goes from -reach to +reach; `tuned` is the window that tuning confirmed on its own
+    prompts; `readings`, (side, m) -> what the gauges show, grow while the slider is moved.
     """
 
     vector: VectorSteering

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.measurement import Measurement
-from trimtab.results.tables import escape, number
+from trimtab.results.tables import Table, escape, number
 from trimtab.steering.units import convert
 from trimtab.steering.vector import VectorSteering
 from trimtab.strength.core import SweepRow, inside, span
@@ -90,21 +90,13 @@ def warnings_view(lever: Lever, strength: float) -> str:
 
 def samples_view(reading: SweepRow) -> str:
     """Show the answers behind the gauges."""
-    rows = "".join(
-        f"<tr><td>{inert(_said(sample.prompt))}</td><td>{inert(sample.before)}</td>"
-        f"<td>{inert(sample.after)}</td></tr>"
-        for sample in reading.samples
-    )
-    return (
-        '<div class="tt-scroll"><table><thead><tr><th>prompt</th><th>unsteered</th>'
-        f"<th>steered</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    rows = tuple((_said(one.prompt), one.before, one.after) for one in reading.samples)
+    return _scrolling(Table("", ("prompt", "unsteered", "steered"), rows))
 
 
 def measurement_view(found: Measurement) -> str:
     """Show levers side by side."""
-    table = found.table().to_html().translate(_TEMPLATES)
-    return f'<div class="tt-scroll" id="tt-levers">{table}</div>'
+    return f'<div id="tt-levers">{_scrolling(found.table())}</div>'
 
 
 def lever_view(behavior: Behavior, lever: Lever, note: str) -> str:
@@ -145,6 +137,10 @@ def page_view(url: str) -> str:
         f'</a></p><iframe class="tt-page" src="{inert(url)}" sandbox="allow-scripts" '
         f'title="Why it works"></iframe>'
     )
+
+
+def _scrolling(table: Table) -> str:
+    return f'<div class="tt-scroll">{table.to_html().translate(_TEMPLATES)}</div>'
 
 
 def _said(prompt: str | list[dict[str, str]]) -> str:
@@ -204,10 +200,12 @@ def _chart(lever: Lever, reading: SweepRow) -> str:
         f'<text x="{LEFT - 4}" y="{y(s) + 4:.1f}" text-anchor="end">{s:.0%}</text>'
         for s in (0.0, 0.5, 1.0)
     )
+    ends = {-reach: "start", reach: "end"}
     ticks = "".join(
-        f'<text x="{x(m):.1f}" y="{base + 13:.1f}" text-anchor="{anchor}">{m:+.3g}</text>'
-        for m, anchor in ((-reach, "start"), (-reach / 2, "middle"), (reach / 2, "middle"), (reach, "end"))
-    ) + f'<text x="{x(0):.1f}" y="{base + 13:.1f}" text-anchor="middle">0</text>'  # fmt: skip
+        f'<text x="{x(m):.1f}" y="{base + 13:.1f}" text-anchor="{ends.get(m, "middle")}">'
+        f"{m:{'+' if m else ''}.3g}</text>"
+        for m in (-reach, -reach / 2, 0, reach / 2, reach)
+    )
     window = lever.window(lever.side_of(reading.strength))
     good = window is not None and inside(reading.strength, window)
     marker = (

@@ -41,15 +41,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is run: small figures keep a move of the slider short.
-
-    Attributes:
-        answer_tokens: most tokens of an answer.
-        gauge_prompts: held-out prompts behind the gauges.
-        tune_prompts: prompts a side and split that a strength is chosen on.
-        lever_prompts: prompts a side for levers side by side.
-        explain_prompts: prompts that an explanation reads.
-    """
+    """How much is run, tokens of an answer and prompts a side: small figures keep a move short."""
 
     answer_tokens: int = 24
     gauge_prompts: int = 6
@@ -62,11 +54,7 @@ class Limits:
 class Bench:
     """Everything that one user has on the table; a new behavior makes a new one.
 
-    Attributes:
-        behavior: all of it; the gauges read its test split.
-        lever: the vector and what was measured.
-        scale: of the colors.
-        note: how the vector was come by, or why it could not be tuned.
+    `note` says how the vector was come by, or why it could not be tuned.
     """
 
     behavior: Behavior
@@ -80,7 +68,7 @@ class Bench:
 
     def prompts(self) -> list[str]:
         """Return the held-out prompts in words, to choose one from."""
-        sides = [*self.lever.evaluator.prompts(self.lever.evaluator.scored(self.lever.side))]
+        sides = self.lever.evaluator.prompts(self.lever.evaluator.scored(self.lever.side))
         return [p for p in sides if isinstance(p, str)] or [_words(p) for p in sides]
 
 
