@@ -33,41 +33,6 @@ class Pair:
     p: float
 
 
-<<<<<<< HEAD:bench/overlap.py
-=======
-@dataclass(frozen=True)
-class Overlap(Printable):
-    """How many surviving dimensions the vectors share.
-
-    Attributes:
-        share: of the dimensions that survive.
-        dimensions: in all.
-        permutations: of the null.
-        pairs: every two of the vectors.
-    """
-
-    share: float
-    dimensions: int
-    permutations: int
-    pairs: tuple[Pair, ...]
-
-    def table(self) -> Table:
-        """Return one line per pair."""
-        rows = tuple(
-            (
-                f"{p.first}, {p.second}",
-                number(p.iou),
-                f"{number(p.expected)} (95 %: {number(p.high)})",
-                number(p.p, 4),
-            )
-            for p in self.pairs
-        )
-        title = f"shared dimensions: the top {self.share:.0%} of {self.dimensions}"
-        note = f"random control: {self.permutations} permutations of one set's dimensions inside each layer"
-        return Table(title, ("vectors", "IoU", "by chance", "p"), rows, (note,))
-
-
->>>>>>> 6686d94 (Readers meet the field's words first: damage (on-target KL), spill (off-target KL), random control):src/trimtab/mechanism/sparse/overlap.py
 def dimension_overlap(
     scores: Mapping[str, Effects],
     share: float = 0.1,
