@@ -70,7 +70,6 @@ def test_the_loss_never_rises_and_the_end_is_legal_and_exact(
         assert found.text == bound.text(found.ids)
         assert found.flips > 0 and found.model_calls > 0
         assert len(found.curve) == 26 and found.stopped == "steps"
-        assert found.text in str(found) and found.to_dict()["loss"] == found.loss
 
 
 def test_it_finds_what_brute_force_finds(llama: LanguageModel, rows: list[Row]) -> None:
@@ -127,7 +126,6 @@ def test_an_infeasible_start_is_repaired_and_reported(
     assert 0 < found.repair_steps <= found.violations_start + len(ids)
     assert bound.legal([found.ids]) == [True]
     assert found.loss <= found.curve[0]
-    assert "repair" in str(found)
 
 
 def test_no_start_ends_stuck_infeasible(llama: LanguageModel, rows: list[Row]) -> None:

@@ -68,7 +68,7 @@ def test_only_allowed_tokens_come_out_and_their_loss_is_the_plain_one(llama, tra
     for found in (free, bound):
         wanted = plain_loss(llama, rows, found.ids, CrossEntropy())
         assert found.loss == pytest.approx(wanted, abs=1e-5)
-        assert found.soft_loss == trained.loss and found.legal is None
+        assert found.legal is None
 
 
 @pytest.mark.parametrize("method", QUICK)
@@ -211,4 +211,4 @@ def test_another_projection_can_be_registered(llama, trained):
         del PROJECTIONS["always the first"]
     second = int(allowed_tokens(llama).nonzero()[1])
     assert isinstance(found, Projected) and found.ids == (second,) * 3
-    assert "always the first" in str(found)
+    assert found.method == "always the first"

@@ -166,7 +166,6 @@ def test_counts_are_those_of_the_model(llama: LanguageModel) -> None:
         handle.remove()
     assert kernel.counts.gradients == 1 and kernel.counts.calls == counts.calls
     assert kernel.counts.draft_calls == 0
-    assert "tokens" in str(kernel.counts)
 
 
 def test_the_draft_is_counted_apart_and_only_ranks(llama: LanguageModel) -> None:

@@ -160,19 +160,16 @@ class Scorer:
         return likeness(answers, [row.target for row in self.rows], ks, self.seed)
 
     def _nll(self, log_probs: Sequence[torch.Tensor]) -> list[float]:
-        """Return the weighted sum of -log p of each row's target."""
-        return [row_nll(p, row) for p, row in zip(log_probs, self.rows, strict=True)]
+        """Return sum_t w_t (-log p(y_t)) of each row, summed in float64."""
+        sums = []
+        for row, log_p in zip(self.rows, log_probs, strict=True):
+            chosen = log_p[torch.arange(len(row.target)), list(row.target)].double()
+            sums.append(-float(chosen @ torch.tensor(row.weights, dtype=torch.float64)))
+        return sums
 
     def _ratio(self, sums: Sequence[float], counts: Sequence[float]) -> Figure:
         low, high = ratio_bootstrap(sums, counts, self.seed)
         return Figure(sum(sums) / sum(counts), low, high)
-
-
-def row_nll(log_probs: torch.Tensor, row: Row) -> float:
-    """Return sum_t w_t (-log p(y_t)) of one row, summed in float64."""
-    chosen = log_probs.gather(-1, torch.tensor(row.target, device=log_probs.device)[:, None])
-    weights = torch.tensor(row.weights, dtype=torch.float64)
-    return float(-(chosen[:, 0].double().cpu() * weights).sum())
 
 
 def likeness(

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from trimtab.prompts.task.constraints import Bound
 from trimtab.prompts.task.rows import Slot
-from trimtab.results.tables import Printable, Table, clean, number
 
 
 @dataclass(frozen=True)
-class Descent(Printable):
+class Descent:
     """A slot that was made better step by step.
 
     Attributes:
@@ -52,19 +51,6 @@ class Descent(Printable):
     model_calls: int = field(compare=False)
     seconds: float = field(compare=False)
     stopped: str
-
-    def table(self) -> Table:
-        """One row."""
-        start = ", ".join(f"{kind} {count}" for kind, count in self.violated_start.items())
-        notes = (f"the start violated: {start}; {self.repair_steps} steps of repair",)
-        counts = (self.flips, self.swaps, self.restarts, self.scored, self.model_calls)
-        losses = (number(self.loss, 4), number(self.curve[0], 4))
-        return Table(
-            title=f"{self.method}: {clean(self.text)}",
-            columns=("loss", "from", "flips", "swaps", "restarts", "scored", "calls", "stopped"),
-            rows=((*losses, *map(str, counts), self.stopped),),
-            notes=notes if start else (),
-        )
 
 
 def seeded(seed: int, key: object) -> torch.Generator:

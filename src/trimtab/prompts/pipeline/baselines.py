@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing
-from trimtab.prompts.pipeline.stages import descended, descent_stage, paid
+from trimtab.prompts.pipeline.stages import descent_stage, paid
 from trimtab.prompts.pipeline.task import Task
 
 ROUNDS = 50  # descents of one restart at most, whatever the budget
@@ -59,20 +59,11 @@ def hotflip_reference(task: Task, restart: int) -> Attempt:
 
 def gcg_random(task: Task, restart: int) -> Attempt:
     """GCG from random tokens, as published: the best candidate of each step, even where worse."""
-    settings, kernel = task.settings, task.kernel()
-    with costing(task.lm) as cost:
-        found = gcg(
-            kernel,
-            task.bound,
-            task.random_slot("gcg start", restart),
-            steps=settings.gcg_steps,
-            width=settings.gcg_width,
-            top_k=max(settings.top_k, settings.gcg_width),
-            generator=task.generator("gcg", restart),
-            journal=task.journal,
-            run=f"gcg {restart}",
-        )
-    return descended(task, "gcg", restart, found, kernel, cost)
+    settings, start = task.settings, task.random_slot("gcg start", restart)
+    width, top_k = settings.gcg_width, max(settings.top_k, settings.gcg_width)
+    return descent_stage(
+        task, "gcg", restart, start, settings.gcg_steps, descend=gcg, width=width, top_k=top_k
+    )
 
 
 def random_tokens(task: Task, restart: int) -> Attempt:

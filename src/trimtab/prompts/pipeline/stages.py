@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing
 from trimtab.prompts.pipeline.task import Task
 from trimtab.prompts.projections.project import project
-from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.soft.soft import Soft, train_soft
 
 
@@ -69,28 +68,28 @@ def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
 
 
 def descent_stage(
-    task: Task, arm: str, restart: int, start: Sequence[int], steps: int, tag: str = ""
+    task: Task,
+    arm: str,
+    restart: int,
+    start: Sequence[int],
+    steps: int,
+    tag: str = "",
+    descend: Callable[..., Descent] = hotflip,
+    **options: int,
 ) -> Attempt:
-    """Run HotFlip from a start; one that violates constraints is repaired first, and reported."""
+    """Descend from a start; one that violates constraints is repaired first, and reported."""
     kernel = task.kernel()
     with costing(task.lm) as cost:
-        found = hotflip(
+        found = descend(
             kernel,
             task.bound,
             start,
             steps=steps,
-            top_k=task.settings.top_k,
             generator=task.generator(arm + tag, restart),
             journal=task.journal,
             run=f"{arm}{tag} {restart}",
+            **{"top_k": task.settings.top_k, **options},
         )
-    return descended(task, arm, restart, found, kernel, cost)
-
-
-def descended(
-    task: Task, arm: str, restart: int, found: Descent, kernel: Kernel, cost: Cost
-) -> Attempt:
-    """An attempt from a descent's result, what its start violated in place of what its end does."""
     names = ("stopped", "repair_steps", "flips", "swaps", "scored")
     details = {name: getattr(found, name) for name in names} | {"from": found.curve[0]}
     attempt = task.attempt(arm, restart, found.ids, found.loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -18,7 +17,6 @@ from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft, allowed_tokens
 from trimtab.prompts.task.rows import Row, slot_text
 from trimtab.results.registry import Named, Registry
-from trimtab.results.tables import Printable, Table, number
 
 Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
 SCORED_TOKENS = 8192  # of a batch of candidates
@@ -110,7 +108,7 @@ def slot_losses(lm: LanguageModel, rows: Sequence[Row], slots: Sequence[Sequence
 
 
 @dataclass(frozen=True)
-class Projected(Printable):
+class Projected:
     """A soft prompt as tokens.
 
     Attributes:
@@ -118,29 +116,14 @@ class Projected(Printable):
         ids: allowed tokens, as many as there were vectors.
         text: theirs.
         loss: of the tokens on all rows.
-        soft_loss: of the vectors.
         legal: whether `legal` took them; None where it was not asked.
-        seconds: the projection took.
     """
 
     method: str
     ids: tuple[int, ...]
     text: str
     loss: float
-    soft_loss: float
     legal: bool | None
-    seconds: float
-
-    def table(self) -> Table:
-        """Return one line per fact."""
-        rows = (
-            ("text", repr(self.text)),
-            ("loss of the tokens", number(self.loss, 3)),
-            ("loss of the vectors", number(self.soft_loss, 3)),
-            ("legal", {None: "not asked", True: "yes", False: "no"}[self.legal]),
-            ("seconds", number(self.seconds, 1)),
-        )
-        return Table(f"Projection by {self.method}", ("", ""), rows)
 
 
 def project(
@@ -169,20 +152,15 @@ def project(
     Raises:
         TrimtabError: an unknown method or option.
     """
-    projection = PROJECTIONS[method]
-    began = time.perf_counter()
     mask = allowed_tokens(lm, allowed)
     task = ProjectionTask(lm, tuple(rows), soft, mask, generator, legal)
-    ids = projection(task, **options)
-    seconds = time.perf_counter() - began
+    ids = PROJECTIONS[method](task, **options)
     return Projected(
         method=method,
         ids=ids,
         text=slot_text(lm, ids),
         loss=float(slot_losses(lm, task.rows, [ids])[0]),
-        soft_loss=soft.loss,
         legal=None if legal is None else bool(legal([ids])[0]),
-        seconds=seconds,
     )
 
 

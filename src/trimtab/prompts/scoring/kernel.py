@@ -22,7 +22,6 @@ from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
 from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.soft.embeddings import onehot_gradient
 from trimtab.prompts.task.rows import Row
-from trimtab.results.tables import Printable, Table, number
 
 MAX_TOKENS = 4096
 # Estimates of a race are worth keeping for as long as a search stays where it is.
@@ -30,7 +29,7 @@ _ESTIMATES = 100_000
 
 
 @dataclass(frozen=True)
-class Counts(Printable):
+class Counts:
     """What a kernel has been asked and what that has cost.
 
     Attributes:
@@ -65,12 +64,6 @@ class Counts(Printable):
     def plus(self, **more: float) -> Counts:
         """The same with some raised."""
         return replace(self, **{name: getattr(self, name) + by for name, by in more.items()})
-
-    def table(self) -> Table:
-        """One row per count that is not 0."""
-        counts = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows = tuple((name.replace("_", " "), number(n)) for name, n in counts.items() if n)
-        return Table("search kernel", ("count", "value"), rows)
 
 
 class Kernel:

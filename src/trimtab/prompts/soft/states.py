@@ -29,7 +29,7 @@ NEAR = 1e-12  # keeps the cosine of a zero vector finite
 
 
 @dataclass(frozen=True, eq=False)
-class StateMatch(Printable):
+class StateMatch:
     """Vectors whose states at one layer are those of the reference.
 
     Cosines are between the two states of a token after the slot: with the vectors, and with the
@@ -62,10 +62,6 @@ class StateMatch(Printable):
     loss_projected: float | None
     continuation: str = ""
     continuation_projected: str = ""
-
-    def table(self) -> Table:
-        """Return the one line."""
-        return StateSweep((self,), (), "", None).table()
 
 
 @dataclass(frozen=True, eq=False)

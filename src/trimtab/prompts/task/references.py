@@ -14,7 +14,6 @@ from trimtab.checks import choice
 from trimtab.errors import TrimtabError, nearest
 from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.words import pieces
-from trimtab.results.tables import Printable, Table
 
 NAMED = "harbor:"  # a reference by its name
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "references.yaml"
@@ -30,7 +29,7 @@ _FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Reference(Printable):
+class Reference:
     """A prompt whose effect is wanted in other words.
 
     Attributes:
@@ -69,12 +68,6 @@ class Reference(Printable):
             coherence=self.coherence,
             prompt_toward=self.text,
         )
-
-    def table(self) -> Table:
-        """Return one line per part."""
-        judge = "none" if self.judge is None else f"{self.judge.kind}, {self.side}"
-        rows = (("text", self.text), ("judge", judge), ("banned words", ", ".join(self.words)))
-        return Table(f"Reference {self.name}", ("", ""), rows)
 
 
 def content_words(text: str) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from trimtab.behaviors.parts import BehaviorError, Example, examples_at, shown
 from trimtab.behaviors.yaml import read_yaml
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import Prompt
-from trimtab.results.tables import Printable, Table
 
 BUILT_IN = Path(__file__).parents[2] / "harbor" / "prompts" / "requests.yaml"
 SPLITS = ("train", "validation", "test")
@@ -33,7 +32,7 @@ _BACKWARDS = re.compile(
 
 
 @dataclass(frozen=True)
-class Requests(Printable):
+class Requests:
     """Prompts in three splits: `train` finds, `validation` selects, `test` scores.
 
     Attributes:
@@ -67,14 +66,6 @@ class Requests(Printable):
                         "leave it in one split only",
                     )
             object.__setattr__(self, split, tuple(e.prompt for e in examples))
-
-    def table(self) -> Table:
-        """Return one line per split: how many, and the first."""
-        rows = tuple(
-            (name, str(len(getattr(self, name))), str(getattr(self, name)[0])) for name in SPLITS
-        )
-        notes = (f"{len(self.left_out)} left out: about the text before them",)
-        return Table("Requests", ("split", "requests", "first"), rows, notes * bool(self.left_out))
 
 
 def refers_back(prompt: Prompt) -> bool:
