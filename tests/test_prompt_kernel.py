@@ -271,10 +271,10 @@ def test_running_out_of_memory_halves_the_batch_and_is_remembered(
     try:
         kernel = Kernel(llama, rows, max_tokens=1000)
         found = kernel.losses(slots)
-        after_one, room = full.failed, kernel.max_tokens
+        after_one, room = full.failed, kernel._room.tokens
         assert after_one > 0 and room <= 250
         kernel.losses(more)
-        assert full.failed == after_one and kernel.max_tokens == room
+        assert full.failed == after_one and kernel._room.tokens == room
     finally:
         full.handle.remove()
     torch.testing.assert_close(found, plain, atol=TOLERANCE, rtol=0)

@@ -15,10 +15,7 @@ from trimtab.models.model import LanguageModel
 
 # A backward pass costs about twice its forward pass (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
 BACKWARD = 2
-# In the order of tables. The first three are the stages of the pipeline.
-STAGES = ("soft", "projected", "repaired")
-BASELINES = ("nearest", "hotflip_random", "hotflip_reference", "gcg", "random", "reference")
-ARMS = (*STAGES, *BASELINES)
+# In the order of tables.
 TITLES = {
     "soft": "soft prefix",
     "projected": "projected to tokens",
@@ -30,6 +27,8 @@ TITLES = {
     "random": "random tokens",
     "reference": "the reference itself",
 }
+ARMS = tuple(TITLES)
+STAGES = ARMS[:3]  # of the pipeline; the others are baselines
 
 
 @dataclass(frozen=True)

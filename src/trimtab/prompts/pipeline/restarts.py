@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
-from trimtab.prompts.pipeline import baselines, stages
+from trimtab.prompts.pipeline import stages
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.task import Settings, Task
 from trimtab.prompts.soft.soft import Soft
@@ -35,7 +35,7 @@ def run_restarts(
     """Return every attempt in the order of the restarts, which are independent of each other."""
     notes = _Counted(Notes() if journal is None else journal, job.here.settings, progress)
     here = _Restart(replace(job.here, journal=notes), 0, notes)
-    first = here.once("reference", partial(baselines.reference_itself, here.task))
+    first = here.once("reference", partial(stages.reference_itself, here.task))
     rate = here.rate() if here.task.settings.compare else None
     units = [partial(one_restart, n, rate) for n in range(here.task.settings.restarts)]
     done = engine.map(job, units, notes=notes)
@@ -57,7 +57,7 @@ def one_restart(
     projected = once("projected", partial(projection, task, number, soft, "projected"))
     start, steps = projected.ids, settings.repair_steps
     repaired = once("repaired", partial(descent, task, "repaired", number, start, steps))
-    null = once("random", partial(baselines.random_tokens, task, number))
+    null = once("random", partial(stages.random_tokens, task, number))
     found = [first, projected, repaired, null]
     if rate is None:
         return found, soft
@@ -65,11 +65,11 @@ def one_restart(
     budget = repaired.details["scored"] + math.ceil((first.tokens + projected.tokens) / rate)
     rivals: dict[str, Callable[[], Attempt]] = {
         "nearest": partial(projection, task, number, soft, "nearest"),
-        "hotflip_random": partial(baselines.hotflip_random, task, number, budget),
-        "hotflip_reference": partial(baselines.hotflip_reference, task, number),
+        "hotflip_random": partial(stages.hotflip_random, task, number, budget),
+        "hotflip_reference": partial(stages.hotflip_reference, task, number),
     }
     if number < settings.gcg_restarts:
-        rivals["gcg"] = partial(baselines.gcg_random, task, number)
+        rivals["gcg"] = partial(stages.gcg_random, task, number)
     return [*found, *(once(arm, work) for arm, work in rivals.items())], soft
 
 
@@ -108,7 +108,7 @@ class _Restart:
         entry = self._entry("rate")
         if entry is not None:
             return entry["rate"]
-        rate = baselines.tokens_per_candidate(self.task)
+        rate = stages.tokens_per_candidate(self.task)
         self.notes.add({"finished": "rate 0", "rate": rate})
         return rate
 

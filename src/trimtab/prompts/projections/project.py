@@ -139,15 +139,8 @@ def project(
 ) -> Projected:
     """Project a soft prompt to allowed tokens, and score them.
 
-    Args:
-        lm: the model.
-        rows: what the cross-entropy is read on.
-        soft: the vectors.
-        method: one of `PROJECTIONS`; see docs/methods/projection.md.
-        generator: of whatever is random.
-        allowed: bool `[vocab]`; all but special tokens when absent.
-        legal: as in `ProjectionTask`, such as `Bound.legal`.
-        **options: of the method.
+    `method` is one of `PROJECTIONS`, with its options; see docs/methods/projection.md. All else is as
+    in `ProjectionTask`; all but special tokens are allowed by default.
 
     Raises:
         TrimtabError: an unknown method or option.

@@ -121,11 +121,6 @@ class Kernel:
         self._exact: dict[Slot, float] = {}
         self._estimates: dict[race.Round, dict[Slot, float]] = {}
 
-    @property
-    def max_tokens(self) -> int:
-        """Most token positions of a call, as memory has allowed so far."""
-        return self._room.tokens
-
     def one(self, slot: Sequence[int]) -> float:
         """The exact loss of one candidate."""
         return float(self.losses([slot])[0])

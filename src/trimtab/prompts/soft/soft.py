@@ -178,17 +178,9 @@ def descend(
 ) -> Soft:
     """Run Adam on vectors `[k, d_model]` with the rate falling to 0, and keep the best.
 
-    Args:
-        lm: the model, frozen meanwhile.
-        start: where it begins.
-        loss: what is lowered, differentiable in the vectors.
-        steps: at most.
-        learning_rate: per coordinate, in units of the embeddings' root mean square.
-        exact: the loss on everything where `loss` is of a part; measured every `every` steps.
-        every: steps between measurements of `exact`.
-        hold: brings the vectors back to where they may be, after each step.
-        enough: asked after each loss whether to stop there.
-        progress: called with steps done and steps in all.
+    The model is frozen meanwhile. Where `loss` is of a part, `exact` is that of everything, measured
+    every so many steps. `hold` brings the vectors back to where they may be, after each step;
+    `enough` is asked after each loss whether to stop there.
 
     Raises:
         TrimtabError: an unusable number, or a loss that is not finite.
