@@ -334,7 +334,7 @@ def test_without_requests_it_asks_for_them(model: LanguageModel) -> None:
 
 def test_a_built_in_reference_by_its_name() -> None:
     cats = load_reference("cats")
-    assert _reference("harbor:cats", "prefix", None) == (cats, "prefix", None)
+    assert _reference("harbor:cats") == cats
     assert load_reference("harbor:cats") == cats == reference_of(planted.behavior(), "harbor:cats")
     with pytest.raises(TrimtabError, match="no built-in reference"):
         search(tiny.language_model("llama"), "harbor:cat", WANTED)

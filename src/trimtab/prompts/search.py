@@ -80,7 +80,9 @@ def search(
     """
     began = time.perf_counter()
     chosen = _settings(settings, options)
-    wanted, slot, separator = _reference(reference, slot, separator)
+    if isinstance(reference, PromptSteering):
+        slot, separator = reference.slot, reference.separator
+    wanted = _reference(reference)
     split = _requests(lm, reference, requests, chosen.seed)
     lesson = teacher(
         lm, wanted.text, split, slot, separator,
@@ -105,9 +107,9 @@ def _settings(given: Settings | None, options: Mapping[str, Any]) -> Settings:
     return given or Settings(**options)
 
 
-def _reference(given: Given, slot: str, separator: str | None) -> tuple[Reference, str, str | None]:
+def _reference(given: Given) -> Reference:
     if isinstance(given, Behavior):
-        return reference_of(given), slot, separator
+        return reference_of(given)
     if isinstance(given, PromptSteering):
         if given.vectors is not None:
             raise TrimtabError(
@@ -115,12 +117,10 @@ def _reference(given: Given, slot: str, separator: str | None) -> tuple[Referenc
                 found="a soft prompt, which is no text to be unlike",
                 advice="give a prompt in words as the reference",
             )
-        return Reference("prompt", given.text), given.slot, given.separator
-    if isinstance(given, str) and given.startswith(NAMED):
-        return load_reference(given), slot, separator
+        return Reference("prompt", given.text)
     if isinstance(given, str):
-        return Reference("prompt", given), slot, separator
-    return given, slot, separator
+        return load_reference(given) if given.startswith(NAMED) else Reference("prompt", given)
+    return given
 
 
 def _requests(lm: LanguageModel, reference: Given, given: object, seed: int) -> Requests:

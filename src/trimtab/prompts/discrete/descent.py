@@ -32,7 +32,6 @@ class Descent:
         scored: Candidates given to the kernel.
         model_calls: Calls of the model, a gradient counted as one; those of steps that an interruption
             lost are not counted.
-        seconds: Of this run alone.
         stopped: Why: `steps`, `patience`, or `exhausted` (no legal candidate left).
     """
 
@@ -49,7 +48,6 @@ class Descent:
     restarts: int
     scored: int
     model_calls: int = field(compare=False)
-    seconds: float = field(compare=False)
     stopped: str
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -79,22 +78,22 @@ class Walk:
         `settings` are those of the method, `steps`, `width`, `top_k` and `buffer` among them.
 
         Raises:
-            TrimtabError: The start is empty, or holds what is no token of the model; or the journal
-                holds a run of this name that does other work.
+            TrimtabError: The journal holds a run of this name that does other work.
         """
-        self.start = _checked(bound, start)
+        self.start = tuple(int(token) for token in start)
         # One draw, whatever follows: the caller's next draw does not depend on a resumed descent.
         self.seed = int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
         self.kernel, self.bound, self.progress = kernel, bound, progress
         self.steps, self.width, self.top_k = (settings[n] for n in ("steps", "width", "top_k"))
         self.buffer = Buffer(settings["buffer"])
         self.repairs = self.flips = self.swaps = self.restarts = self.idle = self.step = 0
-        self.scored, self._calls_before = 0, -self._calls_of_kernel()
+        self.scored = self._calls_before = 0
+        self._calls_before = -self._calls()
         self.slot, self.loss = self.start, float("inf")
         self.best, self.best_loss = self.start, float("inf")
         self.left: list[Slot] = []  # never gone to again
         self.curve: list[float] = []
-        self.stopped, self._began = "", time.perf_counter()
+        self.stopped = ""
         self.leave()
         self._journal, self._run = Notes() if journal is None else journal, run
         work = {"method": self.method, "start": list(self.start), "seed": self.seed, **settings}
@@ -198,12 +197,9 @@ class Walk:
             self.loss, self.best_loss = last["loss"], last["best_loss"]
             self.best = tuple(last["best"])
 
-    def _calls_of_kernel(self) -> int:
-        return self.kernel.counts.calls + self.kernel.counts.gradients
-
     def _calls(self) -> int:
         """Calls of the model, across interruptions."""
-        return self._calls_before + self._calls_of_kernel()
+        return self._calls_before + self.kernel.counts.calls + self.kernel.counts.gradients
 
     def descent(self) -> Descent:
         """Return where it went."""
@@ -222,18 +218,5 @@ class Walk:
             restarts=self.restarts,
             scored=self.scored,
             model_calls=self._calls(),
-            seconds=time.perf_counter() - self._began,
             stopped=self.stopped,
         )
-
-
-def _checked(bound: Bound, start: Sequence[int]) -> Slot:
-    slot = tuple(int(token) for token in start)
-    wrong = [token for token in slot if not 0 <= token < len(bound.allowed)]
-    if not slot or wrong:
-        raise TrimtabError(
-            f"a descent from {list(slot)}",
-            f"no token {wrong[0]} in the model" if wrong else "no tokens",
-            "give one token id or more",
-        )
-    return slot

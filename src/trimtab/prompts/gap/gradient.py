@@ -69,15 +69,7 @@ def gradient_search(
         )
         return ([step], longer[best], found.only(best)) if step.kept else ([step], slot, now)
 
-    found = grow(
-        reader,
-        "gradient",
-        extend,
-        max_tokens=max_tokens,
-        goal=goal,
-        margin=margin,
-        progress=progress,
-    )
+    found = grow(reader, "gradient", extend, max_tokens, goal, margin, progress)
     if first is None or not found.slot:
         return found
     rebuilt = cosine_similarity(table[list(found.slot)].sum(0), first, dim=0)

@@ -88,9 +88,7 @@ def sort_sum_stop(
         ]
         return _measured(reader, slot, now, _summed(bound, slot, steps, open_, room), margin)
 
-    return grow(
-        reader, "sort", extend, max_tokens=max_tokens, goal=goal, margin=margin, progress=progress
-    )
+    return grow(reader, "sort", extend, max_tokens, goal, margin, progress)
 
 
 def _descending(values: Tensor) -> list[int]:

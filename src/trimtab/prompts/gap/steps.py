@@ -105,7 +105,6 @@ def grow(
     reader: Reader,
     method: str,
     extend: Callable[[Slot, Reading, float, int], tuple[list[GapStep], Slot, Reading]],
-    *,
     max_tokens: int,
     goal: float,
     margin: float,

@@ -16,7 +16,7 @@ from trimtab.prompts.scores import Scorer, Scores, score
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.task.references import Reference
 from trimtab.prompts.task.requests import SPLITS, Requests
-from trimtab.prompts.task.rows import Row, slot_ids
+from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import Teacher
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Switch
@@ -41,7 +41,10 @@ def conclude(
     With `judge`, answers are generated and judged; `began` is of `time.perf_counter`.
     """
     lm, lever = task.lm, lesson.lever
-    attempts = tested(task, lesson.test, found)
+    attempts = tuple(
+        replace(a, test=task.loss(lesson.test, a.ids or found.softs[a.restart]))
+        for a in found.attempts
+    )
     chosen = best_of([a for a in attempts if a.arm in SEARCHING])
     behavior = reference.behavior(requests) if judge and reference.judge is not None else None
     levers = _levers(task, lever, attempts, found, chosen)
@@ -65,13 +68,6 @@ def conclude(
         check=from_text(task, chosen),
         scores=_scores(task, scorer, levers, behavior, reference.side),
         seconds=time.perf_counter() - began,
-    )
-
-
-def tested(task: Task, rows: Sequence[Row], found: Found) -> tuple[Attempt, ...]:
-    """Return the attempts with their losses on the test rows."""
-    return tuple(
-        replace(a, test=task.loss(rows, a.ids or found.softs[a.restart])) for a in found.attempts
     )
 
 

@@ -25,14 +25,8 @@ def lattice(
 
         cost = sum_i (1 - cos(v_i, E(t_i))) - prior * log p(t_i | head, t_1 .. t_{i-1})
 
-    The beam's best are scored exactly on all rows, legal ones first.
-
-    Args:
-        task: what to project.
-        top: tokens per position.
-        width: of the beam.
-        prior: weight of the model's own log-probability, in cosine per nat.
-        keep: so many of the final beam are scored on all rows.
+    The beam holds `width`; its best `keep` are scored exactly on all rows, legal ones first. The
+    prior, the model's own log-probability, weighs in cosine per nat.
 
     Raises:
         TrimtabError: a number out of range.

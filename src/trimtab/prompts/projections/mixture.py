@@ -33,20 +33,12 @@ def mixture(
         minimize  loss(p E) + c * mean entropy(p),   p = softmax(z / T)
         T: 1 -> `temperature` geometrically, c: 0 -> `penalty` linearly, z_0 = sharpness * cosines
 
-    What comes out is the best of the last corners met, a corner being the likeliest tokens.
+    What comes out is the best, on all rows, of the last `keep` corners met, a corner being the
+    likeliest tokens. A step of Adam on the logits takes `batch_size` rows. The sharpness is in logits
+    per unit of cosine, the penalty in nats of loss per nat of entropy.
 
     Source: GBDA, Guo et al. 2021 (arXiv 2104.13733), without its Gumbel noise; the entropy as in
     projected gradient descent on relaxed one-hots, Geisler et al. 2024 (arXiv 2402.09154).
-
-    Args:
-        task: what to project.
-        steps: of Adam.
-        learning_rate: of the logits.
-        sharpness: logit per unit of cosine at the start.
-        temperature: at the end; 1 at the start.
-        penalty: of the entropy at the end, in nats of loss per nat; 0 at the start.
-        batch_size: rows a step; all when absent.
-        keep: so many of the last corners are scored on all rows.
 
     Raises:
         TrimtabError: a number out of range.

@@ -23,17 +23,12 @@ def straight_through(
     batch_size: int | None = None,
     keep: int = 12,
 ) -> tuple[int, ...]:
-    """Descend on a continuous copy with the gradient taken at its nearest tokens.
+    """Descend by AdamW on a continuous copy with the gradient taken at its nearest tokens.
+
+    The best `keep` slots met are scored on all rows; a step takes `batch_size` of them. The rate is
+    per coordinate, in units of the embeddings' root mean square.
 
     Source: PEZ, Wen et al. 2023 (arXiv 2302.03668).
-
-    Args:
-        task: what to project.
-        steps: of AdamW.
-        learning_rate: per coordinate, in units of the embeddings' root mean square.
-        weight_decay: of AdamW.
-        batch_size: rows a step; all when absent.
-        keep: so many of the best slots met are scored on all rows.
     """
     copy = task.vectors.clone().requires_grad_(True)
     met: dict[tuple[int, ...], float] = {}

@@ -70,14 +70,7 @@ class Kernel:
     """Scores candidates for the slot of some rows.
 
     It keeps keys, values and losses: make a new one when the model's weights, steering or adapters
-    have changed.
-
-    Attributes:
-        lm: The model.
-        rows: What a loss is averaged over.
-        objective: What is lowered.
-        savings: Whether any work is saved.
-        counts: What has been asked and spent so far.
+    have changed. `counts` holds what has been asked and spent so far.
     """
 
     def __init__(
@@ -93,8 +86,8 @@ class Kernel:
 
         Args:
             lm: The model.
-            rows: One or more.
-            objective: The cross-entropy of the targets by default.
+            rows: What a loss is averaged over, one or more.
+            objective: What is lowered; the cross-entropy of the targets by default.
             max_tokens: Most token positions fed in one call; halved when memory runs out.
             draft: Ranks first; by default a bfloat16 copy of the model where that is much faster.
             savings: Off, every candidate is scored on all rows and tokens without a cache: the

@@ -151,12 +151,7 @@ def match_states(
         return lowered
 
     soft = descend(
-        lm,
-        start,
-        loss,
-        steps=steps,
-        learning_rate=learning_rate,
-        enough=lambda: mean >= until,
+        lm, start, loss, steps=steps, learning_rate=learning_rate, enough=lambda: mean >= until
     )
     vectors = soft.vectors.to(lm.device)
     ids = nearest_tokens(lm, vectors, allowed_tokens(lm, allowed))

@@ -81,7 +81,6 @@ class Words:
     """A list of banned words, compiled.
 
     Attributes:
-        words: As they were given.
         whole: Whether a form has to be a word of its own, not a part of one.
         forms: Everything that is looked for, phrases without their spaces.
     """
@@ -96,9 +95,9 @@ class Words:
             raise TrimtabError(
                 f"the banned words {words!r}", "one string", f"give a list: [{words!r}]"
             )
-        self.words, self.whole = tuple(words), whole
+        self.whole = whole
         self.forms = frozenset(
-            form.replace(" ", "") for word in self.words for form in inflections(word)
+            form.replace(" ", "") for word in words for form in inflections(word)
         )
         self._longest = max(map(len, self.forms), default=0)
         # Scripts that put no spaces between words have no pieces to compare: any place counts.
