@@ -138,17 +138,17 @@ class Scorer:
         self.lm, self.rows, self.seed = lm, list(rows), seed
         self._reference = [p.cpu() for p in target_log_probs(lm, reference, self.rows)]
         self._own = self._nll(self._reference)
-        self.weights = [sum(row.weights) for row in self.rows]
 
     def likelihood(self, lever: Switch | None) -> Likelihood:
         """Score how a lever (None: no lever) predicts the reference's answers."""
         predicted = [p.cpu() for p in target_log_probs(self.lm, lever, self.rows)]
         nll = self._nll(predicted)
+        weights = [sum(row.weights) for row in self.rows]
         excess = [a - b for a, b in zip(nll, self._own, strict=True)]
         kl = [token_kl(p, q) for p, q in zip(self._reference, predicted, strict=True)]
         return Likelihood(
-            self._ratio(nll, self.weights),
-            self._ratio(excess, self.weights),
+            self._ratio(nll, weights),
+            self._ratio(excess, weights),
             self._ratio([float(k.sum()) for k in kl], [len(k) for k in kl]),
             len(self.rows),
         )

@@ -154,8 +154,8 @@ def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
 
 
 def hotflip_reference(task: Task, restart: int) -> Attempt:
-    """Pure HotFlip from the reference's own tokens, made legal first."""
-    start = task.cut(task.reference)
+    """Pure HotFlip from the reference's own tokens, repeated or cut to k and made legal first."""
+    start = [task.reference[i % len(task.reference)] for i in range(task.k)]
     return descent_stage(task, "hotflip_reference", restart, start, task.settings.flip_steps)
 
 

@@ -135,10 +135,6 @@ class Task:
         """Draw a prompt of allowed tokens."""
         return self.bound.random_slot(self.k, self.generator(arm, restart))
 
-    def cut(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Repeat or cut ids to k."""
-        return tuple(ids[i % len(ids)] for i in range(self.k))
-
     def loss(self, rows: Sequence[Row], prompt: Sequence[int] | Soft) -> float:
         """The loss over rows of a prompt or a soft prefix."""
         if not isinstance(prompt, Soft):
