@@ -222,17 +222,6 @@ def test_masked_vocabulary_entries_do_not_give_nan() -> None:
     assert divergence.token_kl(q, p).item() == math.inf
 
 
-def test_exactly_one_lever_and_equal_lengths_are_required(
-    lm: LanguageModel, vector: VectorSteering
-) -> None:
-    with pytest.raises(TrimtabError, match="no lever"):
-        Reference(lm, PROMPTS, ANSWERS).kl()
-    with pytest.raises(TrimtabError, match="both"):
-        Reference(lm, PROMPTS, ANSWERS).kl(vector, lm)
-    with pytest.raises(TrimtabError, match="3 prompts and 1 answers"):
-        Reference(lm, PROMPTS, ANSWERS[:1]).kl(vector)
-
-
 def test_another_vocabulary_is_refused(lm: LanguageModel) -> None:
     config = tiny.config("llama")
     config.vocab_size = 352

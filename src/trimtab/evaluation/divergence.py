@@ -78,12 +78,6 @@ class Reference:
     def __init__(
         self, lm: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[str]
     ) -> None:
-        if len(prompts) != len(answers):
-            raise TrimtabError(
-                asked="the divergence along answers",
-                found=f"{len(prompts)} prompts and {len(answers)} answers",
-                advice="give one answer per prompt",
-            )
         self.lm = lm
         self.prompts, self.answers = list(prompts), list(answers)
         self.encoded = [
@@ -109,14 +103,9 @@ class Reference:
             One float64 tensor `[answer tokens + end token]` per prompt, in the order given.
 
         Raises:
-            TrimtabError: for both or neither of steering and other, or another vocabulary.
+            TrimtabError: for another vocabulary.
         """
-        if (steering is None) == (other is None):
-            raise TrimtabError(
-                asked="the divergence of a lever",
-                found="both a steering and a second model" if other else "no lever",
-                advice="give exactly one of steering and other",
-            )
+        assert (steering is None) != (other is None), "give exactly one of steering and other"
         context = self._steered_context(steering) if steering is not None else self.encoded
         steered_lm = self.lm if other is None else other
         result: list[torch.Tensor] = [torch.empty(0, dtype=torch.float64)] * len(context)

@@ -164,7 +164,7 @@ def wanted_answers_of(
         seed=0,
         progress=None,
     )
-    found = wanted_answers(task, sign, tokens=tokens, completions=None, source="auto", judge=None)
+    found = wanted_answers(task, sign, tokens)
     return task, found
 
 

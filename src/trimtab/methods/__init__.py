@@ -9,7 +9,7 @@ Add one with a function that returns a vector per layer:
 ...     return contrast.found(pairs)
 """
 
-from trimtab.methods import (
+from trimtab.methods import (  # noqa: F401  they register themselves
     mean_difference,
     next_token,
     pca,
@@ -28,12 +28,6 @@ __all__ = [
     "Method",
     "Task",
     "find",
-    "mean_difference",
-    "next_token",
-    "pca",
-    "preference",
-    "probe",
     "read_contrast",
     "register",
-    "selected_difference",
 ]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.behaviors.behavior import Example
+from trimtab.behaviors.behavior import Behavior, Example
 from trimtab.errors import TrimtabError
 from trimtab.methods.registry import Found, Position, Task
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
+from trimtab.results import Progress
 
 # A difference below this share of the activations' length is rounding, not a direction.
 SAME = 1e-5
@@ -49,6 +50,18 @@ class Contrast:
         center = both.mean(0)
         return bool((both - center).norm(dim=1).mean() > SAME * both.norm(dim=1).mean())
 
+    def separation(self) -> float:
+        """Return the gap between the sides in units of the spread inside them, its mean over layers.
+
+        sum over dimensions of (mean difference)^2 / that of the variances inside the sides.
+        """
+        total = 0.0
+        for layer, toward in self.toward.items():
+            inside = toward.var(0, correction=0).sum() + self.away[layer].var(0, correction=0).sum()
+            floor = torch.finfo(torch.float32).eps * toward.square().sum(-1).mean()
+            total += float(self.difference(layer).square().sum() / (inside + floor))
+        return total / len(self.toward)
+
     def found(
         self, vectors: Mapping[int, Tensor], details: Mapping[str, object] | None = None
     ) -> Found:
@@ -73,29 +86,50 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     Raises:
         TrimtabError: a position that the prompts do not have.
     """
-    position = _checked(task.position)
+    position, behavior = _checked(task.position), task.behavior
     asked = list(task.layers if layers is None else layers)
-    behavior = task.behavior
-    examples = (*behavior.toward, *behavior.away)
-    encoded, note = _encode(task, examples)
-    width = abs(position) if isinstance(position, int) else position
-    read = capture(task.lm, encoded, asked, positions=width, site=task.site, progress=task.progress)
-    values = read.double()  # [examples, layers, positions, d_model]
+    if position not in ("post_instruction", "answer"):
+        there = read_positions(task, behavior, asked, task.progress)
+        return max(there.values(), key=Contrast.separation)
+    encoded, note = _encode(task, (*behavior.toward, *behavior.away))
+    values = _read(task, encoded, asked, task.progress)
+    read_at = f"mean of the {values.shape[2]} post_instruction tokens"
+    if position == "answer":
+        read_at = f"mean over the answer ({note})"
+    return _contrast(behavior, asked, values.mean(2), read_at)
+
+
+def read_positions(
+    task: Task, behavior: Behavior, layers: Sequence[int], progress: Progress | None = None
+) -> dict[int, Contrast]:
+    """Return both sides at every prompt position the task names, counted from the end: -1 is the last."""
+    at = task.position
+    encoded = [task.lm.encode(e.prompt) for e in (*behavior.toward, *behavior.away)]
+    values = _read(task, encoded, layers, progress)
+    count = values.shape[2]
+    chosen = [0] if isinstance(at, int) and at < 0 else range(count)
+    return {
+        p - count: _contrast(behavior, layers, values[:, :, p], f"prompt[{p - count}]")
+        for p in chosen
+    }
+
+
+def _read(
+    task: Task, encoded: Sequence[Encoded], layers: Sequence[int], progress: Progress | None
+) -> Tensor:
+    """Return activations, float64 `[examples, layers, positions, d_model]`."""
+    at = task.position
+    width = abs(at) if isinstance(at, int) else at
+    read = capture(task.lm, encoded, layers, positions=width, site=task.site, progress=progress)
+    return read.double()
+
+
+def _contrast(behavior: Behavior, layers: Sequence[int], values: Tensor, read_at: str) -> Contrast:
+    """Divide `[examples, layers, d_model]` into the sides."""
     n = len(behavior.toward)
-    if isinstance(position, int):
-        at = 0 if position < 0 else _most_telling(values[:n], values[n:])
-        values = values[:, :, at]
-        read_at = f"prompt[{at - abs(position)}]"
-    else:
-        values = values.mean(2)
-        read_at = {
-            "last": "prompt[-1]",
-            "post_instruction": f"mean of the {read.shape[2]} post_instruction tokens",
-            "answer": f"mean over the answer ({note})",
-        }[position]
     return Contrast(
-        toward={layer: values[:n, i] for i, layer in enumerate(asked)},
-        away={layer: values[n:, i] for i, layer in enumerate(asked)},
+        toward={layer: values[:n, i] for i, layer in enumerate(layers)},
+        away={layer: values[n:, i] for i, layer in enumerate(layers)},
         paired=behavior.paired,
         read_at=read_at,
     )
@@ -133,15 +167,3 @@ def _encode(task: Task, examples: Sequence[Example]) -> tuple[list[Encoded], str
     given = len(answers) - len(unanswered)
     encoded = [task.lm.encode(e.prompt, a) for e, a in zip(examples, answers, strict=True)]
     return encoded, f"{given} given, {len(unanswered)} the model's own"
-
-
-def _most_telling(toward: Tensor, away: Tensor) -> int:
-    """Return the index of the position with the largest class gap in units of the spread inside.
-
-    Averaged over layers: sum over dimensions of (mean difference)^2 over that of the variances
-    inside the sides, `[n, layers, positions, d_model]` each.
-    """
-    gap = (toward.mean(0) - away.mean(0)).square().sum(-1)
-    inside = toward.var(0, correction=0).sum(-1) + away.var(0, correction=0).sum(-1)
-    floor = torch.finfo(torch.float32).eps * toward.square().sum(-1).mean(0)
-    return int((gap / (inside + floor)).mean(0).argmax())

@@ -14,9 +14,8 @@ from trimtab.behaviors.behavior import EXAMPLE_LISTS, Behavior
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.divergence import token_kl
 from trimtab.evaluation.readout import gap_of, readout_tokens
-from trimtab.methods.contrast import Contrast
+from trimtab.methods.contrast import read_positions
 from trimtab.methods.registry import Found, Task, register
-from trimtab.models.capture import capture
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import Site
 from trimtab.passes.engine import Engine
@@ -91,7 +90,7 @@ def selected_difference(
     readout_tokens(task.lm, task.behavior)  # refuses before anything is read
     finding, judging = _parts(task.behavior, held_out, task.seed)
     layers = task.active or tuple(x for x in task.layers if x < int(deepest * task.lm.n_layers))
-    contrasts = _read(task, finding, layers or (0,))
+    contrasts = read_positions(task, finding, layers or (0,))
     make = partial(
         _Selection, site=task.site, scope=task.scope, part=judging, max_prompts=max_prompts
     )
@@ -183,26 +182,6 @@ def _parts(behavior: Behavior, held_out: float, seed: int) -> tuple[Behavior, Be
     one, two = splits.validation.to_dict(), splits.test.to_dict()
     both = {name: [*one[name], *two[name]] for name in EXAMPLE_LISTS}
     return splits.train, Behavior(**{**one, **both})
-
-
-def _read(task: Task, part: Behavior, layers: Sequence[int]) -> dict[int, Contrast]:
-    """Return position from the end -> both sides there."""
-    at = task.position
-    encoded = [task.lm.encode(example.prompt) for example in (*part.toward, *part.away)]
-    width = abs(at) if isinstance(at, int) else at
-    read = capture(task.lm, encoded, layers, positions=width, site=task.site)
-    values, n = read.double(), len(part.toward)
-    count = values.shape[2]
-    chosen = [0] if isinstance(at, int) and at < 0 else range(count)
-    return {
-        p - count: Contrast(
-            {layer: values[:n, i, p] for i, layer in enumerate(layers)},
-            {layer: values[n:, i, p] for i, layer in enumerate(layers)},
-            part.paired,
-            f"prompt[{p - count}]",
-        )
-        for p in chosen
-    }
 
 
 def _check(task: Task, held_out: float, deepest: float, max_prompts: int) -> None:

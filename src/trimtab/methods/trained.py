@@ -36,22 +36,15 @@ def train_vector(task: Task, recipe: Recipe, rows: Callable[[int, Answered], Row
     sides: list[Rows] = []
     sources: dict[str, Any] = {}
     for sign in signs_of(recipe.direction):
-        target = wanted_answers(
-            task,
-            sign,
-            tokens=recipe.max_completion_tokens,
-            completions=recipe.completions,
-            source=recipe.wanted,
-            judge=recipe.judge,
-        )
+        length = recipe.max_completion_tokens
+        target = wanted_answers(task, sign, length, recipe.completions, recipe.wanted, recipe.judge)
         side = rows(sign, target)
         left_out = {"without a pair": len(target.encoded) - len(side.wanted)}
         counts = {**target.sources, **left_out}
         sources["toward" if sign > 0 else "away"] = {name: n for name, n in counts.items() if n}
         if recipe.keep > 0:
             shown = task.behavior.toward if sign > 0 else task.behavior.away
-            kept = own_answers(task, shown, recipe.max_completion_tokens).encoded
-            side = replace(side, kept=kept)
+            side = replace(side, kept=own_answers(task, shown, length).encoded)
         sides.append(side)
     # v = w * scale, so that |w| is the strength m
     trainer = Trainer(task, at, task.norms.scales[at], sides, recipe.keep)

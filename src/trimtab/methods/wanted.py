@@ -39,11 +39,10 @@ class Answered:
 def wanted_answers(
     task: Task,
     sign: int,
-    *,
     tokens: int,
-    completions: Sequence[Any] | None,
-    source: str,
-    judge: Judge | None,
+    completions: Sequence[Any] | None = None,
+    source: str = "auto",
+    judge: Judge | None = None,
 ) -> Answered:
     """Return the requests of one side with answers of the other.
 

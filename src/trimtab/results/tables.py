@@ -67,14 +67,8 @@ class Table(Printable):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a ragged grid, which rich would silently pad."""
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise TrimtabError(
-                    asked=f"a table with the columns {', '.join(self.columns)}",
-                    found=f"a row of {len(row)} cells",
-                    advice="give every row one cell per column",
-                )
+        ragged = [row for row in self.rows if len(row) != len(self.columns)]
+        assert not ragged, f"rich would silently pad {ragged[0]} to {self.columns}"
 
     def __rich__(self) -> RichTable:
         """Build the rich table; numbers align right, text is shown literally."""
