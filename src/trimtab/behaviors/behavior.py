@@ -31,26 +31,14 @@ __all__ = ["Behavior", "BehaviorError", "Example", "JudgeSpec", "Readout", "Spli
 Listed: TypeAlias = Iterable[Example | str | Sequence[Message] | Mapping[str, Any]]
 
 
-def _name(given: object) -> str:
-    return text_at(given, ("name",)).strip()
-
-
 def _description(given: object) -> str:
     if not isinstance(given, str):
         refuse(("description",), shown(given), "give text")
     return given
 
 
-def _prompt(given: object, info: ValidationInfo) -> str | None:
-    return None if given is None else text_at(given, (str(info.field_name),))
-
-
-def _examples(given: object, info: ValidationInfo) -> tuple[Example, ...]:
-    return examples_at(given, str(info.field_name))
-
-
 def _side(given: object, info: ValidationInfo) -> tuple[Example, ...]:
-    side = _examples(given, info)
+    side = examples_at(given, str(info.field_name))
     if not side:
         refuse((str(info.field_name),), "an empty list", "give prompts on both sides")
     toward = {(e.key, e.completion) for e in info.data.get("toward", ())}
@@ -63,10 +51,6 @@ def _side(given: object, info: ValidationInfo) -> tuple[Example, ...]:
                 "a contrast needs two different sides; leave each example on one of them",
             )
     return side
-
-
-def _spec(given: object, info: ValidationInfo) -> JudgeSpec | None:
-    return spec_at(given, str(info.field_name))
 
 
 def _paired(given: object, info: ValidationInfo) -> bool:
@@ -82,10 +66,21 @@ def _paired(given: object, info: ValidationInfo) -> bool:
     return toward == away if given is None else given
 
 
+Name = Annotated[str, PlainValidator(lambda given: text_at(given, ("name",)).strip())]
 Side = Annotated[tuple[Example, ...], PlainValidator(_side)]
-Examples = Annotated[tuple[Example, ...], PlainValidator(_examples)]
-Spec = Annotated[JudgeSpec | None, PlainValidator(_spec)]
-Prompted = Annotated[str | None, PlainValidator(_prompt)]
+Examples = Annotated[
+    tuple[Example, ...],
+    PlainValidator(lambda given, info: examples_at(given, str(info.field_name))),
+]
+Spec = Annotated[
+    JudgeSpec | None, PlainValidator(lambda given, info: spec_at(given, str(info.field_name)))
+]
+Prompted = Annotated[
+    str | None,
+    PlainValidator(
+        lambda given, info: None if given is None else text_at(given, (str(info.field_name),))
+    ),
+]
 
 
 class Behavior(BaseModel):
@@ -118,7 +113,7 @@ class Behavior(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: Annotated[str, PlainValidator(_name)]
+    name: Name
     toward: Side
     away: Side
     description: Annotated[str, PlainValidator(_description)]
