@@ -134,11 +134,7 @@ def phrases(behavior: Behavior, options: Options) -> Judge:
             found="no phrases",
             advice="give options toward: [...] or away: [...], or both",
         )
-
-    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
-        return [_phrase_verdict(answer, toward, away, floor) for answer in answers]
-
-    return judge
+    return lambda prompts, answers: [_phrase_verdict(a, toward, away, floor) for a in answers]
 
 
 @register_judge("readout")
