@@ -2,17 +2,16 @@
 
 A sublayer of a pre-norm block adds r o to the stream, o = W x + b0 its output projection's value.
 LoRA makes o + B A x + b of it. What is added to the stream, alpha c, is b = alpha c / r with A and
-B zero. A projection r o -> r o - m ((r o).c - t) c is B = -m c, A = c^T W and
-b = -m (c.b0 - t / r) c: with t = 0 and no b0 no bias at all. The same holds of the rows of an
-embedding, whose LoRA has no bias; there a constant is B A with A constant. A low-rank update of the
-output projections is a LoRA as it stands.
+B zero. Projections r o -> (I - U V^T) r o + s are B = -U, A = V^T W and b = s / r - U V^T b0: with s = 0
+and no b0 no bias at all. The same holds of the rows of an embedding, whose LoRA has no bias; there a
+constant is B A with A constant. A low-rank update of the output projections is a LoRA as it stands.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +23,18 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.errors import TrimtabError, extra
 from trimtab.export.files import not_zero, refusal
 from trimtab.models.model import LanguageModel
-from trimtab.models.sites import Site
 from trimtab.results.files import staged
-from trimtab.steering.hooks import Edit
 from trimtab.steering.vector import VectorSteering
-from trimtab.steering.weights import Scaled, WeightSteering, writer_of
+from trimtab.steering.weights import Scaled, WeightSteering, Writer, writer_of
 from trimtab.weights.card import front_matter, one_line, steering_section
 from trimtab.weights.disk.base import public_name
 from trimtab.weights.disk.layout import layout_of
+from trimtab.weights.routes.changes import Affine, Changes, changes_of
 
 _FORM = "a PEFT adapter"
 _WEIGHTS = "adapter_model.safetensors"
-_BY_ATTENTION = ("attn_out", "resid_mid")
-_BY_MLP = ("mlp_out", "resid_post")
+# point of the stream -> the sublayer whose bias adds a constant there.
+_WRITERS = {"mid": "attention", "post": "mlp"}
 _LOAD = """## How to load
 ```python
 from peft import PeftModel
@@ -69,16 +67,15 @@ def write_peft(
 ) -> Path:
     """Write an adapter that steers the model when PEFT loads it.
 
-    `add` goes at `resid_post`, `mlp_out`, `resid_mid` and `attn_out`, into the biases that LoRA
-    brings (`lora_bias`). `ablate` and `affine` go at `embed`, `attn_out` and `mlp_out`, as rank-1
-    LoRA: at m = 1 the steerings of `trimtab.weights.at_every_writer(vector)` together equal a
+    `add` goes into the biases that LoRA brings (`lora_bias`), at `embed` into the embedding. `ablate`
+    and `affine` go at `embed`, `attn_out` and `mlp_out`, as LoRA of rank 1 for each direction (one
+    more for `affine` at `embed`): at m = 1 the steerings of `trimtab.weights.at_every_writer(vector)` together equal a
     projection at every point of the stream. A model without biases cannot merge an adapter that
     has some; `trimtab bake` writes a checkpoint instead.
 
     Args:
         lm: the model the vectors were made for; it is only read.
-        vector: a vector or low-rank update, or several that would be on together; each module at
-            most once.
+        vector: a vector or low-rank update, or several that would be on together.
         out: folder to create; it appears whole or not at all.
 
     Returns:
@@ -93,7 +90,7 @@ def write_peft(
     updates = _updates(lm, vectors)
     peft = extra("peft", "peft")
     has_bias = any(bool(update.bias.any()) for update in updates)
-    rank = max(update.left.shape[1] for update in updates)
+    rank = max(1, *(update.left.shape[1] for update in updates))
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,  # a factor of 1
@@ -115,113 +112,87 @@ def write_peft(
     return Path(out)
 
 
-def _updates(lm: LanguageModel, vectors: Sequence[Scaled]) -> list[_Update]:
-    found: dict[str, _Update] = {}
+def _updates(lm: LanguageModel, levers: Sequence[Scaled]) -> list[_Update]:
+    if not levers:
+        raise TrimtabError(f"to write {_FORM}", "no steering", "give at least one vector")
+    for lever in levers:
+        lever.check(lm)
+        not_zero(lever, _FORM)
+    vectors = [lever for lever in levers if isinstance(lever, VectorSteering)]
+    added = [lever for lever in levers if isinstance(lever, WeightSteering)]
     for vector in vectors:
-        vector.check(lm)
-        not_zero(vector, _FORM)
-        if isinstance(vector, WeightSteering):
-            for update in _of_weights(lm, vector):
-                found[update.name] = _joined(vector, found.get(update.name), update)
-            continue
-        if str(vector.scope) != "all":
-            raise refusal(
-                vector,
-                _FORM,
-                f"scope {vector.scope}; weights act on every token alike",
-                "steer with the hook, or measure the vector again with scope all",
-            )
         for edit in vector.edits():
             lm.sites.check(edit.site)
-            for update in _of_edit(lm, vector, edit):
-                found[update.name] = _joined(vector, found.get(update.name), update)
-    if not found:
-        raise TrimtabError(f"to write {_FORM}", "no steering", "give at least one vector")
-    embedded = [update.name for update in found.values() if update.embeds]
-    biased = [update.name for update in found.values() if bool(update.bias.any())]
+            if lm.sites.post_norm and edit.site.kind != "embed":
+                raise refusal(
+                    vector,
+                    _FORM,
+                    f"{type(lm.model).__name__} puts a norm between the output projection and the"
+                    " stream, so that what LoRA adds there is rescaled",
+                    "bake a checkpoint: `trimtab bake` has an exact route",
+                )
+    changes = changes_of(vectors, lm.sites.parallel)
+    for (number, _), why in changes.refused.items():
+        what = vectors[number]
+        said = f"{what.operation} at {what.site}, scope {what.scope}: {why.reason}"
+        raise refusal(what, _FORM, said, why.advice)
+    found = []
+    behind = [(_WRITERS[kind], layer) for kind, layer in changes.constants]
+    for writer in dict.fromkeys((*changes.maps, *behind, *(w for u in added for w in u.left))):
+        if writer[0] == "embed":
+            found += _of_embedding(lm, changes.maps[writer])
+        else:
+            found.append(_of_writer(lm, writer, changes, added))
+    embedded = [update.name for update in found if update.embeds]
+    biased = [update.name for update in found if bool(update.bias.any())]
     if embedded and biased:
         raise TrimtabError(
             asked=f"to write {_FORM} for {embedded[0]} and {biased[0]}",
             found="a bias for the one, and PEFT has no biases in an adapter with an embedding",
             advice="bake a checkpoint, or leave the embedding out",
         )
-    return list(found.values())
+    return found
 
 
-def _of_weights(lm: LanguageModel, lever: WeightSteering) -> Iterator[_Update]:
-    """The updates that are a low-rank update, at its strength."""
-    for writer, left in lever.left.items():
-        module = writer_of(lm, writer)
-        parts = (lever.strength * left.double(), lever.right[writer], torch.zeros(lm.d_model))
-        yield _update(_name(lm, module), module, *parts)
-
-
-def _name(lm: LanguageModel, module: nn.Module) -> str:
-    return next(name for name, m in lm.model.named_modules() if m is module)
-
-
-def _of_edit(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Update]:
-    """The updates that are one edit of the stream."""
-    if edit.site.kind == "embed":
-        return _of_embedding(lm, vector, edit)
-    name, module = _writer(lm, vector, edit.site)
-    r, c = lm.sites.residual_multiplier, edit.direction.double()
+def _of_writer(
+    lm: LanguageModel, writer: Writer, changes: Changes, added: Sequence[WeightSteering]
+) -> _Update:
+    """All that becomes of one output projection; low-rank updates stand in front of projections."""
+    module = writer_of(lm, writer)
+    map_ = changes.maps.get(writer) or Affine.identity(lm.d_model)
+    point = next(point for point, kind in _WRITERS.items() if kind == writer[0]), writer[1]
+    constant = map_.shift + changes.constants.get(point, 0.0)
     weight, own = _weight(module), getattr(module, "bias", None)
-    zero = torch.zeros(lm.d_model, dtype=torch.float64)
-    if edit.operation == "add":
-        empty = torch.zeros(weight.shape[1])
-        return [_update(name, module, zero, empty, c * (edit.amount / r))]
-    if edit.site.kind in ("resid_mid", "resid_post"):
-        raise refusal(
-            vector,
-            _FORM,
-            f"{edit.operation} at {edit.site}, where earlier layers' writing is projected too",
-            "use trimtab.weights.at_every_writer(vector), or the sites attn_out and mlp_out",
-        )
-    b0 = zero if own is None else own.detach().cpu().double()
-    target = edit.target if edit.operation == "affine" else 0.0
-    shift = -edit.amount * (c @ b0 - target / r)
-    return [_update(name, module, -edit.amount * c, c @ weight, shift * c)]
+    bias = constant / lm.sites.residual_multiplier
+    if own is not None:
+        bias = bias - map_.left @ (map_.right.T @ own.detach().cpu().double())
+    left, right = [-map_.left], [map_.right.T @ weight]
+    for lever in added:
+        if writer in lever.left:
+            b = lever.strength * lever.left[writer].double()
+            left.append(b - map_.left @ (map_.right.T @ b))
+            right.append(lever.right[writer].double())
+    name = next(name for name, m in lm.model.named_modules() if m is module)
+    return _update(name, module, left, right, bias)
 
 
-def _of_embedding(lm: LanguageModel, vector: VectorSteering, edit: Edit) -> list[_Update]:
-    """A projection, or a constant, of s e + p: e token and p learned position embeddings."""
+def _of_embedding(lm: LanguageModel, map_: Affine) -> list[_Update]:
+    """A x + b of x = s e + p: e token and p learned position embeddings."""
     tables = [(name, m) for name, m in lm.model.named_modules() if isinstance(m, nn.Embedding)]
-    main = next((pair for pair in tables if pair[1] is lm.sites.embedding), None)
+    main = next((m for _, m in tables if m is lm.sites.embedding), None)
     if main is None:
-        raise refusal(vector, _FORM, f"no table of embeddings at {edit.site}", "bake a checkpoint")
-    scale = layout_of(lm.model.config, main[1].weight.dtype).embed_scale
-    c = edit.direction.double()
+        raise TrimtabError(f"to write {_FORM}", "no table of embeddings", "bake a checkpoint")
+    scale = layout_of(lm.model.config, main.weight.dtype).embed_scale
     made = []
     for name, module in tables:
-        rows, first = module.weight.detach().cpu().double(), module is main[1]
+        left, right = [-map_.left], [map_.right.T @ module.weight.detach().cpu().double().T]
         # The constant goes once into the sum, so into the token embedding alone.
-        if edit.operation == "add":
-            if first:
-                right = torch.full((len(rows),), edit.amount / scale, dtype=torch.float64)
-                made.append(_update(name, module, c, right, torch.zeros_like(c)))
-            continue
-        target = edit.target / scale if first and edit.operation == "affine" else 0.0
-        made.append(_update(name, module, -edit.amount * c, rows @ c - target, torch.zeros_like(c)))
+        if module is main and bool(map_.shift.any()):
+            left.append(map_.shift[:, None] / scale)
+            right.append(torch.ones(1, len(module.weight), dtype=torch.float64))
+        if left[1:] or map_.left.shape[1]:
+            made.append(_update(name, module, left, right, torch.zeros(lm.d_model)))
     return made
-
-
-def _writer(lm: LanguageModel, vector: VectorSteering, site: Site) -> tuple[str, nn.Module]:
-    """The output projection that LoRA changes for a site, and its name."""
-    if site.kind not in (*_BY_ATTENTION, *_BY_MLP):
-        raise refusal(
-            vector, _FORM, f"site {site}", f"use embed, {', '.join(_BY_ATTENTION + _BY_MLP)}"
-        )
-    if lm.sites.post_norm:
-        raise refusal(
-            vector,
-            _FORM,
-            f"{type(lm.model).__name__} puts a norm between the output projection and the stream, so that"
-            " what LoRA adds there is rescaled",
-            "bake a checkpoint: `trimtab bake` has an exact route",
-        )
-    module = writer_of(lm, ("attention" if site.kind in _BY_ATTENTION else "mlp", site.layer))
-    return _name(lm, module), module
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -230,20 +201,11 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _update(name: str, module: nn.Module, left: Tensor, right: Tensor, bias: Tensor) -> _Update:
-    parts = (left.reshape(len(left), -1), right.reshape(-1, right.shape[-1]), bias)
+def _update(
+    name: str, module: nn.Module, left: list[Tensor], right: list[Tensor], bias: Tensor
+) -> _Update:
+    parts = (torch.cat(left, dim=1), torch.cat(right), bias)
     return _Update(name, module, *(part.float().contiguous() for part in parts))
-
-
-def _joined(vector: Scaled, old: _Update | None, new: _Update) -> _Update:
-    """Constants of one module add up; projections do not."""
-    if old is None:
-        return new
-    if bool(old.left.any()) or bool(new.left.any()):
-        raise refusal(
-            vector, _FORM, f"a second projection or update at {new.name}", "bake a checkpoint"
-        )
-    return _Update(new.name, new.module, new.left, new.right, old.bias + new.bias)
 
 
 def _tensors(updates: Sequence[_Update], rank: int, has_bias: bool) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ class Affine:
     right: Tensor
     shift: Tensor
 
+    @classmethod
+    def identity(cls, d_model: int) -> Affine:
+        empty = torch.zeros(d_model, 0, dtype=torch.float64)
+        return cls(empty, empty, torch.zeros(d_model, dtype=torch.float64))
+
     def then(self, edit: Edit) -> None:
         """Follow with one more edit of the same site, as its hook computes it.
 
@@ -82,10 +87,7 @@ class Changes:
 
     def map(self, writer: Writer, edit: Edit) -> None:
         """Follow the writer's map with an edit."""
-        d = edit.direction.shape[0]
-        empty = torch.zeros(d, 0, dtype=torch.float64)
-        start = Affine(empty, empty, torch.zeros(d, dtype=torch.float64))
-        self.maps.setdefault(writer, start).then(edit)
+        self.maps.setdefault(writer, Affine.identity(edit.direction.shape[0])).then(edit)
 
 
 HOOK = "steer with the hook: `with vector.on(lm):`"

@@ -87,8 +87,8 @@ def update_writers(draft: Draft, lever: WeightSteering) -> None:
         old = block.tensors[names[0]]
         b, c = lever.strength * left.double(), lever.right[writer].double()
         if isinstance(old, Copy):
-            nothing = torch.zeros(mine[0], 0, dtype=torch.float64)
-            old = Projected(old, nothing, nothing, draft.layout.writes_rows)
+            same = Affine.identity(mine[0])
+            old = Projected(old, same.left, same.right, draft.layout.writes_rows)
         assert isinstance(old, Projected)  # the two things that a writer's weight can be here
         b = b - old.left @ (old.right.T @ b)
         if old.plus is not None:
