@@ -311,5 +311,5 @@ def test_a_worker_fills_its_weights_before_each_step(vllm, lm, registry):
     del sys.modules[utils.__name__]
     output = SimpleNamespace(scheduled_new_reqs=["one"])
     assert runner._prepare_inputs(output, np.array([4])) == "prepared" and len(prepared) == 1
-    values: Any = decoder.layers[2].trimtab_values
+    values: Any = decoder.layers[2].trimtab_leaving_values
     assert torch.equal(values[:4, 1], torch.tensor([0.0, 0.0, 2.0, 2.0]))

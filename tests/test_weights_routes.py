@@ -17,7 +17,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
 from trimtab.weights.disk.base import save_model
-from trimtab.weights.routes.null_block import post_norm_constant
+from trimtab.weights.routes.constant import post_norm_constant
 
 PROMPTS = ["The ferry leaves the harbor at noon.", "Cats?"]
 

@@ -16,8 +16,6 @@ from trimtab.errors import TrimtabError
 from trimtab.serve.registry import EMBEDDED, Registry
 from trimtab.serve.step import StepWeights, addition
 
-_VALUES, _VECTORS = "trimtab_values", "trimtab_vectors"
-_ENTERING, _ENTERING_VALUES = "trimtab_entering", "trimtab_entering_values"
 _HIDDEN = "hidden_states"
 
 
@@ -54,33 +52,31 @@ def install(model: nn.Module, registry: Registry, step: StepWeights, missing: ty
             continue
         vectors = registry.vectors(layer).to(step.values.device)
         if layer == EMBEDDED:
-            _register(block, _ENTERING_VALUES, step.values, _ENTERING, vectors)
+            _register(block, "trimtab_entering", step.values, vectors)
             block.register_forward_pre_hook(_entering(block), with_kwargs=True)
         else:
-            _register(block, _VALUES, step.values, _VECTORS, vectors)
+            _register(block, "trimtab_leaving", step.values, vectors)
             block.register_forward_hook(_leaving)
         mine.append(layer)
     return mine
 
 
-def _register(block: nn.Module, values: str, step: Tensor, vectors: str, rows: Tensor) -> None:
+def _register(block: nn.Module, name: str, values: Tensor, vectors: Tensor) -> None:
     # As buffers they are inputs of the graph, and are seen afresh at every step.
-    block.register_buffer(values, step, persistent=False)
-    block.register_buffer(vectors, rows, persistent=False)
+    block.register_buffer(f"{name}_values", values, persistent=False)
+    block.register_buffer(f"{name}_vectors", vectors, persistent=False)
 
 
 def _leaving(block: Any, args: tuple, output: object) -> object:
-    if isinstance(output, Tensor):
-        return output + addition(block.trimtab_values, block.trimtab_vectors, output)
-    if not isinstance(output, tuple) or not isinstance(output[0], Tensor):
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
         raise TrimtabError(
             asked=f"to steer behind {type(block).__name__}",
             found=f"a block that returns a {type(output).__name__}",
             advice="serve a model whose blocks return hidden states, alone or with a residual",
         )
-    hidden = output[0]
-    moved = hidden + addition(block.trimtab_values, block.trimtab_vectors, hidden)
-    return (moved, *output[1:])
+    moved = hidden + addition(block.trimtab_leaving_values, block.trimtab_leaving_vectors, hidden)
+    return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
 
 def _entering(block: nn.Module) -> Any:
@@ -95,7 +91,8 @@ def _entering(block: nn.Module) -> Any:
 
     def hook(block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         hidden = kwargs[_HIDDEN] if _HIDDEN in kwargs else args[place]
-        moved = hidden + addition(block.trimtab_entering_values, block.trimtab_entering, hidden)
+        values, vectors = block.trimtab_entering_values, block.trimtab_entering_vectors
+        moved = hidden + addition(values, vectors, hidden)
         if _HIDDEN in kwargs:
             return args, {**kwargs, _HIDDEN: moved}
         return (*args[:place], moved, *args[place + 1 :]), kwargs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple
 
 from trimtab.errors import TrimtabError
@@ -112,10 +113,8 @@ def _misshapen(value: object) -> TrimtabError:
 def _strength(name: str, given: object) -> float:
     m = math.nan
     if isinstance(given, (str, int, float)) and not isinstance(given, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             m = float(given)
-        except (ValueError, OverflowError):
-            m = math.nan
     if not math.isfinite(m):
         raise TrimtabError(
             asked=f"{name!r} at strength {_short(given)}",

@@ -52,7 +52,6 @@ class Base:
 
     @property
     def half(self) -> bool:
-        """Whether the weights are in half precision."""
         return self.dtype not in (torch.float32, torch.float64)
 
     @property

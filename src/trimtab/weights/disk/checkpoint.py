@@ -59,7 +59,6 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(fact.nbytes for fact in self.tensors.values())
 
     @property

@@ -72,7 +72,6 @@ class Layout:
 
     @property
     def short(self) -> str:
-        """The architecture as people say it."""
         return short(self.architecture)
 
 

@@ -207,16 +207,15 @@ class Projected:
             plus = (plus[1].T, plus[0].T)
         *leading, rows, columns = self.base.shape
         height = max(1, PIECE // (16 * columns))
+        strips = [(first, min(rows, first + height)) for first in range(0, rows, height)]
         for matrix in range(math.prod(leading)):
             at = matrix * rows
             seen = torch.zeros(right.shape[1], columns, dtype=wide)
             if self.by_rows:  # V^T W, summed over the rows
-                for first in range(0, rows, height):
-                    last = min(rows, first + height)
+                for first, last in strips:
                     part = self.base.read(at + first, at + last).to(wide)
                     seen += right[first:last].T @ part
-            for first in range(0, rows, height):
-                last = min(rows, first + height)
+            for first, last in strips:
                 before = self.base.read(at + first, at + last).to(wide)
                 if self.by_rows:
                     meant = torch.addmm(before, left[first:last], seen, alpha=-1.0)

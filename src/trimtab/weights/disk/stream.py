@@ -36,7 +36,6 @@ class OutFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
         return sum(nbytes(source) for _, source in self.tensors)
 
 

@@ -10,11 +10,10 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.draft import Draft, finish
 from trimtab.weights.disk.layout import Layout
-from trimtab.weights.routes.bias import add_bias, bias_of
 from trimtab.weights.routes.changes import HOOK, Changes, Point, Refusal, point_of
+from trimtab.weights.routes.constant import add_bias, add_null_block, bias_of
 from trimtab.weights.routes.convert import Conversion, conversions_of
 from trimtab.weights.routes.low_rank import project_embedding, project_writer, update_writers
-from trimtab.weights.routes.null_block import add_null_block
 
 _POST_NORM = (
     "{} normalizes what a sublayer writes, with a divisor that depends on the part to be removed"

@@ -44,7 +44,6 @@ class SoftPrompt:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        """Check shape and values."""
         if self.slot not in SLOTS:
             raise TrimtabError(
                 asked=f"to bake a soft prompt in the slot {self.slot!r}",
