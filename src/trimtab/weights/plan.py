@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
@@ -228,7 +230,7 @@ def prepare(
     untouched = draft.tensors()
     vectors = [lever for lever in levers if isinstance(lever, VectorSteering)]
     updates = [lever for lever in levers if isinstance(lever, WeightSteering)]
-    _check_shapes(base, vectors)
+    _check_shapes(base, name, vectors)
     layout = draft.layout
     changes = changes_of(vectors, layout.parallel)
     refuse_post_norm(changes, vectors, layout)
@@ -254,20 +256,12 @@ def refuse_early(name: str, layout: Layout, vectors: Sequence[VectorSteering]) -
         Plan(name, layout.architecture, layout.architecture, rows).check()
 
 
-def _check_shapes(base: Checkpoint, vectors: Sequence[VectorSteering]) -> None:
-    config = base.config
+def _check_shapes(base: Checkpoint, name: str, vectors: Sequence[VectorSteering]) -> None:
+    """Refuse another width or depth; a fingerprint takes a loaded model."""
+    depth, width = int(base.config.num_hidden_layers), int(base.config.hidden_size)
     for vector in vectors:
-        for what, mine, theirs in (
-            ("width", vector.d_model, int(config.hidden_size)),
-            ("depth", vector.n_layers, int(config.num_hidden_layers)),
-        ):
-            if mine != theirs:
-                raise TrimtabError(
-                    asked=f"to steer {base.folder.name} with a vector made for "
-                    f"{vector.model_name or 'another model'}",
-                    found=f"{what} {theirs} instead of {mine}",
-                    advice="use the model the vector was made for, or find the vector again",
-                )
+        facts = {"name": name, "fingerprint": vector.fingerprint}
+        vector.check(cast(Any, SimpleNamespace(n_layers=depth, d_model=width, **facts)))
 
 
 def _rows(
@@ -282,10 +276,9 @@ def _rows(
         grouped: dict[tuple[str | None, str, str], list[int]] = {}
         for layer in vector.layers:
             refusal = changes.refused.get((number, layer))
+            key = _route_of(vector, layer, layout, routes, why)
             if refusal is not None:
                 key = (None, refusal.reason, refusal.advice)
-            else:
-                key = _route_of(vector, layer, layout, routes, why)
             grouped.setdefault(key, []).append(layer)
         facts = vector.label, vector.operation, vector.site
         rows += [

@@ -48,18 +48,8 @@ def _moved(vector: Scaled, kept: list[int]) -> Scaled | None:
     if not layers or (vector.site == "embed" and 0 not in kept):
         return None
 
-    def renumbered(values: dict) -> dict:
-        return {kept.index(n): value for n, value in values.items() if n in kept}
-
-    return replace(
-        vector,
-        directions=renumbered(vector.directions),
-        layers=layers,
-        scales=renumbered(vector.scales),
-        targets=renumbered(vector.targets),
-        norms={},
-        class_gaps={},
-        spreads={},
-        fingerprint="",
-        n_layers=len(kept),
-    )
+    renumbered = {
+        name: {kept.index(n): value for n, value in getattr(vector, name).items() if n in kept}
+        for name in ("directions", "scales", "targets", "norms", "class_gaps", "spreads")
+    }
+    return replace(vector, **renumbered, layers=layers, fingerprint="", n_layers=len(kept))

@@ -108,16 +108,14 @@ def bake_prompt(
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids = _add_tokens(tokenizer, prompt)
         _add_rows(draft, prompt, ids)
-        in_template = add_to_template(
-            tokenizer, prompt.slot, "".join(prompt.tokens), prompt.separator
-        )
+        text = "".join(prompt.tokens)
+        in_template = add_to_template(tokenizer, prompt.slot, text, prompt.separator)
         check_space(draft, target, link)
         write(draft, building, link)
         tokenizer.save_pretrained(building)
         _suppress(building, ids)
-        report = PromptReport(
-            target, prompt.tokens, ids, in_template, draft.rounding.get(_ROWS, 0.0)
-        )
+        rounding = draft.rounding.get(_ROWS, 0.0)
+        report = PromptReport(target, prompt.tokens, ids, in_template, rounding)
         if verify:
             report = check_prompt(draft, building, prompt, report, prompts)
         _describe(building, name, prompt, report, draft.steps)
