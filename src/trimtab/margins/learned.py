@@ -100,10 +100,11 @@ def learn_sets(lm: LanguageModel, behavior: Behavior, *, seed: int = 0) -> Learn
     chosen = [row for s in SIDES for row in [r for r in rows if r.side == s][:MOST]]
     for side in SIDES:
         if not any(row.side == side for row in chosen):
+            common = Counter(found[side].tolist()).most_common(3)
+            most = ", ".join(f"{token_text(lm, token)!r} {count}" for token, count in common)
             raise TrimtabError(
                 asked=f"readout sets of {behavior.name!r} learned from first answer tokens",
-                found=f"no token that tells {side} answers apart (most frequent: "
-                f"{_frequent(lm, found[side])})",
+                found=f"no token that tells {side} answers apart (most frequent: {most})",
                 advice="give readout words, or prompts whose answers open differently",
             )
     sets = {s: tuple(sorted(r.token for r in chosen if r.side == s)) for s in SIDES}
@@ -140,8 +141,3 @@ def _greedy(lm: LanguageModel, behavior: Behavior, side: str) -> Tensor:
     prompts = [example.prompt for example in getattr(behavior, side)]
     parts = [prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS)]
     return torch.cat([lm.next_logits(part).argmax(-1) for part in parts])
-
-
-def _frequent(lm: LanguageModel, ids: Tensor) -> str:
-    common = Counter(ids.tolist()).most_common(3)
-    return ", ".join(f"{token_text(lm, token)!r} {count}" for token, count in common)

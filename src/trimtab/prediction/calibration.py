@@ -17,6 +17,7 @@ from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.summary import mean
 from trimtab.models.model import LanguageModel
 from trimtab.passes.decisions import decisions
+from trimtab.prediction.predict import arrival
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number, with_interval
 from trimtab.steering.layers import default_layers
@@ -143,7 +144,9 @@ def calibration(
         placed = vector.select(layers=at, scope=scope)
         rows = curve(evaluator, placed, [side * m for m in magnitudes], side, seed=seed)
         edge = cliff(evaluator, placed, side, rows)
-        push = None if edge is None else edge * _arrival(lm, placed, evaluator, side)
+        push = None
+        if edge is not None:
+            push = edge * arrival(decisions(lm, placed, evaluator.prompts(evaluator.scored(side))))
         places.append(Place(placed.layers, str(placed.scope), side, tuple(rows), edge, push))
         if progress is not None:
             progress(len(places), len(todo))
@@ -176,9 +179,3 @@ def cliff(
     if beyond == math.inf:
         return None
     return beyond if within else 0.0
-
-
-def _arrival(lm: LanguageModel, vector: VectorSteering, evaluator: Evaluator, side: int) -> float:
-    """|J push| / |stream| in front of the final norm at m = 1, the mean over prompts."""
-    found = decisions(lm, vector, evaluator.prompts(evaluator.scored(side)))
-    return float((found.stream_slope.norm(dim=-1) / found.stream.norm(dim=-1)).mean())

@@ -28,7 +28,7 @@ from trimtab.evaluation.evaluate import Evaluator, Unsteered
 from trimtab.evaluation.readout import readout_tokens
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.passes.decisions import answer_variance, decisions
+from trimtab.passes.decisions import Decisions, answer_variance, decisions
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.vector import VectorSteering
 from trimtab.theory.tilt import Tilt
@@ -182,7 +182,6 @@ def predict_strength(
         kappa = math.sqrt(2 * nats / mean_spread) if mean_spread > 0 else math.inf
         rows.append(BudgetStrength(nats, kappa, middle, low, high))
     steepest = Counter(tilt.collapse_token(side).tolist())
-    arrived = found.stream_slope.double().norm(dim=-1) / found.stream.double().norm(dim=-1)
     return StrengthPrediction(
         behavior=behavior.name,
         label=vector.at(side).label,
@@ -193,7 +192,7 @@ def predict_strength(
         prompts=len(scored),
         budgets=tuple(rows),
         trusted=trusted(lm, vector, scored, tilt, side),
-        cumulative=float(arrived.mean()),
+        cumulative=arrival(found),
         gap_slope=None if words is None else side * gap_slope(tilt, words.toward, words.away),
         windows=tuple(windows),
         reach=sum(steepest[token] for token in wanted) / len(scored) if wanted else None,
@@ -202,6 +201,12 @@ def predict_strength(
             for token, count in steepest.most_common(3)
         ),
     )
+
+
+def arrival(found: Decisions) -> float:
+    """Return |J push| / |stream| in front of the final norm at m = 1, the mean over prompts."""
+    ratio = found.stream_slope.double().norm(dim=-1) / found.stream.double().norm(dim=-1)
+    return float(ratio.mean())
 
 
 def gap_slope(tilt: Tilt, toward: Sequence[int], away: Sequence[int]) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.evaluate import Evaluation, Evaluator
+from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.spread import run_each
 from trimtab.evaluation.summary import Summary, alpha_text, mean, raw_alphas, summary
 from trimtab.models.model import LanguageModel
@@ -226,7 +226,9 @@ def tune(
             lm, splits.named("test"), max_new_tokens=max_new_tokens, max_prompts=max_prompts,
             unsteered=search.full.known,
         )  # fmt: skip
-        result, base, nulls = _on_test(test, chosen, search.side, seed)
+        random = [random_null(chosen, each) for each in null_seeds(seed, NULLS)]
+        levers = [(lever, search.side) for lever in (chosen, None, *random)]
+        result, base, *nulls = run_each(test, levers)
         search.step()
         gain = paired_bootstrap(result.scores, base.scores, seed)
         null = mean([mean(each.scores) for each in nulls])
@@ -279,14 +281,6 @@ def tune(
     note = {"budget": budget, "window": window, "score": row.score, "null": null}
     kept["provenance"] = {**chosen.provenance, "tuned": note}
     return Tuned(**kept, report=report)
-
-
-def _on_test(
-    test: Evaluator, chosen: VectorSteering, side: int, seed: int
-) -> tuple[Evaluation, Evaluation, list[Evaluation]]:
-    nulls = [random_null(chosen, each) for each in null_seeds(seed, NULLS)]
-    result, base, *random = run_each(test, [(lever, side) for lever in (chosen, None, *nulls)])
-    return result, base, random
 
 
 def _plain(tuned: Tuned) -> VectorSteering:

@@ -127,11 +127,18 @@ def recovered(
     for name, values in gaps.items():
         if values is not None and rest is not None:
             moved[name] = (values - rest).tolist()
+    effects: list[Effect] = []
+    for name, result in results.items():
+        values = gaps[name]
+        mean_gap = None if values is None else float(values.mean())
+        score = Interval(mean(result.scores), *share_interval(result.scores, seed))
+        damage = result.damage(seed).p95
+        effects.append(Effect(name, mean_gap, score, mean(result.coherences), damage))
     return Recovered(
         behavior=data.name,
         sign=sign,
         n=len(prompts),
-        effects=tuple(_effect(n, r, gaps[n], seed) for n, r in results.items()),
+        effects=tuple(effects),
         gap=_share(moved["after"], moved["before"], seed) if moved else None,
         score=_behavior(results, seed),
         null_gap=_share(moved["null"], moved["before"], seed)[0] if "null" in moved else None,
@@ -171,13 +178,3 @@ def _behavior(results: dict[str, Evaluation], seed: int) -> Interval | None:
         return None
     ends = sorted(1 + bound / moved for bound in paired_bootstrap(after, before, seed))
     return Interval((mean(after) - mean(rest)) / moved, *ends)
-
-
-def _effect(name: str, result: Evaluation, gaps: torch.Tensor | None, seed: int) -> Effect:
-    return Effect(
-        name=name,
-        gap=None if gaps is None else float(gaps.mean()),
-        score=Interval(mean(result.scores), *share_interval(result.scores, seed)),
-        coherence=mean(result.coherences),
-        damage_p95=result.damage(seed).p95,
-    )
