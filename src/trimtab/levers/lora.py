@@ -23,6 +23,7 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError, extra
 from trimtab.levers.conversions.conversion import Levered
 from trimtab.methods.registry import Task
+from trimtab.methods.training import answer_logits, answer_tokens, log_likelihoods
 from trimtab.methods.wanted import Answered, own_answers, wanted_answers
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
@@ -215,14 +216,7 @@ def _inject(
 def _answers(lm: LanguageModel, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Float32 logits `[tokens, vocab]` before each answer token, and the tokens; one batch."""
     (batch,) = lm.batches(texts, sum(len(t.ids) for t in texts) * len(texts), len(texts))
-    lengths = torch.tensor(
-        [len(texts[i].ids) - texts[i].prompt_length for i in batch.rows.tolist()]
-    )
-    longest = int(lengths.max())
-    logits = lm.forward(batch, logits_to_keep=longest + 1)[:, :-1]
-    # Rows are padded on the left, so every answer ends in the last column.
-    inside = (torch.arange(longest) >= (longest - lengths)[:, None]).to(logits.device)
-    return logits[inside].float(), batch.input_ids[:, -longest:].to(logits.device)[inside]
+    return answer_logits(lm, batch, texts)[:2]
 
 
 def _divergence(
@@ -239,11 +233,5 @@ def _divergence(
     return (before.exp() * (before - after)).sum(-1).mean()
 
 
-@torch.no_grad()
 def _loss(lm: LanguageModel, texts: Sequence[Encoded]) -> float:
-    total, count = 0.0, 0
-    for start in range(0, len(texts), 16):
-        logits, tokens = _answers(lm, texts[start : start + 16])
-        total += float(nn.functional.cross_entropy(logits, tokens, reduction="sum"))
-        count += len(tokens)
-    return total / count
+    return float(-log_likelihoods(lm, texts).sum() / answer_tokens(texts).sum())

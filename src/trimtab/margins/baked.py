@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.steering.hooks import OPERATIONS
 from trimtab.steering.nulls import null_seeds, random_null
 from trimtab.steering.scope import Scope
+from trimtab.steering.together import Together
 from trimtab.steering.vector import VectorSteering
 
 NULLS = 3
@@ -74,9 +74,8 @@ def null_changes(
     gap = before.gap
     moved = dict.fromkeys(encoded, 0.0)
     for null_seed in null_seeds(seed, NULLS):
-        with ExitStack() as stack:
-            for number, vector in enumerate(vectors):
-                stack.enter_context(random_null(vector, null_seed + 101 * number).on(lm))
+        nulls = [random_null(v, null_seed + 101 * number) for number, v in enumerate(vectors)]
+        with Together(tuple(nulls)).on(lm):
             for side, prompts in encoded.items():
                 after = read(lm, before.resolution.tokens, prompts).gaps[gap.aggregator]
                 moved[side] += (float(after.mean()) - gap.sides[side].gap.mean) / NULLS

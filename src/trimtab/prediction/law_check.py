@@ -177,7 +177,6 @@ def check_laws(
             low, middle, high = quartiles(measured[there] / nats)
             strength = float(m[there].median()) if bool(there.any()) else math.inf
             rows.append(BudgetCheck(name, nats, strength, middle, low, high))
-    peaks, inside = _peaks(fan, tilt)
     token, right = _collapse(lm, fan, vector, side, found.stream)
     return LawCheck(
         label=vector.at(side).label,
@@ -187,8 +186,7 @@ def check_laws(
         prompts=len(prompts),
         budgets=tuple(rows),
         exponent=_exponent(lm, vector, prompts, tilt, side),
-        peaks=peaks,
-        peaks_inside=inside,
+        **_peaks(fan, tilt),
         one_bump=_one_bump(fan, tilt),
         collapse=None if token is None else str(lm.tokenizer.decode([token])),
         collapse_right=right,
@@ -271,22 +269,24 @@ def _around_zero(fan: Fan, tilt: Tilt, nats: float) -> tuple[Tensor, Tensor]:
     return grid, fan.next_logits(grid.tolist()).double().log_softmax(-1)
 
 
-def _peaks(fan: Fan, tilt: Tilt) -> tuple[float, float]:
+def _peaks(fan: Fan, tilt: Tilt) -> dict[str, float]:
     """Rank correlation of predicted and measured peaks: all tokens, and those predicted inside."""
     grid, logp = _around_zero(fan, tilt, SMALL)
     radius = float(grid[-1])
     predicted = tilt.peaks().clamp(-radius, radius)
-    every: list[float] = []
-    inside: list[float] = []
+    found: dict[str, list[float]] = {"peaks": [], "peaks_inside": []}
     for i in range(logp.shape[1]):
         likely = (tilt.log_p0[i] > LIKELY).nonzero().flatten()
         top = _top(logp[:, i, likely], grid).clamp(-radius, radius)
         guess = predicted[i, likely]
         within = guess.abs() < radius
-        for listed, chosen in ((every, torch.ones_like(within)), (inside, within)):
+        for listed, chosen in zip(found.values(), (torch.ones_like(within), within), strict=True):
             if int(chosen.sum()) >= 3:
                 listed.append(spearman(guess[chosen], top[chosen]))
-    return _median(every), _median(inside)
+    return {
+        name: float(torch.tensor(values or [math.nan], dtype=torch.float64).nanquantile(0.5))
+        for name, values in found.items()
+    }
 
 
 def _one_bump(fan: Fan, tilt: Tilt) -> float:
@@ -299,10 +299,6 @@ def _one_bump(fan: Fan, tilt: Tilt) -> float:
         falls += int((fallen[:-1] & again).any(0).sum())
         total += curve.shape[1]
     return 1 - falls / total if total else math.nan
-
-
-def _median(values: list[float]) -> float:
-    return float(torch.tensor(values or [math.nan], dtype=torch.float64).nanquantile(0.5))
 
 
 def _top(curve: Tensor, grid: Tensor) -> Tensor:

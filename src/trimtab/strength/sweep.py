@@ -167,7 +167,9 @@ def sweep(
 
     run_groups(evaluator, vector, groups, done)
     ordered = tuple(rows[point] for point in points)
-    return Sweep(behavior.name, _name(vector), tuple(vector.layers), ordered)
+    method = vector.provenance.get("method") or "vector"
+    label = f"{method} ({vector.operation}, {vector.scope})"
+    return Sweep(behavior.name, label, tuple(vector.layers), ordered)
 
 
 def _header(evaluator: Evaluator, vector: VectorSteering, seed: int) -> dict[str, object]:
@@ -213,8 +215,3 @@ def _written(
             if (row.strength, row.sign) in points:
                 found[row.strength, row.sign] = row
     return found
-
-
-def _name(vector: VectorSteering) -> str:
-    method = vector.provenance.get("method")
-    return f"{method or 'vector'} ({vector.operation}, {vector.scope})"

@@ -8,7 +8,6 @@ every point (weights/routes/low_rank.py has the algebra).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from trimtab.levers.conversions.conversion import Conversion
@@ -76,15 +75,12 @@ def ablation_to_weights(
     lever = ablating(vector, layer)
     embed = lever.vectors[0]
     c = embed.directions[0]
-    everywhere = [_at(embed, "resid_pre"), _at(embed, "resid_post")]
-    if not lm.sites.parallel:
-        everywhere.insert(1, _at(embed, "resid_mid"))
+    sites = ("resid_pre", *(() if lm.sites.parallel else ("resid_mid",)), "resid_post")
+    everywhere = [embed.select(site=site, layers=tuple(embed.directions)) for site in sites]
     plain = lm.next_logits(list(prompts))
     with lever.on(lm):
         written = lm.next_logits(list(prompts))
-    with ExitStack() as stack:
-        for each in everywhere:
-            stack.enter_context(each.on(lm))
+    with Together(tuple(everywhere)).on(lm):
         projected = lm.next_logits(list(prompts))
     chosen = next(k for k, v in vector.directions.items() if bool((v == c).all()))
     return AblationAsWeights(
@@ -100,8 +96,3 @@ def ablating(vector: VectorSteering, layer: int | None = None) -> Together:
     """Return the lever that takes a share m of one direction out of every writer, at m = 1."""
     plain = vector.at(1.0).select(operation="ablate", scope="all")
     return Together(tuple(v.at(1.0) for v in at_every_writer(plain, layer)), "ablation")
-
-
-def _at(embed: VectorSteering, site: str) -> VectorSteering:
-    """The same projection at one kind of site in every layer."""
-    return embed.select(site=site, layers=tuple(embed.directions))
