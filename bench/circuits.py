@@ -13,17 +13,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common import emit, random_llama
 from trimtab.behaviors.file import load_behavior
 from trimtab.evaluation.evaluate import Evaluator
+from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
 from trimtab.mechanism.circuits.faithful import Samples, minimal_circuit
 from trimtab.mechanism.circuits.interchange import interchange
-from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
+from trimtab.mechanism.circuits.teacher_forced import token_runs
 from trimtab.methods import find
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -111,13 +111,13 @@ def _correlation(first: torch.Tensor, second: torch.Tensor) -> float:
 def study(lm: LanguageModel, name: str, work: Path) -> dict[str, object]:
     """Attribute, patch, cut out circuits and exchange them, for one behavior."""
     chosen = vectors(lm, name, work)
-    split = load_behavior(name).split(0)
+    behavior = load_behavior(name)
+    split = behavior.split(0)
     circuits, samples, rows = {}, {}, []
     levers = {method: vector for method, (vector, _) in chosen.items()}
     for method, vector in levers.items():
-        limits: dict[str, Any] = {"max_prompts": PROMPTS, "signs": (1,)}
-        train = four_sets(lm, split.named("validation"), vector, **limits)
-        held_out = four_sets(lm, split.named("test"), vector, **limits)
+        case = Case(lm, behavior, vector, (1,), PROMPTS)
+        train, held_out = case.runs(split.validation), case.runs(split.test)
         started = time.perf_counter()
         found = attribute(lm, train)
         seconds = time.perf_counter() - started
@@ -134,7 +134,7 @@ def study(lm: LanguageModel, name: str, work: Path) -> dict[str, object]:
         }
         if method == "next_token":
             row["against_exact"] = agreement(lm, train, found)
-            row["random_vectors"] = nulls(lm, split, vector, found, circuit.size, scored)
+            row["random_vectors"] = nulls(case, found, circuit.size, scored)
         rows.append(row)
         print(name, method, f"{circuit.share:.3f}", flush=True)
     table = interchange(levers, circuits, samples)
@@ -142,21 +142,13 @@ def study(lm: LanguageModel, name: str, work: Path) -> dict[str, object]:
     return {"behavior": name, "methods": rows, "interchange": table.to_dict()}
 
 
-def nulls(
-    lm: LanguageModel,
-    split: Any,
-    vector: VectorSteering,
-    found: Attribution,
-    size: int,
-    samples: Samples,
-) -> list[dict[str, object]]:
+def nulls(case: Case, found: Attribution, size: int, samples: Samples) -> list[dict[str, object]]:
     """Attribute random vectors as long, and run their highest edges under the real vector."""
     rows: list[dict[str, object]] = []
     top = found.top(found.graph.n_edges // 10)
     for seed in range(NULLS):
-        null = random_null(vector, seed)
-        sets = four_sets(lm, split.named("validation"), null, max_prompts=PROMPTS, signs=(1,))
-        other = attribute(lm, sets)
+        null = case.under(random_null(case.vector, seed))
+        other = attribute(case.lm, null.runs(case.splits.validation))
         shared = other.top(int(top.sum())) & top
         rows.append(
             {

@@ -28,7 +28,6 @@ from trimtab.evaluation import judge_for
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import summary
 from trimtab.mechanism.case import Case
-from trimtab.mechanism.circuits.teacher_forced import four_sets
 from trimtab.mechanism.sparse.curve import sparsity_curve
 from trimtab.mechanism.sparse.dimensions import ORDERS, dimension_effects, dimension_scores
 from trimtab.methods import find
@@ -190,7 +189,7 @@ def effects_at(
     runs = [
         run
         for sign, m in strengths.items()
-        for run in four_sets(lm, train, vector.at(m), signs=(sign,)).values()
+        for run in Case(lm, behavior, vector.at(m), (sign,), 16).runs(train).values()
     ]
     return dimension_effects(lm, runs)
 

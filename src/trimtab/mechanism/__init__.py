@@ -2,7 +2,7 @@
 
 from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.attribution import Attribution, attribute
-from trimtab.mechanism.circuits.teacher_forced import four_sets, token_runs
+from trimtab.mechanism.circuits.teacher_forced import token_runs
 from trimtab.mechanism.explained import Explanation, explain
 from trimtab.mechanism.frozen.freeze import freeze_table
 from trimtab.mechanism.geometry.geometry import geometry
@@ -16,7 +16,6 @@ __all__ = [
     "Explanation",
     "attribute",
     "explain",
-    "four_sets",
     "freeze_table",
     "geometry",
     "sparsify",

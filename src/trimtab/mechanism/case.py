@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import count, product
 from typing import Any, TypeVar
 
 from trimtab.behaviors.behavior import Behavior, Splits
@@ -17,7 +17,12 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.judges import Judge, judge_for
 from trimtab.evaluation.readout import ReadoutTokens, readout_tokens
-from trimtab.mechanism.circuits.teacher_forced import TokenRuns, four_sets, scored_prompts
+from trimtab.mechanism.circuits.teacher_forced import (
+    RESPONSES,
+    TokenRuns,
+    scored_prompts,
+    token_runs,
+)
 from trimtab.models import generation
 from trimtab.models.chat import Encoded, Prompt
 from trimtab.models.model import LanguageModel
@@ -86,16 +91,30 @@ class Case:
         return scored_prompts(part, sign)[: self.max_prompts]
 
     def runs(self, part: Behavior) -> dict[str, TokenRuns]:
-        """Return the sets that the vector is read on, as `four_sets`."""
-        return four_sets(
-            self.lm,
-            part,
-            self.vector,
-            max_prompts=self.max_prompts,
-            max_new_tokens=self.max_new_tokens,
-            signs=self.signs,
-            unsteered=self.unsteered,
-        )
+        """Return the sets that the vector is read on, by direction and by whose response it is.
+
+        Steering toward runs at |m| on prompts that do not show the behavior, steering away at -|m|
+        on prompts that do: "toward/steered", "toward/base", "away/steered", "away/base". A set that
+        the steering does not change at all is left out.
+
+        Raises:
+            TrimtabError: the steering changes nothing in any set.
+        """
+        found: dict[str, TokenRuns] = {}
+        refusal: TrimtabError | None = None
+        for sign, responses in product(self.signs, RESPONSES):
+            name = f"{'toward' if sign > 0 else 'away'}/{responses}"
+            at, prompts = self.vector.at(sign * abs(self.vector.strength)), self.prompts(part, sign)
+            length = self.max_new_tokens
+            try:
+                found[name] = token_runs(
+                    self.lm, at, prompts, responses, length, name, self.unsteered
+                )
+            except TrimtabError as error:
+                refusal = error
+        if not found and refusal is not None:
+            raise refusal
+        return found
 
     def unsteered(self, encoded: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
         """Return the unsteered greedy answers in tokens; each is written once."""

@@ -41,13 +41,12 @@ class LayerAnatomy:
 
     def role(self, kind: str) -> Projection:
         """Return the projection of queries, keys or values."""
-        return {"query": self.heads.query, "key": self.heads.key, "value": self.heads.value}[kind]
+        return getattr(self.heads, kind)
 
     def contributions(self, mixed: Tensor) -> Tensor:
         """Return what each head adds to the stream, `[heads, batch, seq, d_model]`, float32.
 
-        Args:
-            mixed: what the output projection is given, `[batch, seq, heads * head_dim]`.
+        `mixed` is what the output projection is given, `[batch, seq, heads * head_dim]`.
         """
         n = self.heads.n_heads
         by_head = mixed.float().unflatten(-1, (n, self.heads.head_dim))
@@ -64,19 +63,14 @@ class LayerAnatomy:
     def projected(self, kind: str, streams: Tensor) -> Tensor:
         """Return each head's rows of a projection, each read from a stream of its own.
 
-        Args:
-            kind: "query", "key" or "value".
-            streams: `[heads of that kind, batch, seq, d_model]`, before the norm.
-
-        Returns:
-            `[batch, seq, heads of that kind, head_dim]`.
+        From streams `[heads of that kind, batch, seq, d_model]`, before the norm, to
+        `[batch, seq, heads of that kind, head_dim]`.
         """
         role = self.role(kind)
-        weights = role.weights()
-        reference = weights.to(streams.device)
-        normed = self.normed(streams, reference.dtype)
+        weights = role.weights().to(streams.device)
+        normed = self.normed(streams, weights.dtype)
         count, rows, seq, width = normed.shape
-        made = torch.bmm(normed.reshape(count, rows * seq, width), reference.transpose(1, 2))
+        made = torch.bmm(normed.reshape(count, rows * seq, width), weights.transpose(1, 2))
         made = made.view(count, rows, seq, -1).permute(1, 2, 0, 3)
         bias = role.biases()
         return made if bias is None else made + bias.to(made)
@@ -88,11 +82,7 @@ class LayerAnatomy:
 
 
 def anatomy_of(lm: LanguageModel) -> tuple[LayerAnatomy, ...]:
-    """Return every layer's anatomy, read at first use.
-
-    Raises:
-        TrimtabError: an attention or a norm of no known form.
-    """
+    """Return every layer's anatomy, read at first use; refuse a form that is not known."""
     found = _KNOWN.get(lm.model)
     if found is None:
         found = _KNOWN[lm.model] = tuple(
@@ -118,12 +108,8 @@ def _form(lm: LanguageModel, norm: nn.Module | None, layer: int) -> NormForm | N
 def pulled_back(form: NormForm | None, stream: Tensor, cotangent: Tensor) -> Tensor:
     """Return the gradient by a norm's input from that by its output.
 
-    With y = c(x) / rho and w' = g * w it is c(w' - y mean(w' y)) / rho.
-
-    Args:
-        form: the norm; None for the identity.
-        stream: the norm's input `[batch, seq, d_model]`.
-        cotangent: gradient by its output `[..., batch, seq, d_model]`.
+    With y = c(x) / rho and w' = g * w it is c(w' - y mean(w' y)) / rho, for the input x
+    `[batch, seq, d_model]` and the gradient w by the output `[..., batch, seq, d_model]`.
     """
     if form is None:
         return cotangent

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.anatomy import ROLES, anatomy_of, pulled_back
 from trimtab.mechanism.circuits.graph import Graph, Node, build_graph
-from trimtab.mechanism.circuits.record import Record, record
+from trimtab.mechanism.circuits.record import Record, Streams, record, watching
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
-from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import VectorSteering
 
@@ -178,7 +177,6 @@ def attribute(
     sets: TokenRuns | Mapping[str, TokenRuns],
     *,
     steps: int = STEPS,
-    progress: Progress | None = None,
 ) -> Attribution:
     """Score every edge of a steered model.
 
@@ -187,32 +185,22 @@ def attribute(
         sets: one set of runs, or several, whose vectors differ in nothing but the strength; scores are
             means over all samples.
         steps: T of the midpoint rule.
-        progress: called with (passes done, passes in all).
 
     Raises:
-        TrimtabError: no samples, an attention that cannot be taken apart, or scores that are not
-            finite.
+        TrimtabError: an attention that cannot be taken apart, or scores that are not finite.
     """
     listed = [sets] if isinstance(sets, TokenRuns) else list(sets.values())
-    if not listed or steps < 1:
-        raise TrimtabError(
-            asked=f"an attribution over {len(listed)} sets in {steps} steps",
-            found="nothing to do",
-            advice="give at least one set of runs and one step",
-        )
     graph = build_graph(lm, listed[0].vector)
     width = (len(graph.sources) + len(graph.targets)) * lm.d_model * 4
     room = max(64, MEMORY // width)
-    work = [(runs, *pair) for runs in listed for pair in runs.batches(lm, min(2048, room))]
+    work = ((runs, *pair) for runs in listed for pair in runs.batches(lm, min(2048, room)))
     total = torch.zeros(graph.edges.shape, dtype=torch.float64)
     effect, samples = 0.0, 0
-    for done, (runs, batch, targets) in enumerate(work):
+    for runs, batch, targets in work:
         recorded = record(lm, graph, runs.vector, batch, targets)
         gradients = _Gradients(lm, graph, batch, targets, recorded)
         for step in range(steps):
             gradients.add(runs.vector.at(runs.vector.strength * (step + 0.5) / steps))
-            if progress is not None:
-                progress(done * steps + step + 1, len(work) * steps)
         total += gradients.scores(recorded.changes) / steps
         effect += float((recorded.steered_metric - recorded.base_metric).sum())
         samples += len(batch.rows)
@@ -249,28 +237,26 @@ class _Gradients:
         with torch.no_grad():
             end = ("logits", self.lm.n_layers)
             self._add(end, found[end][None].float())
-            for layer, stream in seen.mlp.items():
-                key = ("mlp", layer)
-                self._add(key, pulled_back(anatomy[layer].mlp_norm, stream, found[key][None]))
+            for kind, layer in names:
+                if kind == "mlp":
+                    form, stream = anatomy[layer].mlp_norm, seen.streams.mlp[layer]
+                    self._add((kind, layer), pulled_back(form, stream, found[kind, layer][None]))
             for (kind, layer), owner in seen.roles.items():
                 role = anatomy[layer].role(kind)
                 rows = found[owner][..., role.rows].float()
                 weights = role.weights().to(rows.device).float()
                 each = torch.einsum("bshw,hwd->hbsd", rows, weights)
-                back = pulled_back(anatomy[layer].norm, seen.attention[layer], each)
+                back = pulled_back(anatomy[layer].norm, seen.streams.attention[layer], each)
                 self._add((kind, layer), back)
 
     def _add(self, key: Key, part: Tensor) -> None:
-        old = self.sums.get(key)
-        self.sums[key] = part if old is None else old + part
+        self.sums[key] = self.sums[key] + part if key in self.sums else part
 
     def scores(self, changes: Tensor) -> Tensor:
         """Return sum over positions of change . gradient, float64 `[targets, sources]`."""
         result = torch.zeros(self.graph.edges.shape, dtype=torch.float64)
         for (kind, layer), gradient in self.sums.items():
-            first = self.graph.target_at[
-                Node(kind, layer, None if kind in ("mlp", "logits") else 0)
-            ]
+            first = self.graph.target_at[Node(kind, layer, 0 if kind in ROLES else None)]
             used = int(self.graph.edges[first].sum())
             rows = gradient.flatten(1).to(changes.device) @ changes[:used].flatten(1).T
             result[first : first + len(gradient), :used] = rows.cpu().double()
@@ -286,38 +272,31 @@ class _Seen:
 
     outputs: dict[Key, Tensor] = field(default_factory=dict)
     roles: dict[Key, Key] = field(default_factory=dict)
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    mlp: dict[int, Tensor] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams)
 
 
 @contextmanager
 def _traced(lm: LanguageModel, graph: Graph, start: int) -> Iterator[_Seen]:
     """Keep the outputs of projections and the inputs of MLPs and the final norm as graph nodes.
 
-    Args:
-        lm: the model.
-        graph: whose targets are wanted.
-        start: the block at whose input differentiation begins.
+    Differentiation begins at the input of the block `start`.
     """
     sites, seen, anatomy = lm.sites, _Seen(), anatomy_of(lm)
+    layers = sorted({target.layer for target in graph.targets if target.kind != "logits"})
 
     def begin(hidden: Tensor) -> None:
         if not hidden.requires_grad:
             hidden.requires_grad_()
-
-    def stream(kept: dict[int, Tensor], layer: int, hidden: Tensor) -> None:
-        kept[layer] = hidden.detach()
 
     def apart(key: Key, hidden: Tensor) -> Tensor:
         """A copy of the input, so that its gradient is that of this reader alone."""
         copy = seen.outputs[key] = hidden.clone()
         return copy
 
-    with Hooks() as hooks:
+    with Hooks() as hooks, watching(lm, layers, seen.streams):
         hooks.before(sites.blocks[start], begin)
-        for layer in range(lm.n_layers):
+        for layer in layers:
             if Node("query", layer, 0) in graph.target_at:
-                hooks.before(sites.blocks[layer], partial(stream, seen.attention, layer))
                 owners: dict[nn.Module, Key] = {}
                 for kind in ROLES:
                     module = anatomy[layer].role(kind).module
@@ -326,8 +305,6 @@ def _traced(lm: LanguageModel, graph: Graph, start: int) -> Iterator[_Seen]:
                         hooks.after(module, partial(seen.outputs.__setitem__, (kind, layer)))
                     seen.roles[kind, layer] = owners[module]
             if Node("mlp", layer) in graph.target_at:
-                middle = sites.blocks[layer] if sites.parallel else sites.middle[layer]
-                hooks.before(middle, partial(stream, seen.mlp, layer))
                 hooks.before(sites.mlp[layer], partial(apart, ("mlp", layer)))
         assert sites.final_norm is not None  # the graph was built
         hooks.before(sites.final_norm, partial(apart, ("logits", lm.n_layers)))

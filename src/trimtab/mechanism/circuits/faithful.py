@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.mechanism.circuits.attribution import Attribution
 from trimtab.mechanism.circuits.graph import Graph
 from trimtab.mechanism.circuits.record import Record, record
@@ -23,7 +22,6 @@ from trimtab.mechanism.circuits.run import run_circuit
 from trimtab.mechanism.circuits.teacher_forced import Targets, TokenRuns
 from trimtab.models.batch import Batch
 from trimtab.models.model import LanguageModel
-from trimtab.results import Progress
 from trimtab.results.intervals import ratio_bootstrap
 from trimtab.results.tables import Printable, Table, number, with_interval
 
@@ -39,8 +37,6 @@ class Faithfulness:
     Attributes:
         edges: how many, those on no path from the steering to the logits left out.
         value: over all samples; `low` to `high` is a bootstrap interval over samples.
-        low: see `value`.
-        high: see `value`.
     """
 
     edges: int
@@ -66,8 +62,6 @@ class Samples:
             for batch, targets in runs.batches(lm, max_tokens=min(2048, room)):
                 recorded = record(lm, graph, runs.vector, batch, targets)
                 self.parts.append((batch, targets, recorded))
-        if not self.parts:
-            raise TrimtabError("a circuit", "no samples to run it on", "give at least one set")
 
     def faithfulness(self, chosen: Tensor, seed: int = 0) -> Faithfulness:
         """Run a circuit, bool `[targets, sources]`."""
@@ -90,7 +84,6 @@ class Circuit(Printable):
         threshold: the faithfulness asked for.
         n_edges: of the whole graph.
         size: how many of the highest edges are taken; `share` of all.
-        share: see `size`.
         chosen: its faithfulness on the samples that the size was chosen on.
         held_out: on other samples.
         complement: of all edges but these, on the other samples.
@@ -129,29 +122,18 @@ def minimal_circuit(
     *,
     threshold: float = THRESHOLD,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Circuit:
     """Find the fewest highest edges that reach a faithfulness.
 
-    Sizes grow by a half until one passes; the last step is bisected to 2 % of the size. A circuit
-    that passes may have a larger one that does not: the smallest size seen to pass is reported, and
-    the curve shows the others.
-
-    Args:
-        found: scores of the edges.
-        chosen_on: samples that the size is chosen on.
-        scored_on: other samples.
-        threshold: the faithfulness asked for.
-        seed: of the random circuits and intervals.
-        progress: called with (circuits run, circuits in all, as far as known).
+    Sizes grow by a half until one passes on `chosen_on`; the last step is bisected to 2 % of the
+    size. A circuit that passes may have a larger one that does not: the smallest size seen to pass
+    is reported, and the curve shows the others.
     """
     graph, total = found.graph, found.graph.n_edges
     curve: dict[int, Faithfulness] = {}
 
     def passes(size: int) -> bool:
         curve[size] = chosen_on.faithfulness(found.top(size), seed)
-        if progress is not None:
-            progress(len(curve), max(24, len(curve)))
         return curve[size].value >= threshold
 
     low, high = 0, max(1, len(graph.targets) // 8)

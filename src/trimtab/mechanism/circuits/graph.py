@@ -8,6 +8,7 @@ each target that comes after it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.mechanism.circuits.anatomy import ROLES
 from trimtab.models.heads import heads_of
 from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
@@ -84,59 +86,32 @@ class Graph:
         return {node: i for i, node in enumerate(self.targets)}
 
     def pruned(self, chosen: Tensor) -> Tensor:
-        """Keep those of the chosen edges that lie on a path from the steering to the logits.
-
-        Args:
-            chosen: bool `[targets, sources]`.
-        """
+        """Keep those of the chosen edges that lie on a path from the steering to the logits."""
         kept = chosen & self.edges
+        steers = torch.tensor([source.kind == "steer" for source in self.sources])
+        ends = torch.tensor([target.kind == "logits" for target in self.targets])
         while True:
-            # A head is fed by its query, its key group or its value group; an MLP by its input.
-            fed = torch.tensor(
-                [n.kind == "steer" or self._is_fed(n, kept) for n in self.sources],
-                dtype=torch.bool,
-            )
-            read = torch.tensor(
-                [t.kind == "logits" or self._is_read(t, kept) for t in self.targets],
-                dtype=torch.bool,
-            )
-            smaller = kept & fed[None, :] & read[:, None]
+            fed = steers | (self._inputs & kept.any(1)).any(1)
+            read = ends | (self._inputs & kept.any(0)[:, None]).any(0)
+            smaller = kept & fed & read[:, None]
             if torch.equal(smaller, kept):
                 return kept
             kept = smaller
 
-    def _is_fed(self, source: Node, kept: Tensor) -> bool:
-        return any(bool(kept[self.target_at[t]].any()) for t in self._inputs[source])
-
-    def _is_read(self, target: Node, kept: Tensor) -> bool:
-        return any(bool(kept[:, self.source_at[s]].any()) for s in self._outputs[target])
-
     @cached_property
-    def _inputs(self) -> dict[Node, list[Node]]:
-        """Source to the targets through which it reads."""
-        found: dict[Node, list[Node]] = {s: [] for s in self.sources}
-        for target, sources in self._outputs.items():
-            for source in sources:
-                found[source].append(target)
-        return found
-
-    @cached_property
-    def _outputs(self) -> dict[Node, list[Node]]:
-        """Target to the sources that it feeds."""
-        found: dict[Node, list[Node]] = {}
-        for target in self.targets:
-            if target.kind == "mlp":
-                found[target] = [Node("mlp", target.layer)]
-            elif target.kind == "query":
-                found[target] = [Node("head", target.layer, target.head)]
-            elif target.kind in ("key", "value"):
-                mine = [s for s in self.sources if (s.kind, s.layer) == ("head", target.layer)]
-                groups = sum((t.kind, t.layer) == (target.kind, target.layer) for t in self.targets)
-                size = len(mine) // groups
-                assert target.head is not None  # keys and values have one
-                found[target] = mine[target.head * size : (target.head + 1) * size]
-            else:
-                found[target] = []
+    def _inputs(self) -> Tensor:
+        """Through which targets each source reads, bool `[sources, targets]`."""
+        heads = Counter(source.layer for source in self.sources if source.kind == "head")
+        groups = Counter((target.kind, target.layer) for target in self.targets)
+        found = torch.zeros(len(self.sources), len(self.targets), dtype=torch.bool)
+        for node, row in self.source_at.items():
+            if node.kind == "mlp":
+                found[row, self.target_at[node]] = True
+            elif node.head is not None:
+                for kind in ROLES:
+                    # As many heads in a row share a key or value.
+                    size = heads[node.layer] // groups[kind, node.layer]
+                    found[row, self.target_at[Node(kind, node.layer, node.head // size)]] = True
         return found
 
 
@@ -163,12 +138,9 @@ def build_graph(lm: LanguageModel, vector: VectorSteering) -> Graph:
 def layout(
     heads: list[tuple[int, int]], steered: list[tuple[str, int]], parallel: bool = False
 ) -> Graph:
-    """Lay out a graph from counts alone.
+    """Lay out a graph from (heads, key-value heads) per layer and (kind of site, layer) per push.
 
-    Args:
-        heads: per layer (heads, key-value heads).
-        steered: (kind of site, layer) of every place steered.
-        parallel: whether attention and MLP of a block read the same stream.
+    In a `parallel` block attention and MLP read the same stream.
     """
     places = [(4 * layer + ENTERS[site], Node("steer", layer)) for site, layer in steered]
     first = min(time for time, _ in places)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.summary import mean
 from trimtab.mechanism.circuits.faithful import Faithfulness, Samples, random_edges
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.vector import VectorSteering
@@ -31,7 +32,6 @@ class Interchange(Printable):
         random: per vector, that of a random circuit as large as its own.
         overlap: `[circuit][circuit]`, shared edges over the smaller circuit's; `chance` is what two
             random circuits of these sizes share.
-        chance: see `overlap`.
         cosines: `[vector][vector]`, of the directions at the common layers.
     """
 
@@ -56,12 +56,9 @@ class Interchange(Printable):
     def overlap_table(self) -> Table:
         """Return overlaps (chance), and cosines."""
         rows = []
-        for i, name in enumerate(self.names):
-            cells = [
-                f"{number(self.overlap[i][j])} ({number(self.chance[i][j])}); cos "
-                f"{number(self.cosines[i][j])}"
-                for j in range(len(self.names))
-            ]
+        for name, *lines in zip(self.names, self.overlap, self.chance, self.cosines, strict=True):
+            figures = zip(*lines, strict=True)
+            cells = [f"{number(a)} ({number(b)}); cos {number(c)}" for a, b, c in figures]
             rows.append((name, *cells))
         note = "shared edges over the smaller circuit (by chance); cosine of the vectors"
         return Table("Overlap of circuits", ("", *self.names), tuple(rows), (note,))
@@ -73,17 +70,7 @@ def interchange(
     samples: Mapping[str, Samples],
     seed: int = 0,
 ) -> Interchange:
-    """Run each vector's circuit under each vector.
-
-    Args:
-        vectors: name to steering, all at the same site and layers.
-        circuits: name to its edges, bool `[targets, sources]`.
-        samples: name to samples recorded under that vector.
-        seed: of the random circuits and intervals.
-
-    Raises:
-        TrimtabError: vectors that are steered at different places: their graphs differ.
-    """
+    """Run each vector's circuit, bool `[targets, sources]`, on samples recorded under each vector."""
     names = tuple(vectors)
     check_places(list(vectors.values()))
     graph = samples[names[0]].graph
@@ -127,8 +114,5 @@ def check_places(vectors: Sequence[VectorSteering]) -> None:
 
 def _cosine(first: VectorSteering, second: VectorSteering) -> float:
     """Mean cosine over the steered layers."""
-    found = [
-        float(first.directions[layer].double() @ second.directions[layer].double())
-        for layer in first.layers
-    ]
-    return sum(found) / len(found)
+    pairs = ((first.directions[k].double(), second.directions[k].double()) for k in first.layers)
+    return mean([float(a @ b) for a, b in pairs])

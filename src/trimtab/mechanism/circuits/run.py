@@ -27,13 +27,7 @@ def run_circuit(
 ) -> Tensor:
     """Return the logits `[batch, keep, vocab]` of a model in which only some edges carry changes.
 
-    Args:
-        lm: the unsteered model.
-        graph: of the steering.
-        chosen: bool `[targets, sources]`; what is no edge is ignored.
-        recorded: both runs of this batch.
-        batch: the batch.
-        keep: how many last logits.
+    `chosen` is bool `[targets, sources]`; what is no edge is ignored.
     """
     run = _Run(lm, graph, (chosen & graph.edges).to(recorded.changes.device), recorded)
     with Hooks() as hooks:

@@ -42,7 +42,6 @@ class TokenRuns:
         encoded: prompt and response tokens; `prompt_length` is where the response begins.
         steered_next: per sample the steered run's greedy tokens `[response]`.
         base_next: the unsteered run's.
-        dropped: samples left out because the two runs nowhere differ.
     """
 
     name: str
@@ -50,13 +49,6 @@ class TokenRuns:
     encoded: tuple[Encoded, ...]
     steered_next: tuple[Tensor, ...]
     base_next: tuple[Tensor, ...]
-    dropped: int = 0
-
-    @property
-    def masks(self) -> tuple[Tensor, ...]:
-        """Where the two runs differ, per sample bool `[response]`."""
-        pairs = zip(self.steered_next, self.base_next, strict=True)
-        return tuple(steered != base for steered, base in pairs)
 
     @property
     def tokens(self) -> int:
@@ -147,14 +139,8 @@ def token_runs(
         unsteered: gives the unsteered responses of prompts; they are generated when absent.
 
     Raises:
-        TrimtabError: no prompts, or a steering that changes no greedy token of any response.
+        TrimtabError: a steering that changes no greedy token of any response.
     """
-    if responses not in RESPONSES or not prompts or max_new_tokens < 1:
-        raise TrimtabError(
-            asked=f"{responses} responses of {max_new_tokens} tokens to {len(prompts)} prompts",
-            found="nothing to read",
-            advice=f"ask for {' or '.join(RESPONSES)} responses to at least one prompt",
-        )
     asked = [lm.encode(prompt) for prompt in prompts]
     if responses == "steered":
         with vector.on(lm):
@@ -174,14 +160,7 @@ def token_runs(
             found="no greedy token of any response that it changes",
             advice="use a stronger steering (trimtab tune), or prompts that it is meant for",
         )
-    whole = TokenRuns(
-        name or responses,
-        vector,
-        tuple(encoded),
-        tuple(steered),
-        tuple(base),
-        len(encoded) - len(kept),
-    )
+    whole = TokenRuns(name or responses, vector, tuple(encoded), tuple(steered), tuple(base))
     return whole.subset(kept)
 
 
@@ -196,51 +175,3 @@ def greedy_along(lm: LanguageModel, encoded: Sequence[Encoded]) -> list[Tensor]:
         for row, (i, length) in enumerate(zip(batch.rows.tolist(), lengths, strict=True)):
             found[i] = best[row, best.shape[1] - length :]
     return [found[i] for i in range(len(encoded))]
-
-
-def four_sets(
-    lm: LanguageModel,
-    split: Behavior,
-    vector: VectorSteering,
-    *,
-    max_prompts: int | None = 16,
-    max_new_tokens: int = 24,
-    signs: Sequence[int] = (1, -1),
-    unsteered: Unsteered | None = None,
-) -> dict[str, TokenRuns]:
-    """Make the sets that a steering is explained on, by direction and by whose response it is.
-
-    Steering toward runs at |m| on prompts that do not show the behavior, steering away at -|m| on
-    prompts that do. A set that the steering does not change at all is left out.
-
-    Args:
-        lm: the unsteered model.
-        split: the part of the behavior to read.
-        vector: its |strength| is used with both signs.
-        max_prompts: at most so many a direction.
-        max_new_tokens: of a response.
-        signs: the directions wanted.
-        unsteered: see `token_runs`.
-
-    Returns:
-        "toward/steered", "toward/base", "away/steered", "away/base".
-
-    Raises:
-        TrimtabError: the steering changes nothing in any set.
-    """
-    found: dict[str, TokenRuns] = {}
-    refusal: TrimtabError | None = None
-    for sign in signs:
-        prompts = scored_prompts(split, sign)[:max_prompts]
-        at = vector.at(sign * abs(vector.strength))
-        for responses in RESPONSES:
-            name = f"{'toward' if sign > 0 else 'away'}/{responses}"
-            try:
-                found[name] = token_runs(
-                    lm, at, prompts, responses, max_new_tokens, name, unsteered
-                )
-            except TrimtabError as error:
-                refusal = error
-    if not found and refusal is not None:
-        raise refusal
-    return found
