@@ -17,6 +17,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.coherence import Coherence, coherence_for
 from trimtab.evaluation.judges import Judge, judge_for
 from trimtab.evaluation.readout import ReadoutTokens, readout_tokens
+from trimtab.evaluation.summary import mean
 from trimtab.mechanism.circuits.teacher_forced import (
     RESPONSES,
     TokenRuns,
@@ -95,10 +96,7 @@ class Case:
 
         Steering toward runs at |m| on prompts that do not show the behavior, steering away at -|m|
         on prompts that do: "toward/steered", "toward/base", "away/steered", "away/base". A set that
-        the steering does not change at all is left out.
-
-        Raises:
-            TrimtabError: the steering changes nothing in any set.
+        the steering does not change at all is left out; if that is every one, it is refused.
         """
         found: dict[str, TokenRuns] = {}
         refusal: TrimtabError | None = None
@@ -126,6 +124,13 @@ class Case:
             found = generation.answer_ids(self.lm, list(new.values()), max_new_tokens)
             self._known.update(zip(new, found, strict=True))
         return [self._known[key] for key in keys]
+
+    def judged(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], sign: int
+    ) -> tuple[list[float], float]:
+        """Return how far each answer is on the wanted side, and the answers' mean coherence."""
+        verdicts = self.judge(prompts, answers)
+        return [verdict.share(sign) for verdict in verdicts], mean(self.coherence(answers))
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the unsteered greedy answers as text."""

@@ -6,13 +6,13 @@ Every sentence is put together from measured figures by the rules below; none is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trimtab.mechanism.circuits.attribution import AttributionSummary
 from trimtab.mechanism.circuits.faithful import Circuit, Faithfulness
 from trimtab.mechanism.circuits.interchange import Interchange
-from trimtab.mechanism.frozen.freeze import FreezeRow, FreezeTable
+from trimtab.mechanism.frozen.freeze import FreezeTable
 from trimtab.mechanism.geometry.geometry import IDENTITY, GeometryReport
 from trimtab.mechanism.reading.value_vector import ValueVectors
 from trimtab.mechanism.sparse.curve import SparsityCurve
@@ -36,13 +36,7 @@ SIDES = {1: "inducing", -1: "removing"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of an explanation.
-
-    Attributes:
-        part: what it is about.
-        said: what was measured.
-        choice: what a user may do about it.
-    """
+    """One sentence of an explanation: what it is about, what was measured, what a user may do."""
 
     part: str
     said: str
@@ -61,55 +55,44 @@ def conclusions(
     shape: GeometryReport,
     exchanged: Interchange | None = None,
 ) -> tuple[Finding, ...]:
-    """Say what was found, part by part.
-
-    Args:
-        signs: directions that were read.
-        working: the strength that is explained.
-        edges: scores of edges.
-        carried: faithfulness of a random vector's highest edges under this one.
-        circuit: the smallest faithful one.
-        frozen: parts of the network held still.
-        values: value vectors in tokens.
-        sparsity: dimensions taken away.
-        shape: geometry.
-        exchanged: the circuit and another vector's, each under each.
-    """
-    found = [*_strength(working), _where(edges), _circuit(circuit, carried)]
-    for sign in signs:
-        found += _parts(frozen, sign)
-    found += [_tokens(values), *(_sparse(sparsity, sign) for sign in signs)]
-    other = [] if exchanged is None else [_another(exchanged)]
-    return tuple([*found, *_travels(shape), *_directions(shape), *other])
+    """Say what was found, part by part."""
+    return (
+        *_strength(working),
+        _where(edges),
+        _circuit(circuit, carried),
+        *(_parts(frozen, sign) for sign in signs),
+        _tokens(values),
+        *(_sparse(sparsity, sign) for sign in signs),
+        *_travels(shape),
+        _directions(shape),
+        *([] if exchanged is None else [_another(exchanged)]),
+    )
 
 
-def _strength(working: Working) -> list[Finding]:
+def _strength(working: Working) -> Iterator[Finding]:
     """What is explained where the vector's own strength moves nothing."""
     if len(working.tried) == 1 and working.moves:
-        return []
+        return
     before, first = 100 * working.unsteered, 100 * working.tried[0].score
     own = f"At its own strength, m = {working.given:+.4g}, the vector scores {first:.0f} %"
     if not working.moves:
         most = max(abs(one.strength) for one in working.tried)
-        return [
-            Finding(
-                "strength",
-                f"{own} where the unsteered model scores {before:.0f} %, and no |m| tried up to "
-                f"{most:.4g} does better by a fifth.",
-                "What follows describes a push that does not move the behavior: try another method "
-                "or other layers (trimtab find), then trimtab tune.",
-            )
-        ]
-    used = working.gain + working.unsteered
-    return [
-        Finding(
+        yield Finding(
             "strength",
-            f"{own}, the unsteered model {before:.0f} %; m = {working.used:+.4g} is the weakest of "
-            f"{len(working.tried)} tried that comes near the best ({100 * used:.0f} %).",
-            f"Explained here is m = {working.used:+.4g}. Set the strength you use with trimtab tune, "
-            "which also keeps a budget of damage.",
+            f"{own} where the unsteered model scores {before:.0f} %, and no |m| tried up to "
+            f"{most:.4g} does better by a fifth.",
+            "What follows describes a push that does not move the behavior: try another method "
+            "or other layers (trimtab find), then trimtab tune.",
         )
-    ]
+        return
+    used = working.gain + working.unsteered
+    yield Finding(
+        "strength",
+        f"{own}, the unsteered model {before:.0f} %; m = {working.used:+.4g} is the weakest of "
+        f"{len(working.tried)} tried that comes near the best ({100 * used:.0f} %).",
+        f"Explained here is m = {working.used:+.4g}. Set the strength you use with trimtab tune, "
+        "which also keeps a budget of damage.",
+    )
 
 
 def _where(edges: AttributionSummary) -> Finding:
@@ -153,49 +136,36 @@ def _circuit(circuit: Circuit, carried: Faithfulness | None) -> Finding:
     )
 
 
-def _parts(frozen: FreezeTable, sign: int) -> list[Finding]:
+def _parts(frozen: FreezeTable, sign: int) -> Finding:
     """What freezing costs: the parts that can be ignored, and the one that matters most."""
     steered, base = frozen.row("steered", sign), frozen.row("unsteered", sign)
     side = SIDES[sign]
     gain = steered.score.value - base.score.value
     if gain < SMALL_LOSS:
-        return [
-            Finding(
-                f"freezing, {side}",
-                f"Steering moves the score by {number(gain, 0)} points only: there is nothing to lose.",
-                "Choose another strength (trimtab tune) before asking what carries it.",
-            )
-        ]
-    rows = [row for row in frozen.rows if row.sign == sign and row.lost is not None]
-    said = "; ".join(f"{PARTS.get(row.name, row.name)} {_lost(row)}" for row in rows)
-    small = [PARTS[r.name] for r in rows if r.name in ("qk", "svv", "mlp_direct") and _ignorable(r)]
-    singles = [row for row in rows if "+" not in row.name]
-    most = max(singles, key=lambda row: row.lost.value if row.lost else 0.0)
-    choices = []
-    if any(row.name == "qk" and _ignorable(row) for row in rows):
-        choices.append("Attention patterns (QK) can be ignored: caching the unsteered ones is safe")
-    elif any(row.name == "qk" and row.lost and row.lost.value <= SMALL_LOSS for row in rows):
-        choices.append("Attention patterns (QK) seem to matter little: --max-prompts would tell")
-    if most.lost is not None and most.lost.value >= HALF * gain:
-        choices.append(f"It needs {PARTS[most.name]}: take care of them when pruning or quantizing")
-    elif small:
-        choices.append("No single part carries it: what is frozen is made up for elsewhere")
-    return [
-        Finding(
+        return Finding(
             f"freezing, {side}",
-            f"Of {number(gain, 0)} points gained, freezing loses: {said}.",
-            ". ".join(choices) + "." if choices else "No part can be left out of an account.",
+            f"Steering moves the score by {number(gain, 0)} points only: there is nothing to lose.",
+            "Choose another strength (trimtab tune) before asking what carries it.",
         )
-    ]
-
-
-def _lost(row: FreezeRow) -> str:
-    return "" if row.lost is None else row.lost.cell
-
-
-def _ignorable(row: FreezeRow) -> bool:
-    """Whether the loss is small, its interval's end included."""
-    return row.lost is not None and row.lost.high <= SMALL_LOSS
+    rows = [row for row in frozen.rows if row.sign == sign]
+    lost = {row.name: row.lost for row in rows if row.lost is not None}
+    said = "; ".join(f"{PARTS.get(name, name)} {span.cell}" for name, span in lost.items())
+    ignorable = {name for name, span in lost.items() if span.high <= SMALL_LOSS}
+    most = max((name for name in lost if "+" not in name), key=lambda name: lost[name].value)
+    choices = []
+    if "qk" in ignorable:
+        choices.append("Attention patterns (QK) can be ignored: caching the unsteered ones is safe")
+    elif "qk" in lost and lost["qk"].value <= SMALL_LOSS:
+        choices.append("Attention patterns (QK) seem to matter little: --max-prompts would tell")
+    if lost[most].value >= HALF * gain:
+        choices.append(f"It needs {PARTS[most]}: take care of them when pruning or quantizing")
+    elif ignorable & {"qk", "svv", "mlp_direct"}:
+        choices.append("No single part carries it: what is frozen is made up for elsewhere")
+    return Finding(
+        f"freezing, {side}",
+        f"Of {number(gain, 0)} points gained, freezing loses: {said}.",
+        ". ".join(choices) + "." if choices else "No part can be left out of an account.",
+    )
 
 
 def _tokens(values: ValueVectors) -> Finding:
@@ -249,55 +219,49 @@ def _sparse(curve: SparsityCurve, sign: int) -> Finding:
     )
 
 
-def _travels(shape: GeometryReport) -> list[Finding]:
+def _travels(shape: GeometryReport) -> Iterator[Finding]:
     """How the vector arrives at the end of the network."""
     site = shape.functional.site
     one = next((row for row in shape.propagator.layers if row.site == site), None)
     own = None if one is None else one.vector.get("same")
     if one is None or own is None:
-        return []
+        return
     random = one.random["same"]
     alike = own.departure.mean <= IDENTITY
-    return [
-        Finding(
-            "how it travels",
-            f"From {site} to the end of the network the vector is made {number(own.gain.mean)} times as "
-            f"long and turned to a cosine of {number(own.cosine.mean)} with itself (random directions "
-            f"{number(random.gain.mean)} and {number(random.cosine.mean)}).",
-            "It arrives as it was: it may be moved to a later layer."
-            if alike
-            else "It cannot be moved to another layer as it is: find it again there (trimtab find --layers).",
-        )
-    ]
+    yield Finding(
+        "how it travels",
+        f"From {site} to the end of the network the vector is made {number(own.gain.mean)} times as "
+        f"long and turned to a cosine of {number(own.cosine.mean)} with itself (random directions "
+        f"{number(random.gain.mean)} and {number(random.cosine.mean)}).",
+        "It arrives as it was: it may be moved to a later layer."
+        if alike
+        else "It cannot be moved to another layer as it is: find it again there (trimtab find --layers).",
+    )
 
 
-def _directions(shape: GeometryReport) -> list[Finding]:
+def _directions(shape: GeometryReport) -> Finding:
     """How many directions of the stream hold the behavior's gap."""
     rank = shape.functional
     added, null = rank.row("added", "differences"), rank.row("added", "random")
     if math.isnan(added.k):
-        return [
-            Finding(
-                "how many directions",
-                f"At {rank.site} the other side's whole state at the last position changes the first "
-                f"token's odds by {added.full.cell} nats, which is not told from 0 in the direction expected.",
-                "The behavior is not in the first token's readout: judge answers, not the gap.",
-            )
-        ]
+        return Finding(
+            "how many directions",
+            f"At {rank.site} the other side's whole state at the last position changes the first "
+            f"token's odds by {added.full.cell} nats, which is not told from 0 in the direction expected.",
+            "The behavior is not in the first token's readout: judge answers, not the gap.",
+        )
     few, against = (
         f"{k:.0f}" if math.isfinite(k) else "more than tried" for k in (added.k, null.k)
     )
-    return [
-        Finding(
-            "how many directions",
-            f"Directions, taken from differences of prompts, that change the first token's odds at "
-            f"{rank.site} by nine tenths of what the other side's whole state does: {few} (random "
-            f"directions: {against}).",
-            "One direction is enough there: a vector or a rank-1 edit can do what any edit of this layer does."
-            if added.k == 1
-            else "One direction does not do it alone: compare with edits of higher rank (trimtab levers).",
-        )
-    ]
+    return Finding(
+        "how many directions",
+        f"Directions, taken from differences of prompts, that change the first token's odds at "
+        f"{rank.site} by nine tenths of what the other side's whole state does: {few} (random "
+        f"directions: {against}).",
+        "One direction is enough there: a vector or a rank-1 edit can do what any edit of this layer does."
+        if added.k == 1
+        else "One direction does not do it alone: compare with edits of higher rank (trimtab levers).",
+    )
 
 
 def _another(table: Interchange) -> Finding:

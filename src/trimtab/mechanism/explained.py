@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from torch import Tensor
-
 from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, NULLS, Direction, sign_of
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
@@ -46,8 +44,6 @@ class Explained:
         behavior: its name; `data_hash` of its content.
         vector: the steering's label, at the strength that is explained.
         site: where it is added, and at which `layers`, over which tokens (`scope`).
-        layers: see `site`.
-        scope: see `site`.
         signs: directions read: 1 toward, -1 away.
         samples: (prompt, response) pairs that edges were chosen on.
         seed: of the split, nulls and intervals.
@@ -230,11 +226,6 @@ class _Carrier:
     scored: Samples
     circuit: Circuit
 
-    @property
-    def chosen(self) -> Tensor:
-        """The circuit's edges, bool `[targets, sources]`."""
-        return self.edges.top(self.circuit.size)
-
 
 def _carrier(case: Case) -> _Carrier:
     lm = case.lm
@@ -270,7 +261,7 @@ def _exchange(case: Case, carrier: _Carrier, other: VectorSteering, look: bool) 
     carriers = dict(zip(names, (carrier, _carrier(case.under(other))), strict=True))
     return interchange(
         dict(zip(names, (case.vector, other), strict=True)),
-        {name: one.chosen for name, one in carriers.items()},
+        {name: one.edges.top(one.circuit.size) for name, one in carriers.items()},
         {name: one.scored for name, one in carriers.items()},
         case.seed,
     )

@@ -23,12 +23,7 @@ FACTORS = tuple(2 ** (half / 2) for half in range(-4, 11) if half)
 
 @dataclass(frozen=True)
 class Tried:
-    """One strength.
-
-    Attributes:
-        strength: m.
-        score: mean of the judge's score times coherence, 0 to 1: gibberish moves nothing.
-    """
+    """A strength m, and the mean of the judge's score times coherence: gibberish moves nothing."""
 
     strength: float
     score: float

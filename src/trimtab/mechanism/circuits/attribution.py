@@ -121,14 +121,7 @@ class Attribution:
 
 @dataclass(frozen=True)
 class NodeScore:
-    """A source and its score.
-
-    Attributes:
-        kind: `steer`, `head` or `mlp`.
-        layer: 0-based.
-        head: within its layer; None for what is no head.
-        score: in logits, mean over samples.
-    """
+    """A source, see `Node`, and its score in logits, mean over samples."""
 
     kind: str
     layer: int
@@ -173,10 +166,7 @@ class AttributionSummary(Printable):
 
 
 def attribute(
-    lm: LanguageModel,
-    sets: TokenRuns | Mapping[str, TokenRuns],
-    *,
-    steps: int = STEPS,
+    lm: LanguageModel, sets: TokenRuns | Mapping[str, TokenRuns], *, steps: int = STEPS
 ) -> Attribution:
     """Score every edge of a steered model.
 
@@ -185,9 +175,6 @@ def attribute(
         sets: one set of runs, or several, whose vectors differ in nothing but the strength; scores are
             means over all samples.
         steps: T of the midpoint rule.
-
-    Raises:
-        TrimtabError: an attention that cannot be taken apart, or scores that are not finite.
     """
     listed = [sets] if isinstance(sets, TokenRuns) else list(sets.values())
     graph = build_graph(lm, listed[0].vector)

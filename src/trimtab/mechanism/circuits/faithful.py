@@ -54,7 +54,6 @@ class Samples:
     """The samples that circuits are run on, recorded once."""
 
     def __init__(self, lm: LanguageModel, graph: Graph, sets: Mapping[str, TokenRuns]) -> None:
-        """Record both runs of every batch."""
         self.lm, self.graph = lm, graph
         room = max(64, MEMORY // (2 * len(graph.sources) * lm.d_model * 4))
         self.parts: list[tuple[Batch, Targets, Record]] = []

@@ -116,11 +116,7 @@ class Graph:
 
 
 def build_graph(lm: LanguageModel, vector: VectorSteering) -> Graph:
-    """Lay out the graph of a model steered by a vector.
-
-    Raises:
-        TrimtabError: an attention that cannot be taken apart, or a model that cannot be steered so.
-    """
+    """Lay out the graph of a model steered by a vector; refuse one that cannot be taken apart."""
     if lm.sites.final_norm is None or "attn_out" in lm.sites.refused:
         raise TrimtabError(
             asked=f"the edges of {lm.name}",

@@ -41,14 +41,10 @@ class Streams:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A batch read twice.
+    """A batch read twice: what the unsteered run's targets read, m of both runs `[batch]`, and changes.
 
-    Attributes:
-        base: what the unsteered run's targets read.
-        changes: steered minus unsteered contribution of every source, float32
-            `[sources, batch, seq, d_model]`.
-        steered_metric: m of the steered run per row, `[batch]`.
-        base_metric: of the unsteered run.
+    `changes` is the steered minus the unsteered contribution of every source, float32
+    `[sources, batch, seq, d_model]`.
     """
 
     base: Streams

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from trimtab.models.chat import Encoded, Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.steering.vector import VectorSteering
 
-Unsteered: TypeAlias = "Callable[[Sequence[Encoded], int], list[list[int]]]"
 RESPONSES = ("steered", "base")
 TOKENS_PER_BATCH = 2048  # a backward pass keeps every layer's activations
 
@@ -87,11 +85,9 @@ class TokenRuns:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The two greedy tokens at the positions of a batch's answers.
+    """The two greedy tokens at the positions of a batch's answers, `[batch, longest]`.
 
-    Attributes:
-        steered: `[batch, longest]`; equal to `base` where nothing is read, and in padding.
-        base: `[batch, longest]`.
+    They are equal where nothing is read, and in padding.
     """
 
     steered: Tensor
@@ -125,9 +121,11 @@ def token_runs(
     responses: str = "steered",
     max_new_tokens: int = 24,
     name: str = "",
-    unsteered: Unsteered | None = None,
+    unsteered: Callable[[Sequence[Encoded], int], list[list[int]]] | None = None,
 ) -> TokenRuns:
     """Fix each prompt's greedy response and read what both runs say along it.
+
+    A steering that changes no greedy token of any response is refused.
 
     Args:
         lm: the unsteered model.
@@ -135,11 +133,8 @@ def token_runs(
         prompts: strings or conversations.
         responses: whose tokens are read, "steered" or "base".
         max_new_tokens: most tokens of a response; its end token is one of them.
-        name: of the set.
+        name: of the set; that of the responses when absent.
         unsteered: gives the unsteered responses of prompts; they are generated when absent.
-
-    Raises:
-        TrimtabError: a steering that changes no greedy token of any response.
     """
     asked = [lm.encode(prompt) for prompt in prompts]
     if responses == "steered":

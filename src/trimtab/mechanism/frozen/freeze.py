@@ -9,7 +9,7 @@ change of the same length in another direction. Source: arXiv 2604.08524, its fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -175,16 +175,13 @@ def freeze_table(
     prompts = {sign: case.prompts(data, sign) for sign in case.signs}
 
     def judged(sign: int, answers: Sequence[str]) -> _Run:
-        verdicts = case.judge(prompts[sign], answers)
-        scores = torch.tensor([verdict.share(sign) for verdict in verdicts], dtype=torch.float64)
-        return done(_Run(answers, scores, mean(case.coherence(answers))))
+        scores, coherence = case.judged(prompts[sign], answers, sign)
+        return done(_Run(answers, torch.tensor(scores, dtype=torch.float64), coherence))
 
     def frozen(sign: int, holds: Sequence[str], null: int | None = None) -> _Run:
-        at, length = vector.at(strengths[sign]), case.max_new_tokens
-        return judged(
-            sign,
-            lane_answers(case.lm, at, prompts[sign], holds, max_new_tokens=length, null_seed=null),
-        )
+        options = {"max_new_tokens": case.max_new_tokens, "null_seed": null}
+        at = vector.at(strengths[sign])
+        return judged(sign, lane_answers(case.lm, at, prompts[sign], holds, **options))
 
     for sign in case.signs:
         base, whole = judged(sign, case.answers(prompts[sign])), frozen(sign, ())
@@ -209,35 +206,24 @@ def freeze_table(
 
 
 def _plain(sign: int, name: str, run: _Run, seed: int) -> FreezeRow:
-    nothing = (None, None, None, None)
-    scores = tuple(run.scores.tolist())
-    return FreezeRow(
-        sign, name, _score(run, seed), run.coherence, *nothing, tuple(run.answers), scores
-    )
+    score = _percent(float(run.scores.mean()), share_interval(run.scores, seed))
+    rest = (None, None, None, None, tuple(run.answers), tuple(run.scores.tolist()))
+    return FreezeRow(sign, name, score, run.coherence, *rest)
 
 
 def _row(
     sign: int, name: str, base: _Run, whole: _Run, frozen: _Run, nulls: list[_Run], seed: int
 ) -> FreezeRow:
     lost = whole.scores - frozen.scores
-    return FreezeRow(
-        sign=sign,
-        name=name,
-        score=_score(frozen, seed),
-        coherence=frozen.coherence,
+    return replace(
+        _plain(sign, name, frozen, seed),
         lost=_percent(float(lost.mean()), paired_bootstrap(whole.scores, frozen.scores, seed)),
         share=_share(lost, whole.scores - base.scores, seed),
         null=_null(torch.stack([whole.scores - run.scores for run in nulls]), seed)
         if nulls
         else None,
         null_coherence=mean([run.coherence for run in nulls]) if nulls else None,
-        answers=tuple(frozen.answers),
-        scores=tuple(frozen.scores.tolist()),
     )
-
-
-def _score(run: _Run, seed: int) -> Span:
-    return _percent(float(run.scores.mean()), share_interval(run.scores, seed))
 
 
 def _null(grid: torch.Tensor, seed: int) -> Span:

@@ -135,7 +135,7 @@ class _Held:
             mlp = self.lm.sites.mlp[layer]
             if "mlp_direct" in self.names:
                 share = self._share(hooks, layer, "mlp", found[layer].mlp_norm)
-                hooks.before(mlp, _less_input(share))
+                hooks.before(mlp, lambda hidden, share=share: _less(hidden, share()))
             if "mlp" in self.names:
                 hooks.after(mlp, partial(self._base, what="mlp", layer=layer))
 
@@ -183,11 +183,7 @@ class _Held:
         forms = anatomy_of(self.lm)[layer]
         form = forms.norm if part == "attention" else forms.mlp_norm
         if norm is not None:
-
-            def remember(hidden: Tensor) -> None:
-                self._streams[part, layer] = hidden
-
-            hooks.before(norm, remember)
+            hooks.before(norm, partial(self._streams.__setitem__, (part, layer)))
 
         def share() -> Tensor:
             stream = self._streams[part, layer].chunk(2)[1] if form is not None else None
@@ -219,7 +215,3 @@ def _less_value(layer: HeadLayer, share: Callable[[], Tensor]) -> Callable[[Tens
         return changed
 
     return change
-
-
-def _less_input(share: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: _less(hidden, share())

@@ -91,8 +91,6 @@ class FeasibilityRow:
         alone: what the hardest prompt needs by itself, likewise.
         null: mean of `norm` for random gradients of the same lengths, with its range
             `null_low` to `null_high`; infinite where some are infeasible.
-        null_low: see `null`.
-        null_high: see `null`.
         binding: prompts that hold the shortest push back.
         within: largest shares by length, to first order.
         works: smallest multiple tried at which the push really crosses zero on every train prompt;
@@ -182,11 +180,8 @@ def feasibility(
 ) -> Feasibility:
     """Find the shortest push that moves every train prompt at once, and push it for real.
 
-    Args:
-        case: its vector is looked at beside the push, at the same length.
-        layer: 0-based, whose output is pushed at the last prompt position.
-        max_prompts: at most so many train and test prompts of each side.
-        gradients: of the gap of the train prompts, by side.
+    The last prompt position is pushed after a layer; the case's vector is looked at beside the
+    push, at the same length. `gradients` are those of the train prompts' gaps, by side.
     """
     lm, rows, held_out = case.lm, [], {}
     for side, up in (("away", 1), ("toward", -1)):
@@ -235,7 +230,9 @@ def _row(
     works, pushed = math.inf, ()
     if shortest.delta is not None and shortest.norm > 0:
         delta = torch.from_numpy(shortest.delta)
-        works = _works(pushers[0], delta, up)
+        # The smallest multiple tried that crosses zero on every prompt.
+        crosses = (f for f in FACTORS if bool(_crossed(pushers[0], f * delta, up)[0].all()))
+        works = next(crosses, math.inf)
         mean = torch.from_numpy(g.mean(0))
         drawn = torch.randn(len(delta), generator=torch.Generator().manual_seed(seed))
         directions = {"program": delta, "mean gradient": mean, "vector": own, "random": drawn}
@@ -261,15 +258,6 @@ def _row(
         works=works,
         pushed=pushed,
     )
-
-
-def _works(pushes: Pusher, delta: Tensor, up: int) -> float:
-    """The smallest multiple tried that crosses zero on every prompt; infinite for none."""
-    for factor in FACTORS:
-        crossed, _ = _crossed(pushes, factor * delta, up)
-        if bool(crossed.all()):
-            return factor
-    return math.inf
 
 
 def _pushed(

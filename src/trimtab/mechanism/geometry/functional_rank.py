@@ -57,8 +57,7 @@ class FunctionalRow:
         curve: share of it by dimension.
         k: smallest dimension tried that reaches 90 %; infinite where none does, nan where the full
             change is not told from 0 in the direction expected.
-        low: 2.5th percentile of k over resampled prompts.
-        high: 97.5th percentile.
+        low: 2.5th, `high` 97.5th percentile of k over resampled prompts.
     """
 
     mode: str
@@ -122,17 +121,11 @@ def functional_rank(
     ks: Sequence[int],
     gradients: Mapping[str, Gradients],
 ) -> FunctionalRank:
-    """Find the smallest subspaces that carry the behavior at one layer.
+    """Find the smallest subspaces that carry the behavior at one layer, of the dimensions `ks`.
 
-    Args:
-        case: sides that are not paired are put together in order.
-        layer: 0-based, whose output is changed.
-        pairs: at most so many of the train split, which give the subspaces, and of the test split.
-        ks: dimensions tried, ascending.
-        gradients: of the gap of the train prompts, by side.
-
-    Raises:
-        TrimtabError: fewer than two held-out pairs.
+    At most so many `pairs` of the train split, which give the subspaces, and of the test split are
+    read; sides that are not paired are put together in order. `gradients` are those of the train
+    prompts' gaps, by side.
     """
     lm, train, test = case.lm, case.splits.train, case.splits.test
     n = min(len(test.toward), len(test.away), pairs[1])

@@ -129,9 +129,6 @@ def geometry(
         pairs: train and test pairs for ranks and feasibility.
         probes: random directions per prompt and depth.
         progress: called with (stages done, stages in all).
-
-    Raises:
-        TrimtabError: no readout, a behavior too small to split, a vector of another model.
     """
     started = perf_counter()
     lm, vector = case.lm, case.vector

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,7 @@ from trimtab.models.hooking import Hooks
 from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Recording, Stopped, recorded, replayed
 from trimtab.models.sites import Site
+from trimtab.passes.sharing import spread
 from trimtab.passes.slope import DIFFERENCE
 from trimtab.steering.vector import VectorSteering
 
@@ -75,12 +76,10 @@ def direction_at(vector: VectorSteering, depth: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def courses(
-    lm: LanguageModel, encoded: Sequence[Encoded], max_tokens: int = TOKENS_PER_BATCH
-) -> list[Course]:
+def courses(lm: LanguageModel, encoded: Sequence[Encoded]) -> list[Course]:
     """Read prompts once, so that what starts at a depth needs only the blocks above it."""
     found = []
-    for batch in lm.batches(encoded, max_tokens=max_tokens):
+    for batch in lm.batches(encoded, max_tokens=TOKENS_PER_BATCH):
         recordings = tuple(Recording(stop=False) for _ in lm.sites.blocks)
         with ExitStack() as stack:
             entries = stack.enter_context(_entry(lm))
@@ -136,7 +135,7 @@ def moved_gaps(
     lm: LanguageModel, tokens: ReadoutTokens, course: Course, depth: int, pushes: Tensor
 ) -> Tensor:
     """Return the gap under pushes `[copies, rows, seq, d_model]`, float64 `[copies, rows]`."""
-    batch = _repeated(course.batch, len(pushes))
+    batch = spread(course.batch, len(pushes))
     hidden = (course.hidden(depth) + pushes).flatten(0, 1)
     with _entering(lm, course, depth, hidden):
         logits = lm.forward(batch, logits_to_keep=1)[:, -1].cpu().double()
@@ -196,7 +195,7 @@ def _run(
         for layer, block in enumerate(lm.sites.blocks):
             hooks.after(block, partial(keep, layer))
         try:
-            lm.forward(_repeated(course.batch, copies), logits_to_keep=1)
+            lm.forward(spread(course.batch, copies), logits_to_keep=1)
         except Stopped:
             pass
     return seen
@@ -233,12 +232,3 @@ def _entry(lm: LanguageModel, traced: bool = False) -> Iterator[list[Tensor]]:
 def _wide(x: Tensor) -> Tensor:
     """On the CPU, half precision in float32."""
     return x.cpu().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _repeated(batch: Batch, copies: int) -> Batch:
-    """The batch's rows, `copies` times over."""
-
-    def again(x: Tensor) -> Tensor:
-        return x.repeat(copies, *(1,) * (x.ndim - 1))
-
-    return Batch(*(again(getattr(batch, item.name)) for item in fields(batch)))

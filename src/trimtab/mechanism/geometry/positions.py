@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -191,12 +192,7 @@ def _groups(
 
 def _common(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens both begin with."""
-    count = 0
-    for one, other in zip(ids, others, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))))
 
 
 def _rows(

@@ -34,8 +34,7 @@ class SmallestNorm:
     """The shortest push that satisfies every prompt.
 
     Attributes:
-        delta: it, float64 `[d]`; None where there is none.
-        norm: its length; infinite where there is none.
+        delta: it, float64 `[d]`; None where there is none, `norm` is infinite then.
         weights: of the prompts that hold it back, summing to 1: their gradients' weighted sum is
             along delta, and zero where there is none (the certificate).
         alone: length that the hardest prompt would need by itself; no delta can be shorter.
@@ -49,14 +48,7 @@ class SmallestNorm:
 
 @dataclass(frozen=True, eq=False)
 class LargestShare:
-    """Prompts that one push of bounded norm satisfies.
-
-    Attributes:
-        delta: the push found, of norm <= r, float64 `[d]`.
-        count: prompts that it satisfies.
-        bound: no push of norm <= r satisfies more.
-        n: prompts.
-    """
+    """A push of bounded norm, how many of n prompts it satisfies, and that none satisfies more."""
 
     delta: Array
     count: int

@@ -48,13 +48,7 @@ WHAT = ("gain", "cos", "|Jv-v|")
 
 @dataclass(frozen=True)
 class Carried:
-    """How a push arrives, means over prompts (and over directions for random ones).
-
-    Attributes:
-        gain: |Jv| / |v|.
-        cosine: cos(Jv, v).
-        departure: |Jv - v| / |v|.
-    """
+    """How a push arrives (module docstring), means over prompts; of random ones over directions too."""
 
     gain: Estimate
     cosine: Estimate
@@ -199,11 +193,8 @@ class Propagator(Printable):
 def propagator(case: Case, encoded: Sequence[Encoded], probes: int = PROBES) -> Propagator:
     """Push the stream at every depth and see what arrives at the last position of the final stream.
 
-    Args:
-        case: its vector's direction of each layer is pushed there, at its own strength for the
-            secant; the scope does not matter.
-        encoded: prompts from `lm.encode`, without completions.
-        probes: random directions per prompt and depth.
+    The vector's direction of each layer is pushed there, at its own strength for the secant; its
+    scope does not matter. `probes` are random directions per prompt and depth.
     """
     lm = case.lm
     parts = courses(lm, encoded)

@@ -44,8 +44,7 @@ class Measure:
         value: of the rows.
         error: its jackknife standard error, one row left out at a time.
         null: mean of the null.
-        null_low: 2.5th percentile of the null.
-        null_high: 97.5th percentile of the null.
+        null_low: 2.5th, `null_high` 97.5th percentile of the null.
     """
 
     value: float
@@ -69,11 +68,9 @@ class RankRow:
         site: where it was read.
         n: rows.
         d: columns.
-        mean_share: n |mean|^2 / |D|_F^2; null: random signs of rows.
-        resultant: mean resultant length; null: random signs of rows.
-        stable: stable rank; null: random signs of entries.
-        participation: participation ratio; null: random signs of entries.
-        entropy: entropy rank; null: random signs of entries.
+        mean_share: n |mean|^2 / |D|_F^2 and `resultant`, the mean resultant length; null: random
+            signs of rows.
+        stable: rank, `participation` ratio, `entropy` rank; null: random signs of entries.
         spectrum: s_k^2 / sum s^2, the leading ones.
         spectrum_null: 95th percentile of the same under random signs of entries.
         above_null: leading components that stand out of `spectrum_null`.
@@ -138,11 +135,7 @@ def pair_differences(
 
 
 def rank_row(rows: Tensor, what: str, site: str, seed: int = 0) -> RankRow:
-    """Measure one matrix `[n, d]` beside its nulls.
-
-    Raises:
-        TrimtabError: fewer than three rows, or only zeros.
-    """
+    """Measure one matrix `[n, d]` beside its nulls."""
     rows = rows.double()
     n, d = rows.shape
     if n < 3 or not bool(rows.abs().sum() > 0) or not bool(rows.isfinite().all()):

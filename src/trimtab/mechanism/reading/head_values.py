@@ -34,18 +34,9 @@ from trimtab.steering.vector import VectorSteering
 
 @torch.no_grad()
 def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
-    """Return what every head of a layer writes for a push of the stream it reads, at k = 1.
+    """Return u at k = 1, what every head of a layer writes for a push `[..., d_model]` that it reads.
 
-    Args:
-        lm: the model.
-        layer: 0-based.
-        push: `[..., d_model]`.
-
-    Returns:
-        u, float32 `[..., heads, d_model]`, on the CPU.
-
-    Raises:
-        TrimtabError: a model whose heads or norms cannot be found.
+    Float32 `[..., heads, d_model]`, on the CPU.
     """
     found = heads_of(lm)[layer]
     forms = anatomy_of(lm)[layer]
@@ -60,19 +51,10 @@ def head_values(lm: LanguageModel, layer: int, push: Tensor) -> Tensor:
 def head_scales(
     lm: LanguageModel, vector: VectorSteering, prompts: Sequence[Prompt], max_new_tokens: int = 16
 ) -> dict[int, float]:
-    """Return each reading layer's mean k on prompts and their steered answers.
+    """Return the mean k on prompts and their steered answers, for each layer that reads a push.
 
     The norm's size is averaged over the steered positions, that of a norm behind the attention over
     the positions that predict the answer.
-
-    Args:
-        lm: the unsteered model.
-        vector: an additive steering at its strength.
-        prompts: strings or conversations.
-        max_new_tokens: length of the answers.
-
-    Returns:
-        Layer to k, for the layers that read a stream with a push.
     """
     readers = reading_layers(lm, vector)
     sums: dict[tuple[int, str], tuple[float, float]] = {}

@@ -11,7 +11,6 @@ logit lens; biases, scale and soft cap of the logits move no rank.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,8 +32,7 @@ class Reading:
         promoted: tokens with the largest y, largest first.
         suppressed: tokens with the smallest, smallest first.
         score: see the module; None without readout words.
-        null_low: 2.5 % quantile of random vectors' scores.
-        null_high: 97.5 % quantile.
+        null_low: 2.5 %, `null_high` 97.5 % quantile of random vectors' scores.
         p: share of random vectors with a score at least as far from 0, this one counted.
         attribution: of a head, as given by the caller.
         place: (layer, head) of a head; None for a sum.
@@ -57,11 +55,7 @@ class Lens:
     """Reads vectors in tokens.
 
     Attributes:
-        lm: for the tokens' texts.
-        head: of the model.
-        vocabulary: tokens that the tokenizer knows.
-        top: tokens a reading names.
-        tokens: readout tokens, or None.
+        vocabulary: how many tokens the tokenizer knows.
         contrast: mean unembedding row of toward minus away `[d_model]`, or None.
         spread: covariance of the unembedding's rows, `[d_model, d_model]`.
     """
@@ -76,16 +70,7 @@ class Lens:
 
     @classmethod
     def of(cls, lm: LanguageModel, behavior: Behavior, top: int) -> Lens:
-        """Prepare to read in a model's tokens.
-
-        Args:
-            lm: the model.
-            behavior: whose readout words score readings; without words there are no scores.
-            top: tokens per reading.
-
-        Raises:
-            TrimtabError: a head of the vocabulary of no known form, or unusable readout words.
-        """
+        """Prepare to read `top` tokens a vector; without readout words there are no scores."""
         head = read_head(lm)
         size = min(len(lm.tokenizer), head.weight.shape[0])
         width = head.weight.shape[1]
@@ -97,8 +82,10 @@ class Lens:
         tokens = None if behavior.readout is None else readout_tokens(lm, behavior)
         contrast = None
         if tokens is not None:
-            sides = [_mean_row(head, ids) for ids in (tokens.toward, tokens.away)]
-            contrast = sides[0] - sides[1]
+            toward, away = (
+                head.weight[list(ids)].float().cpu().mean(0) for ids in (tokens.toward, tokens.away)
+            )
+            contrast = toward - away
         return cls(lm, head, size, top, tokens, contrast, square - torch.outer(mean, mean))
 
     def read(self, name: str, vectors: Tensor) -> Reading:
@@ -112,27 +99,16 @@ class Lens:
         reading = Reading(
             name=name,
             length=float(vectors[0].norm()),
-            promoted=self._texts(promoted.tolist()),
-            suppressed=self._texts(suppressed.tolist()),
+            promoted=tuple(token_text(self.lm, i) for i in promoted.tolist()),
+            suppressed=tuple(token_text(self.lm, i) for i in suppressed.tolist()),
         )
         if self.contrast is None:
             return reading
         sizes = ((values @ self.spread) * values).sum(-1).clamp_min(1e-30).sqrt()
         scores = (values @ self.contrast) / sizes
-        return _scored(reading, float(scores[0]), scores[1:])
-
-    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(token_text(self.lm, i) for i in ids)
-
-
-def _mean_row(head: Head, ids: Sequence[int]) -> Tensor:
-    return head.weight[list(ids)].float().cpu().mean(0)
-
-
-def _scored(reading: Reading, score: float, null: Tensor) -> Reading:
-    if not len(null):
-        return replace(reading, score=score)
-    low, high = torch.quantile(null, torch.tensor([0.025, 0.975])).tolist()
-    beyond = int((null.abs() >= abs(score)).sum())
-    p = (1 + beyond) / (1 + len(null))
-    return replace(reading, score=score, null_low=low, null_high=high, p=p)
+        score, null = float(scores[0]), scores[1:]
+        if not len(null):
+            return replace(reading, score=score)
+        low, high = torch.quantile(null, torch.tensor([0.025, 0.975])).tolist()
+        p = (1 + int((null.abs() >= abs(score)).sum())) / (1 + len(null))
+        return replace(reading, score=score, null_low=low, null_high=high, p=p)

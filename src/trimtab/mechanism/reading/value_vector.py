@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.case import Case, check_adds
@@ -21,7 +21,6 @@ from trimtab.mechanism.reading.lens import Lens, Reading
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
-from trimtab.steering.vector import VectorSteering
 
 SHOWN = 10  # heads in the table
 
@@ -44,8 +43,7 @@ class ValueVectors(Printable):
         random: the sum over all heads for one of the random vectors.
         heads: every head above the steering, by absolute attribution, else by length.
         telling: share of heads with p <= 0.05; chance gives 0.05.
-        telling_low: its 95 % interval, as if heads were independent.
-        telling_high: see `telling_low`.
+        telling_low: to `telling_high` its 95 % interval, as if heads were independent.
         scales: layer to the mean k of reading/head_values.py.
     """
 
@@ -160,7 +158,7 @@ def value_vectors(
                 leading += written[:, head]
     order = (lambda h: -h.length) if ranking is None else (lambda h: -abs(h.attribution or 0.0))
     heads.sort(key=order)
-    own = torch.stack([_whole_push(one) for one in pushes])
+    own = torch.stack([push_before(lm, one, lm.n_layers, "attention") for one in pushes])
     telling = None if lens.contrast is None else sum((h.p or 1) <= 0.05 for h in heads)
     low, high = (None, None) if telling is None else clopper_pearson(telling, len(heads))
     words = lens.tokens
@@ -183,18 +181,8 @@ def value_vectors(
     )
 
 
-def _whole_push(vector: VectorSteering) -> Tensor:
-    parts = [alpha * vector.directions[layer].double() for layer, alpha in vector.alphas.items()]
-    return torch.stack(parts).sum(0).float()
-
-
 def _leaders(ranking: Mapping[tuple[int, int], float]) -> set[tuple[int, int]]:
     """The fewest heads with half of the absolute attribution."""
-    found: set[tuple[int, int]] = set()
-    left = sum(map(abs, ranking.values())) / 2
-    for head in sorted(ranking, key=lambda one: -abs(ranking[one])):
-        if left <= 0:
-            break
-        found.add(head)
-        left -= abs(ranking[head])
-    return found
+    order = sorted(ranking, key=lambda one: -abs(ranking[one]))
+    before = list(accumulate((abs(ranking[one]) for one in order), initial=0.0))
+    return {head for head, so_far in zip(order, before, strict=False) if so_far < before[-1] / 2}

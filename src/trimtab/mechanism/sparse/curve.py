@@ -40,8 +40,7 @@ class SparsityPoint:
 
     Attributes:
         order: what kept the dimensions.
-        share: of the dimensions kept, and how many that is.
-        dimensions: see `share`.
+        share: of the dimensions kept; `dimensions` is how many that is.
         sign: +1 steers toward and is scored there, -1 away.
         restored: whether the norm is the dense vector's.
         score: mean verdict on the wanted side, `low` to `high` its interval; over several draws for
@@ -60,6 +59,11 @@ class SparsityPoint:
     high: float
     coherence: float
     cosine: float
+
+    @property
+    def cell(self) -> str:
+        """The score with its interval, for a table."""
+        return with_interval(self.score, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,11 @@ class SparsityCurve(Printable):
         columns = [(s, r) for s in self.strengths for r in (False, True)]
         heads = [f"{_side(s)}, {'restored' if r else 'raw'}" for s, r in columns]
         rows = tuple(
-            (order, f"{share:g}", *(_cell(cells[order, share, s, r]) for s, r in columns))
+            (order, f"{share:g}", *(cells[order, share, s, r].cell for s, r in columns))
             for order, share in dict.fromkeys((p.order, p.share) for p in self.points)
         )
         notes = [
-            f"{_side(p.sign)} at m = {self.strengths[p.sign]:+.3g}: dense {_cell(p)}, unsteered "
+            f"{_side(p.sign)} at m = {self.strengths[p.sign]:+.3g}: dense {p.cell}, unsteered "
             f"{number(self.unsteered[p.sign])}, random control {number(self.null[p.sign])}"
             for p in self.dense
         ]
@@ -146,15 +150,10 @@ def sparsity_curve(
     Args:
         case: whose vector loses dimensions.
         shares: of the dimensions to keep.
-        orders: see `dimensions.dimension_scores`.
-        strengths: sign -> magnitude of m, for the directions wanted; those of the case at the
-            vector's own strength when absent.
+        orders: see `dimension_scores`.
+        strengths: sign -> magnitude of m; the case's signs at the vector's own strength when absent.
         steps: of the integral.
         effect_prompts: prompts a direction that effects are read on.
-
-    Raises:
-        TrimtabError: a vector that does not add or changes nothing, a share outside (0, 1], an
-            unknown order.
     """
     lm, vector = case.lm, case.vector
     given = strengths or dict.fromkeys(case.signs, vector.strength)
@@ -210,22 +209,16 @@ class _Measure:
         said = rollout(
             self.case.lm, vector, prompts, strengths, max_new_tokens=self.case.max_new_tokens
         )
-        return [self._judged(prompts, answers, sign) for answers in said]
+        return [self.case.judged(prompts, answers, sign) for answers in said]
 
     def unsteered(self, sign: int) -> float:
         prompts = self.prompts(sign)
-        return mean(self._judged(prompts, self.case.answers(prompts), sign)[0])
+        return mean(self.case.judged(prompts, self.case.answers(prompts), sign)[0])
 
     def null(self, sign: int) -> float:
         nulls = [random_null(self.case.vector, each) for each in null_seeds(self.case.seed, NULLS)]
         runs = [self.answers(each, [self.at[sign]], sign)[0] for each in nulls]
         return mean([mean(scores) for scores, _ in runs])
-
-    def _judged(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], sign: int
-    ) -> tuple[list[float], float]:
-        verdicts = self.case.judge(prompts, answers)
-        return [verdict.share(sign) for verdict in verdicts], mean(self.case.coherence(answers))
 
     def points(
         self, sparse: Sequence[VectorSteering], order: str, share: float, sign: int
@@ -269,10 +262,6 @@ def _cosine(dense: VectorSteering, sparse: VectorSteering) -> float:
         for each in (dense, sparse)
     ]
     return lengths[1] / lengths[0]
-
-
-def _cell(point: SparsityPoint) -> str:
-    return with_interval(point.score, point.low, point.high)
 
 
 def _side(sign: int) -> str:

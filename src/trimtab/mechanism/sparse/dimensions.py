@@ -41,15 +41,9 @@ def dimension_effects(
 ) -> dict[int, Tensor]:
     """Return the integrated gradient effect of every dimension of the steering that made the runs.
 
-    Args:
-        lm: the unsteered model.
-        runs: sets of one vector; every sample counts alike, whichever set it is in.
-        steps: T of the midpoint rule, a pass forward and back each.
-        progress: called with (passes done, passes in all).
-
-    Returns:
-        Active layer -> mean over samples of IE, float32 `[d_model]` on the CPU, in logits. Positive
-        where the dimension helps what the steering of its run does, whichever way that is.
+    Active layer -> mean over samples of IE, float32 `[d_model]` on the CPU, in logits: positive where
+    the dimension helps what the steering of its run does, whichever way that is. Every sample counts
+    alike, whichever set it is in. Each of the T steps is a pass forward and back.
     """
     total = {layer: torch.zeros(lm.d_model) for layer in runs[0].vector.layers}
     work = [(run, *part) for run in runs for part in run.batches(lm)]
@@ -98,13 +92,8 @@ def dimension_scores(
 ) -> dict[int, Tensor]:
     """Return layer -> score `[d_model]` of every dimension; those with the highest are kept.
 
-    Args:
-        vector: the dense vector.
-        effects: from `dimension_effects`.
-        order: `attribution`: IE, so that what works against the steering goes first; `slope`:
-            |r| = |IE / s|, the source's; `magnitude`: |s|; `random`; `bottom`: the reverse of
-            `attribution`.
-        seed: of `random`.
+    Orders are `attribution`: IE, so that what works against the steering goes first; `slope`:
+    |r| = |IE / s|, the source's; `magnitude`: |s|; `random`; `bottom`: the reverse of `attribution`.
     """
     choice("order", order, ORDERS)
     generator = torch.Generator().manual_seed(seed)

@@ -76,11 +76,8 @@ def masked(
 ) -> VectorSteering:
     """Return the vector with all but the kept dimensions at zero.
 
-    Args:
-        vector: the dense one; layers of which nothing is kept are no longer steered.
-        kept: active layer -> bool `[d_model]`.
-        restore_norm: multiply by the ratio of lengths, dense over sparse, layers pooled.
-        note: what else the provenance should say.
+    Layers of which nothing is kept are no longer steered. To restore the norm is to multiply by the
+    ratio of lengths, dense over sparse, layers pooled. `note` is what else the provenance should say.
     """
     dense = {layer: vector.directions[layer].double() for layer in vector.layers}
     sparse = {layer: c * kept[layer] for layer, c in dense.items()}
