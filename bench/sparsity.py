@@ -139,7 +139,7 @@ def tuned(lm: LanguageModel, behavior: Behavior, vector: VectorSteering) -> list
             try:
                 best = tune(
                     lm, behavior, vector, budget, direction="toward" if sign > 0 else "away",
-                    layers=[vector.layers], scopes=[str(vector.scope)], seed=SEED,
+                    layers=[vector.layers], scope=str(vector.scope), seed=SEED,
                 ).report  # fmt: skip
             except NoStrengthPasses as refusal:
                 row[f"refused at {budget}"] = refusal.found

@@ -22,7 +22,7 @@ def main(
             other = str(Path(folder, "hardened"))
             tt.bake(lm, tt.find(lm, contrast, scope="all"), other)
         second = tt.load(other, dtype=torch.float32)
-        report = tt.audit(second, contrast, other=lm, max_prompts=max_prompts)
+        report = tt.audit(second, contrast, against=lm, max_prompts=max_prompts)
     print(report)
     print(report.compared)  # B minus A, paired by prompt
 

@@ -21,7 +21,7 @@ def main(
     lm, contrast = tt.load(model), tt.behavior(behavior)
     vector = tt.find(lm, contrast)
     # Weights act on every token, so a vector that is to be baked is tuned for the scope `all`.
-    tuned = tt.tune(lm, contrast, vector, budget, scopes=["all"], max_prompts=max_prompts)
+    tuned = tt.tune(lm, contrast, vector, budget, scope="all", max_prompts=max_prompts)
     print(tuned.table())
     with tuned.on(lm):
         print("steered:", lm.generate(prompt))

@@ -153,7 +153,7 @@ def test_an_audit_reads_the_test_split_and_changes_nothing(llama: LanguageModel)
 
 def test_a_model_against_itself_differs_by_nothing(llama: LanguageModel) -> None:
     done: list[tuple[int, int]] = []
-    report = audit(llama, BEHAVIOR, other=llama, progress=lambda n, total: done.append((n, total)))
+    report = audit(llama, BEHAVIOR, against=llama, progress=lambda n, total: done.append((n, total)))
     assert report.compared is not None
     assert set(report.to_dict()) == KEYS | {"compared"}
     for side in ("toward", "away"):
@@ -176,7 +176,7 @@ def test_refusals(llama: LanguageModel, plain: LanguageModel) -> None:
         audit(llama, BEHAVIOR, max_prompts=0)
     tokens = ReadoutTokens((100,), (101,), (), {100: "not", 101: "what they say"})
     with pytest.raises(TrimtabError, match="do not agree"):
-        audit(llama, BEHAVIOR, other=plain, sets=tokens)
+        audit(llama, BEHAVIOR, against=plain, sets=tokens)
 
 
 def test_a_hardened_harbor_has_a_wider_margin(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_hardened_harbor_has_a_wider_margin(tmp_path: Path) -> None:
     vector = tt.find(harbor, refusal).select(scope="all").at(1.0)
     bake(harbor, vector, tmp_path / "hardened")
     hardened = load(str(tmp_path / "hardened"), dtype=torch.float32)
-    report = audit(hardened, refusal, other=harbor, baked=[vector])
+    report = audit(hardened, refusal, against=harbor, baked=[vector])
     assert report.compared is not None
     toward = report.compared.difference["toward"]
     assert toward.gap.low > 0.1 and toward.standard.low > 0

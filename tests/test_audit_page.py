@@ -34,7 +34,7 @@ def models() -> tuple[LanguageModel, LanguageModel]:
 
 @pytest.fixture(scope="module")
 def report(models: tuple[LanguageModel, LanguageModel]) -> AuditReport:
-    return audit(models[0], planted.behavior(10, readout=WORDS), other=models[1])
+    return audit(models[0], planted.behavior(10, readout=WORDS), against=models[1])
 
 
 def test_sections_draw_what_was_measured(report: AuditReport) -> None:

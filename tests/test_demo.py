@@ -103,7 +103,7 @@ def test_what_it_does_is_what_find_tune_and_measure_do(ran: Any) -> None:
     lm, entry = planted.language_model(), ran[0]["opening"]
     vector = tt.find(lm, toy(), "next_token", scope="all", layer=1, **TRAINING)
     tokens = planted.TOKENS
-    tuned = tt.tune(lm, toy(), vector, coherence_floor=0.0, scopes=["all"], max_new_tokens=tokens)
+    tuned = tt.tune(lm, toy(), vector, coherence_floor=0.0, scope="all", max_new_tokens=tokens)
     row = tt.measure(lm, toy(), [tuned], nulls=2, max_new_tokens=tokens).row(tuned.label)
     assert (entry["strength"], entry["window"]) == (tuned.strength, list(tuned.report.window or ()))
     assert [r["strength"] for r in entry["curve"]] == [r.strength for r in tuned.report.curve]

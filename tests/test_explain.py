@@ -17,6 +17,7 @@ import planted
 import trimtab as tt
 from trimtab.behaviors.behavior import Readout
 from trimtab.cli.app import app
+from trimtab.cli.screen import COLUMNS, LINES, show
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.judges import Judge, register_judge
 from trimtab.mechanism import Case, Explanation
@@ -58,7 +59,7 @@ def vector(lm: LanguageModel) -> VectorSteering:
 
 @pytest.fixture(scope="module")
 def found(lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering) -> Explanation:
-    return tt.explain(lm, contrast, vector, look=False, max_prompts=3, max_new_tokens=4)
+    return tt.explain(lm, contrast, vector, strength=vector.strength, max_prompts=3, max_new_tokens=4)
 
 
 def test_every_part_is_there_and_plain(found: Explanation) -> None:
@@ -104,10 +105,21 @@ def test_what_the_parts_share_is_prepared_once(
 
     monkeypatch.setattr(generation, "answer_ids", writing)
     monkeypatch.setattr(tt.Behavior, "split", splitting)
-    tt.explain(lm, contrast, vector, look=False, max_prompts=3, max_new_tokens=4)
+    tt.explain(lm, contrast, vector, strength=vector.strength, max_prompts=3, max_new_tokens=4)
     assert splits == {0: 1}
     assert BUILT["counted"] == 1
     assert [written[ids] for ids in plain] == [1] * len(plain)
+
+
+def test_the_command_prints_one_screen(
+    found: Explanation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a deep model: every table eight times as long."""
+    *parts, findings = (replace(table, rows=table.rows * 8) for table in found.tables())
+    show(findings, *parts)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Why opening moves") and 10 < len(lines) <= LINES and max(map(len, lines)) <= COLUMNS
+    assert "More with --full" in "\n".join(lines)
 
 
 def test_circuits_of_two_vectors_are_exchanged(
@@ -116,7 +128,7 @@ def test_circuits_of_two_vectors_are_exchanged(
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn(lm.d_model, generator=generator)
     other = VectorSteering.from_directions(lm, {1: draw}, alpha=12.0)
-    limits: dict[str, Any] = {"look": False, "max_prompts": 3, "max_new_tokens": 4}
+    limits: dict[str, Any] = {"strength": vector.strength, "max_prompts": 3, "max_new_tokens": 4}
     both = tt.explain(lm, contrast, vector, against=other, **limits)
     table = both.exchanged
     assert table is not None and table.sizes[0] == found.circuit.size
@@ -203,7 +215,10 @@ def test_the_page_names_the_strength_that_is_explained(
 def test_both_directions_are_read_when_asked(
     lm: LanguageModel, contrast: tt.Behavior, vector: VectorSteering
 ) -> None:
-    both = tt.explain(lm, contrast, vector, direction="both", look=False, max_prompts=2, max_new_tokens=3)
+    both = tt.explain(
+        lm, contrast, vector, direction="both", strength=vector.strength, max_prompts=2,
+        max_new_tokens=3,
+    )  # fmt: skip
     assert both.explained.signs == (1, -1)
     assert set(both.frozen.prompts) == {1, -1}
 

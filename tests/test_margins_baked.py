@@ -35,7 +35,7 @@ def test_the_audit_holds_the_margin_before_and_after(lm, tmp_path, sign):
     vector = planted.push(lm, scope="all").at(sign)
     bake(lm, vector, tmp_path / "out")
     baked, tested = load(str(tmp_path / "out")), behavior.split(0).test
-    found = audit(baked, behavior, other=lm, baked=[vector])
+    found = audit(baked, behavior, against=lm, baked=[vector])
     assert found.audited.behavior == "opening" and found.audited.data_hash == behavior.data_hash
     assert found.compared is not None
     for side in ("toward", "away"):

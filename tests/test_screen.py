@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import tiny
+import trimtab as tt
 import trimtab.cli  # noqa: F401, registers the commands
+from test_levers_advice import row as lever_row
+from test_report import figures, steered
 from trimtab.cli.app import app
 from trimtab.cli.screen import COLUMNS, LINES, show
+from trimtab.evaluation.tasks.table import TaskMeasurement, TaskScore, rows_of
+from trimtab.levers.advice import advise
+from trimtab.levers.table import LeversTable
+from trimtab.prediction.law_check import BudgetCheck, LawCheck
+from trimtab.prediction.laws import LawsReport
+from trimtab.prompts.gap.gap_search import GapSearch, HeldOut
+from trimtab.prompts.gap.steps import Found as GapFound
+from trimtab.prompts.gap.steps import GapStep
+from trimtab.results.intervals import Interval
 from trimtab.results.tables import Table
+from trimtab.strength.sweep import SweepRow
 
 DEEP = 30
 BEHAVIOR = """
@@ -52,6 +67,8 @@ COMMANDS = {
     "inspect a model": "inspect {0}/model",
     "measure": "measure {0}/model {0}/polite.yaml {0}/v.safetensors --max-new-tokens 2 --nulls 1",
     "doctor": "doctor",
+    "convert": "convert {0}/model {0}/polite.yaml prompt:Say --to vector --max-prompts 1 "
+    "--max-new-tokens 2",
 }
 
 
@@ -72,6 +89,81 @@ def test_audit_says_its_conclusion_first_and_everything_when_asked(folder: Path)
 def grid(rows: int, columns: int, width: int = 6) -> Table:
     names = tuple(f"c{i}".ljust(width, "x") for i in range(columns))
     return Table("a title", names, tuple((str(r),) * columns for r in range(rows)), ("a note",))
+
+
+def deep_tune() -> list[Table]:
+    curve = tuple(
+        SweepRow(**figures(min(1.0, k / 40)), strength=k / 10, alphas={}) for k in range(DEEP)
+    )
+    alphas = {layer: 3.21 + layer for layer in range(DEEP)}
+    report = steered().tuned
+    return [replace(report, layers=tuple(alphas), alpha=alphas, curve=curve).table()]
+
+
+def deep_laws() -> list[Table]:
+    budgets = tuple(
+        BudgetCheck(name, nats, 1.5, 1.02, 0.9, 1.1)
+        for name in ("tilt", "norm")
+        for nats in (0.01, 0.1, 0.5, 2.0)
+    )
+    whole = LawCheck(
+        "v", tuple(range(DEEP)), "all", 1, 16, budgets, 2.0, 0.9, 0.9, 0.99, "x", 0.5, (), False
+    )
+    depth = tuple(replace(whole, layers=(layer,)) for layer in range(DEEP))
+    anything: Any = None
+    return [LawsReport("b", "m", "f", anything, whole, depth, anything, anything).table()]
+
+
+def deep_levers() -> list[Table]:
+    rows = tuple(lever_row(f"vector at layer {layer}", layer) for layer in range(DEEP))
+    rows = (lever_row("unsteered", 0, "baseline"), *rows, lever_row("random", 0, "null"))
+    advice = advise(rows, "polite", 0.5)
+    missing = {"LoRA": "no train prompt was answered " * 9}
+    table = LeversTable("polite", "d", "m", "f", 1, 0.5, 0, rows, missing, advice, "answers", 1.0)
+    return [table.table()]
+
+
+def deep_tasks() -> list[Table]:
+    score = TaskScore(0.5, 0.1, 3, (1.0, 0.0, 0.5))
+    scores = {(f"task_{number}", "acc"): score for number in range(DEEP)}
+    rows = rows_of("baseline", "baseline", None, scores, None, [], 0)
+    rows += rows_of("v", "vector", 2.0, scores, scores, [scores], 0)
+    names = tuple(name for name, _ in scores)
+    made = TaskMeasurement("m", "f", names, "lm-eval 0", 3, None, False, 0, tuple(rows), ("a",))
+    return [made.table()]
+
+
+def deep_gap() -> list[Table]:
+    steps = tuple(GapStep(k, f"token {k}", 1.0, 0.5) for k in range(DEEP))
+    found = GapFound("sort", tuple(range(DEEP)), steps, -1.0, 1.0, 1.0, "closed", 9)
+    share = Interval(0.5, 0.25, 0.75)
+    held = HeldOut(32, share, share, 0.1, share, 0.5, 0.1)
+    text = "words " * DEEP
+    closed = GapSearch(
+        "polite", 1, "logsumexp", tt.prompt(text, "suffix"), text, found, held, (0.1, 3), 0.2, 90.0, 1.0
+    )
+    return [closed.table(), found.table()]
+
+
+RESULTS = {
+    "tune": deep_tune,
+    "laws": deep_laws,
+    "levers": deep_levers,
+    "tasks": deep_tasks,
+    "close-gap": deep_gap,
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_deep_result_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results that take long to measure: the same tables, with made-up figures of 30 layers."""
+    tables = RESULTS[name]()
+    show(*tables)
+    short = capsys.readouterr().out.splitlines()
+    assert len(short) <= LINES and max(map(len, short)) <= COLUMNS, "\n".join(short)
+    assert short[0].strip()[:20] == tables[0].title[:20]
+    show(*tables, full=True)
+    assert len(capsys.readouterr().out.splitlines()) > len(short)
 
 
 def test_a_long_table_shows_both_ends_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import planted
 from test_cli import Ran
 from test_report import EVIL, Page
 from test_search import QUICK, REFERENCE, WANTED
+from trimtab.cli.screen import COLUMNS, LINES, show
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.pipeline.report import SearchReport
@@ -52,6 +53,14 @@ def test_sections_draw_what_was_measured(report: SearchReport) -> None:
     assert len(stages.tables[1].rows) == len(report.attempts)
     assert len(baselines.tables[1].rows) == len(report.scores)
     assert [table.title for table in answers.tables] == list(WANTED.test)
+
+
+def test_the_command_prints_one_screen(
+    report: SearchReport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(report, report.scores["chosen"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 10 < len(lines) <= LINES and max(map(len, lines)) <= COLUMNS
 
 
 def test_the_page_says_that_nothing_was_compared(model: LanguageModel) -> None:
@@ -118,7 +127,7 @@ def test_the_command_searches(
     monkeypatch.setattr("trimtab.prompts.search.search", partial(search, **quick))
     out, data, page = tmp_path / "p.safetensors", tmp_path / "p.json", tmp_path / "page"
     done = run(
-        *files, "--restarts", 1, "--length", 2, "--steps", 2, "--reference", "Say Q.", "-o", out,
+        *files, "--restarts", 1, "--length", 2, "--repair-steps", 2, "--reference", "Say Q.", "-o", out,
         "--json", data, "--report", page, "--journal", tmp_path / "j.jsonl", "--states", "--compare",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -278,7 +278,7 @@ def test_the_commands_write_the_sparse_vector(
     assert found.provenance["sparsified"]["keep"] == 0.25
     assert found.provenance["method"] == "mean_difference"
 
-    tuning = ("--sparsify", "0.5", "--budget", "20", "--coherence", "0", "--layers", "3")
+    tuning = ("--sparsify", "0.5", "--budget", "20", "--coherence-floor", "0", "--layers", "3")
     wide = ("--scope", "last", "--max-new-tokens", "3", "-o", out)
     code, said, err = _run(capsys, "tune", model, file, dense, *tuning, *wide)
     assert code == 0, err

@@ -28,7 +28,7 @@ from trimtab.strength.tune import Tuned, TuneReport, tune
 CONTRACT = """layers scope strength alpha window score low high coherence damage damage_p95 spill
     spill_p95 model_calls seconds null""".split()
 WORDS = [f"{kind} {word}" for kind in ("old", "new", "red", "big") for word in planted.WORDS]
-HERE: dict[str, Any] = {"layers": [(3,)], "scopes": ["prompt"]}
+HERE: dict[str, Any] = {"layers": [(3,)], "scope": ["prompt"]}
 
 
 @register_judge("test-side")
@@ -75,7 +75,7 @@ def pick(lm: LanguageModel, behavior: Behavior, budget: float = 1.0, **more: Any
 @pytest.fixture(scope="module")
 def tuned(lm: LanguageModel, behavior: Behavior) -> Tuned:
     """Every place, with an adaptive strength as well."""
-    return pick(lm, behavior, layers=None, scopes=None, adaptive=True)
+    return pick(lm, behavior, layers=None, scope=None, adaptive=True)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_what_does_not_reach_the_answers_first_token_is_refused(
     lm: LanguageModel, behavior: Behavior
 ) -> None:
     with pytest.raises(NoStrengthPasses, match="no place moves the readout") as caught:
-        pick(lm, behavior, scopes=["generated"])
+        pick(lm, behavior, scope=["generated"])
     assert caught.value.tried == () and caught.value.baseline.score == 0.0
 
 
@@ -263,7 +263,7 @@ def test_shuffled_sides_are_refused(lm: LanguageModel, behavior: Behavior) -> No
 def test_a_place_that_cannot_be_steered_says_why(plain: LanguageModel) -> None:
     behavior = planted.behavior(n=10, readout={"toward": ["Z"], "away": ["Q"]})
     with pytest.raises(NoStrengthPasses, match="no chat template"):
-        pick(plain, behavior, push=vector(plain), scopes=["post_instruction"])
+        pick(plain, behavior, push=vector(plain), scope=["post_instruction"])
 
 
 def test_without_neutral_prompts_there_is_no_spill(lm: LanguageModel, behavior: Behavior) -> None:
@@ -336,7 +336,7 @@ def test_the_window_holds_a_strength_between_those_of_the_curve(
 
 def test_an_impossible_floor_names_coherence(lm: LanguageModel, behavior: Behavior) -> None:
     with pytest.raises(NoStrengthPasses, match="coherence"):
-        pick(lm, behavior, scopes=["all"], layers=[(3,)], coherence_floor=1.0)
+        pick(lm, behavior, scope=["all"], layers=[(3,)], coherence_floor=1.0)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_numbers_out_of_range_are_refused(
     assert not isinstance(caught.value, NoStrengthPasses)
 
 
-@pytest.mark.parametrize("more", [{"layers": []}, {"scopes": []}])
+@pytest.mark.parametrize("more", [{"layers": []}, {"scope": []}])
 def test_no_place_at_all_is_refused(
     lm: LanguageModel, behavior: Behavior, more: dict[str, Any]
 ) -> None:

@@ -99,7 +99,7 @@ def run_demo(
             vector = find(lm, behavior, METHOD, seed=SEED, **options)
             finding(1, 1)
             tuned = tune(
-                lm, behavior, vector, BUDGET, coherence_floor=coherence_floor, scopes=["all"],
+                lm, behavior, vector, BUDGET, coherence_floor=coherence_floor, scope=["all"],
                 progress=tuning, **effort,
             )  # fmt: skip
         except TrimtabError as error:  # nothing found, or no strength passes: shown, not hidden

@@ -84,7 +84,7 @@ def tunes(lm, behavior, vector, engine):
         # Scopes of a server: what another one wins with is answered here.
         lambda each: (
             trimtab.tune(
-                lm, behavior, vector, budget=2.0, scopes=["all", "last"], engine=each, **SHORT
+                lm, behavior, vector, budget=2.0, scope=["all", "last"], engine=each, **SHORT
             ).report
         ),
         lm,

@@ -73,7 +73,7 @@ def audit_command(
         found = audit(
             lm,
             contrast,
-            other=other,
+            against=other,
             baked=baked,
             aggregator=aggregator,
             sets=sets,

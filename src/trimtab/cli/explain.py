@@ -70,9 +70,9 @@ def explain_command(
         found = explain(
             lm,
             contrast,
-            vector if strength is None else vector.at(strength),
+            vector,
             against=other,
-            look=strength is None,
+            strength=strength,
             direction=direction,
             nulls=nulls,
             max_prompts=max_prompts,
@@ -83,6 +83,6 @@ def explain_command(
     # Files first: a reader that closes the pipe early should not cost them.
     write_result(json_file, found.to_dict())
     page = None if report is None else write_explain_page(report, found)
-    show(*found.tables(), full=full)
+    show(found, *found.tables()[:-1], full=full)
     if page is not None:
         stdout_console().print(Text(str(page)))

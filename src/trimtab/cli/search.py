@@ -48,7 +48,10 @@ def search_command(
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the prompt; the reference's by default.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of HotFlip in each descent.")] = 16,
+    repair_steps: Annotated[int, typer.Option(min=0, help="Steps of HotFlip in each repair.")] = 16,
+    flip_steps: Annotated[
+        int, typer.Option(min=1, help="With --compare: steps of HotFlip alone in each descent.")
+    ] = 16,
     journal: Annotated[
         Path | None, typer.Option(help="File of finished steps; a killed search goes on from it.")
     ] = None,
@@ -122,8 +125,8 @@ def search_command(
             restarts=restarts,
             compare=compare,
             length=length,
-            repair_steps=steps,
-            flip_steps=steps,
+            repair_steps=repair_steps,
+            flip_steps=flip_steps,
             seed=seed,
             journal=journal,
             progress=progress,

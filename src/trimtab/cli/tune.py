@@ -50,7 +50,7 @@ def tune_command(
     spill_budget: Annotated[
         float | None, typer.Option(help="Spill (off-target KL) allowed, nats per token, 95th percentile.")
     ] = None,
-    coherence: Annotated[float, typer.Option(help="Least mean coherence.")] = 0.9,
+    coherence_floor: Annotated[float, typer.Option(help="Least mean coherence.")] = 0.9,
     target: Annotated[float, typer.Option(help="Score that the window has to reach.")] = 0.9,
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="Also measure a strength for each prompt.")
@@ -104,10 +104,10 @@ def tune_command(
                 budget,
                 direction=direction,
                 spill_budget=spill_budget,
-                coherence_floor=coherence,
+                coherence_floor=coherence_floor,
                 target=target,
                 layers=sets,
-                scopes=scopes,
+                scope=scopes,
                 adaptive=adaptive,
                 max_new_tokens=max_new_tokens,
                 max_prompts=max_prompts,

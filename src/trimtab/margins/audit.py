@@ -124,7 +124,7 @@ def audit(
     lm: LanguageModel,
     behavior: Behavior,
     *,
-    other: LanguageModel | None = None,
+    against: LanguageModel | None = None,
     baked: Sequence[VectorSteering] = (),
     aggregator: str = "logsumexp",
     sets: LearnedSets | ReadoutTokens | None = None,
@@ -138,8 +138,8 @@ def audit(
     Args:
         lm: the model; float32 gives gaps their full precision.
         behavior: its test split is read, its train split gives the shared vector and the layer.
-        other: a second checkpoint; differences are `lm` minus `other`, paired by prompt.
-        baked: what `lm` has in its weights and `other` has not: random directions as long stand
+        against: a second checkpoint; differences are `lm` minus `against`, paired by prompt.
+        baked: what `lm` has in its weights and `against` has not: random directions as long stand
             beside the differences as a null. From a checkpoint's record: `margins.baked.recorded`.
         aggregator: `logsumexp`, `max` or `log_odds`: for quantiles, radius and closing; the gap is
             given by all three.
@@ -156,18 +156,18 @@ def audit(
     """
     started = perf_counter()
     choice("aggregator", aggregator, AGGREGATORS)
-    if baked and other is None:
+    if baked and against is None:
         raise TrimtabError(
             asked="an audit with the random control of what was baked in",
             found="no second checkpoint",
-            advice="give the model that it was baked into as other",
+            advice="give the model that it was baked into as against",
         )
     if max_prompts is not None and max_prompts < 1:
         raise TrimtabError(
             asked="an audit", found=f"max_prompts={max_prompts}", advice="read at least one prompt"
         )
     # Read first: what cannot be resolved under the second tokenizer should cost no forward pass.
-    models = [lm] if other is None else [lm, other]
+    models = [lm] if against is None else [lm, against]
     resolved = [_resolution(model, behavior, sets, lm) for model in models]
     step = stepper(progress, STAGES * len(models))
     plan = _Plan(behavior, aggregator, max_prompts, seed, step)
@@ -179,11 +179,11 @@ def audit(
         found.append(_measure(model, resolution, plan, at, layer_from))
     mine = found[0]
     compared = None
-    if other is not None:
-        name = other.name if other.name != lm.name else f"{other.name} (other)"
+    if against is not None:
+        name = against.name if against.name != lm.name else f"{against.name} (other)"
         nulls, new = {}, None
         if baked:
-            nulls = null_changes(other, found[1], plan.encoded(other, "test"), baked, seed)
+            nulls = null_changes(against, found[1], plan.encoded(against, "test"), baked, seed)
             new = held_out(baked, behavior, seed)
         compared = compare(lm.name, mine, name, found[1], seed, nulls, new)
     about = Audited(

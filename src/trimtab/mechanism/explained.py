@@ -143,7 +143,7 @@ def explain(
     vector: VectorSteering,
     *,
     against: VectorSteering | None = None,
-    look: bool = True,
+    strength: float | None = None,
     direction: Direction | None = None,
     max_prompts: int | None = MAX_PROMPTS,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -159,8 +159,9 @@ def explain(
         vector: an additive steering at the strength it is used at.
         against: another vector, added at the same place: the circuits of both are exchanged. It
             steers the way that `vector` does.
-        look: where that strength moves nothing, explain the weakest of 1/4 to 32 times it that
-            moves the behavior on validation prompts (working.py); of `against` likewise.
+        strength: m to explain. None: the vector's own or, where that moves nothing, the weakest of
+            1/4 to 32 times it that moves the behavior on validation prompts (working.py); of
+            `against` likewise.
         direction: `toward` or `away`, whichever the strength's sign says by default; `both`: that
             way first, then the other, at the same strength.
         max_prompts: at most so many a direction, for every part; None for all.
@@ -175,6 +176,8 @@ def explain(
             behavior too small to split.
     """
     started = perf_counter()
+    look = strength is None
+    vector = vector if strength is None else vector.at(strength)
     own = 1 if vector.strength > 0 else -1
     if direction not in (None, "both"):
         own = sign_of(direction)

@@ -158,7 +158,7 @@ def tune(
     coherence_floor: float = 0.9,
     target: float = 0.9,
     layers: Sequence[Sequence[int]] | None = None,
-    scopes: Sequence[str] | None = None,
+    scope: str | Sequence[str] | None = None,
     adaptive: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_prompts: int | None = MAX_PROMPTS,
@@ -179,7 +179,7 @@ def tune(
         target: score that the window has to reach.
         layers: layer sets to try; by default the vector's own, every single layer that has a
             direction, and the default range of depth.
-        scopes: scopes to try; by default the vector's own, all, last and post_instruction.
+        scope: what to try, one or several; by default the vector's own, all, last and post_instruction.
         adaptive: also measure a strength for each prompt, from 0 to the window's far end.
         max_new_tokens: length of answers.
         max_prompts: cap per side and split; None for all.
@@ -218,7 +218,7 @@ def tune(
             Bounds(budget, coherence_floor, target, spill_budget), sign_of(direction),
             max_new_tokens, max_prompts, seed, progress, engine,
         )  # fmt: skip
-        chosen = search.choose(layers, scopes)
+        chosen = search.choose(layers, [scope] if isinstance(scope, str) else scope)
         curve = search.curve(chosen)
         chosen = search.gentler(chosen, curve)
         window = search.window(curve)

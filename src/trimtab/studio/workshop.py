@@ -206,8 +206,8 @@ class Workshop:
             found = explain(
                 self.lm,
                 bench.behavior,
-                bench.at(strength),
-                look=strength == 0,
+                bench.lever.vector,
+                strength=strength or None,
                 max_prompts=self.limits.explain_prompts,
                 max_new_tokens=self.limits.answer_tokens,
                 seed=SEED,

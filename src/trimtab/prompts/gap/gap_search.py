@@ -142,6 +142,7 @@ def close_gap(
     train_prompts: int = 16,
     max_prompts: int | None = MAX_PROMPTS,
     nulls: int = NULLS,
+    max_tokens: int = 12,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -160,6 +161,7 @@ def close_gap(
         train_prompts: most prompts that the search sees.
         max_prompts: most prompts of the test split that it is scored on; None for all.
         nulls: draws of random tokens.
+        max_tokens: most tokens.
         seed: of the split and the nulls.
         progress: called with tokens in the slot and the most tokens.
         options: of the method.
@@ -178,7 +180,7 @@ def close_gap(
     bound = (constraints or Constraints()).bind(lm, rows)
     started = time.perf_counter()
     reader = Reader(lm, rows, objective)
-    found = search(reader, bound, progress=progress, **options)
+    found = search(reader, bound, max_tokens=max_tokens, progress=progress, **options)
     seconds = time.perf_counter() - started
     if not found.slot:
         raise TrimtabError(
