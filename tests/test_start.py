@@ -19,7 +19,6 @@ import trimtab as tt
 from trimtab.cli.app import app
 from trimtab.engine import ENGINES
 from trimtab.evaluation.readout import AGGREGATORS
-from trimtab.prompts.pipeline.task import Settings
 
 PLACES: dict[str, str] = vars(tt)["_PLACES"]
 SHADOWED = sorted(
@@ -227,8 +226,6 @@ def test_what_help_repeats_is_so() -> None:
         return next(p for p in COMMANDS[command].params if p.name == name)
 
     assert option("audit", "aggregator").help.endswith(f": {', '.join(AGGREGATORS)}.")
-    assert option("search", "steps").default == Settings.repair_steps == Settings.flip_steps
-    assert option("search", "restarts").default == Settings.restarts
     assert all(name in option("measure", "engine").help for name in ENGINES)
 
 

@@ -74,6 +74,18 @@ LEVER = "A steering file, or prompt:TEXT, prefix:TEXT, suffix:TEXT"
 Levers = Annotated[
     list[str] | None, typer.Argument(metavar="LEVER...", help=f"{LEVER}; any number.")
 ]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the result to this steering file.")
+]
+Report = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
+]
+EveryWriter = Annotated[
+    int | None,
+    typer.Option(
+        metavar="LAYER", help="Ablate this layer's direction wherever the stream is written."
+    ),
+]
 Strength = Annotated[
     float | None, typer.Option(help="Strength m; that of the file by default.")
 ]

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from trimtab.arguments import MAX_PROMPTS
-from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, app
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Report, Seed, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -40,9 +40,7 @@ def audit_command(
     ] = None,
     max_prompts: MaxPrompts = MAX_PROMPTS,
     seed: Seed = 0,
-    report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write a page into this folder.")
-    ] = None,
+    report: Report = None,
     full: Full = False,
     json_file: Json = None,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.cli.app import Json, Model, Strength, app
+from trimtab.cli.app import EveryWriter, Json, Model, Strength, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import (
     check_writable,
@@ -40,12 +40,7 @@ def bake_command(
         bool, typer.Option("--plan", help="Only say by which route, at what cost, or why not.")
     ] = False,
     route: Annotated[str | None, typer.Option(help="Only by bias, null_block or convert.")] = None,
-    every_writer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="LAYER", help="Ablate this layer's direction wherever the stream is written."
-        ),
-    ] = None,
+    every_writer: EveryWriter = None,
     verify: Annotated[
         bool, typer.Option(help="Reload the checkpoint and compare it with the hook.")
     ] = True,

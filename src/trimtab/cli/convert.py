@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.arguments import MAX_NEW_TOKENS, MAX_PROMPTS, Side
-from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, Tokens, app
+from trimtab.cli.app import BehaviorName, Json, MaxPrompts, Model, Seed, Strength, Tokens, app
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
@@ -46,9 +46,7 @@ def convert_command(
             "--out", "-o", help="The steering file to write; of bias and ablation a model's folder."
         ),
     ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Strength m to convert; as stored by default.")
-    ] = None,
+    strength: Strength = None,
     direction: Annotated[
         Side | None, typer.Option(help="Where the strength goes by default.")
     ] = None,

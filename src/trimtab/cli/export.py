@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.app import Model, app
+from trimtab.cli.app import EveryWriter, Model, Strength, app
 from trimtab.cli.support import check_writable, load_model, read_lever, read_vector
 from trimtab.errors import TrimtabError
 
@@ -36,16 +36,8 @@ def export_command(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, or PEFT folder, to create.")],
-    strength: Annotated[
-        float | None, typer.Option(help="Strength m to export; as stored by default.")
-    ] = None,
-    every_writer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="LAYER",
-            help="PEFT: ablate this layer's direction wherever the stream is written.",
-        ),
-    ] = None,
+    strength: Strength = None,
+    every_writer: EveryWriter = None,
 ) -> None:
     """Write steering in a form that another program reads, or refuse and say why."""
     from trimtab.export import write_gguf, write_lm_eval, write_peft

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.arguments import MAX_NEW_TOKENS
-from trimtab.cli.app import Json, Model, Seed, Tokens, app
+from trimtab.cli.app import Json, Model, Seed, Strength, Tokens, app
 from trimtab.cli.support import check_writable, load_model, read_lever, write_result
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ def generate_command(
         list[Path] | None,
         typer.Option("--with", metavar="FILE", help="A steering file; may be given again."),
     ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Strength m of every file; as stored by default.")
-    ] = None,
+    strength: Strength = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: Tokens = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

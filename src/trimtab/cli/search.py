@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.cli.app import BehaviorName, Json, Model, Seed, app
+from trimtab.cli.app import BehaviorName, Json, Model, Out, Report, Seed, app
 from trimtab.cli.engine import Address, EngineName, Workers, check_engine
 from trimtab.cli.screen import Full, show
 from trimtab.cli.support import check_writable, load_model, progress_bar, write_result
@@ -67,10 +67,8 @@ def search_command(
     engine: EngineName = "local",
     address: Address = None,
     workers: Workers = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the found prompt to this file.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write a page into this folder.")] = None,
+    out: Out = None,
+    report: Report = None,
     full: Full = False,
     json_file: Json = None,
 ) -> None:
