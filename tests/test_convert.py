@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -67,7 +67,7 @@ def test_one_vector_is_a_vector_and_several_are_together(
 def test_the_side_is_that_of_the_strength_unless_told(llama: LanguageModel, behavior: Any) -> None:
     vector = planted.push(llama, scope="all").at(-1.0)
     for direction, sign in ((None, -1), ("toward", 1)):
-        done = tt.convert(llama, behavior, vector, "rank-1", direction=direction, **SMALL)
+        done = tt.convert(llama, behavior, vector, "rank-1", direction=cast("Any", direction), **SMALL)
         assert done.measured is not None and done.measured.sign == sign
 
 
@@ -85,7 +85,7 @@ def test_refused_by_name_with_what_is_possible(llama: LanguageModel, behavior: A
         tt.convert(llama, behavior, vector, "rank-1", steps=3)
     assert "ridge" in caught.value.advice
     with pytest.raises(TrimtabError, match="direction"):
-        tt.convert(llama, behavior, vector, "rank-1", direction="up")
+        tt.convert(llama, behavior, vector, "rank-1", direction="up")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TrimtabError, match="every token alike"):
         tt.convert(llama, behavior, planted.push(llama, scope="last"), "bias")
 

@@ -239,7 +239,7 @@ def test_theory_figures_draw_the_theorems(found: Theorems) -> None:
     assert concepts["data"][0]["y"] == found.concept_change["harbor"].tolist()
     assert max(entropy["data"][0]["x"]) <= 1 and entropy["data"][1]["line"]["dash"] == "dash"
     assert sum(limits["data"][0]["x"]) == pytest.approx(1.0)
-    assert "harbor 100 %" in limits["label"] and "ferry at infinity" in limits["caption"]
+    assert "harbor 1.00" in limits["label"] and "ferry at infinity" in limits["caption"]
 
 
 def test_theory_as_a_page(found: Theorems, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_k_positions_choose_the_one_that_tells_most(
     values = torch.randn(16, 4, 5, 32, generator=generator)
     values[:8, :, 1] += 4.0  # the fourth from the end
     module = sys.modules["trimtab.methods.contrast"]  # `trimtab.methods` may be the function
-    monkeypatch.setattr(module, "capture", lambda *a, **k: SimpleNamespace(values=values))
+    monkeypatch.setattr(module, "capture", lambda *a, **k: values)
     vector = find(llama, behavior(), position=5, split=None)
     assert vector.provenance["read_at"] == "prompt[-4]"
     difference = values[:8, 1, 1].mean(0) - values[8:, 1, 1].mean(0)

@@ -147,7 +147,7 @@ def test_bad_input_is_refused(llama, behavior):
     with pytest.raises(TrimtabError, match="aggregator"):
         close_gap(llama, behavior, aggregator="mean")
     with pytest.raises(TrimtabError, match="direction"):
-        close_gap(llama, behavior, direction="up")
+        close_gap(llama, behavior, direction="up")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TrimtabError, match="readout"):
         close_gap(llama, planted.behavior())
     for method in METHODS:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
 from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
 from trimtab.models.capture import capture
@@ -97,6 +98,8 @@ def recovery(
     """
     chosen = [vector.strength * f for f in LARGE] if strengths is None else list(strengths)
     listed = list(prompts)
+    if not listed:
+        raise TrimtabError("what a vector leaves at depth", "no prompts", "give at least one prompt")
     before, logits = _stream(lm, listed), lm.next_logits(listed)
     answers = lm.generate(listed, max_new_tokens=max_new_tokens)
     rows: list[Recovered] = []
