@@ -203,7 +203,7 @@ def test_a_linear_network_is_known_exactly() -> None:
 def test_identity_is_found_where_it_holds() -> None:
     lm = tiny.language_model("llama", seed=4)
     with torch.no_grad():
-        for attention, mlp in lm.sites.writers:
+        for attention, mlp in zip(lm.sites.attention_writer, lm.sites.mlp_writer, strict=True):
             assert attention is not None and mlp is not None
             attention.get_parameter("weight").zero_()
             mlp.get_parameter("weight").zero_()

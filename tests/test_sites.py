@@ -67,7 +67,7 @@ def test_against_the_librarys_own_hidden_states(lm: LanguageModel):
 
 def test_writers(lm: LanguageModel):
     width = lm.d_model
-    for attention, mlp in lm.sites.writers:
+    for attention, mlp in zip(lm.sites.attention_writer, lm.sites.mlp_writer, strict=True):
         assert isinstance(attention, nn.Module)
         assert width in next(attention.parameters()).shape
         if lm.model.config.model_type == "mixtral":

@@ -103,23 +103,14 @@ def _find_blocks(model: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleL
         for blocks in owner.children():
             if isinstance(blocks, nn.ModuleList) and len(blocks) == n_layers:
                 first = dict(blocks[0].named_children()) if n_layers else {}
-                if any(map(_is_attention, first)) and any(map(_is_mlp, first)):
+                if all(any(_is(kind, name) for name in first) for kind in (_ATTENTION, _MLP)):
                     return owner, blocks
-    raise _unknown(
-        f"no list of {n_layers} blocks with attention and an MLP in {type(model).__name__}"
-    )
+    name = type(model).__name__
+    raise _unknown(f"no list of {n_layers} blocks with attention and an MLP in {name}")
 
 
-def _is_attention(name: str) -> bool:
-    return bool(_ATTENTION.search(name)) and not _is_plumbing(name)
-
-
-def _is_mlp(name: str) -> bool:
-    return bool(_MLP.search(name)) and not _is_plumbing(name)
-
-
-def _is_plumbing(name: str) -> bool:
-    return bool(_NORM.search(name)) or "dropout" in name
+def _is(kind: re.Pattern[str], name: str) -> bool:
+    return bool(kind.search(name)) and not _NORM.search(name) and "dropout" not in name
 
 
 @dataclass
@@ -146,19 +137,15 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     """Run three tokens and note the tensors that enter and leave each child of each block."""
     trace = _Trace([[] for _ in blocks], [], [])
 
-    def enter_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        trace.entry.append(_known(input_tensor(args, kwargs), module))
-
-    def leave_block(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        trace.exit.append(_known(first_tensor(output), module))
+    def around_block(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        entered, left = input_tensor(args, kwargs), first_tensor(output)
+        if entered is None or left is None:
+            raise _unknown(f"{type(module).__name__} without hidden states")
+        trace.entry.append(entered)
+        trace.exit.append(left)
 
     def watch(
-        calls: list[_Call],
-        name: str,
-        module: nn.Module,
-        args: tuple,
-        kwargs: dict,
-        output: object,
+        calls: list[_Call], name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
     ) -> None:
         entered, left = input_tensor(args, kwargs), first_tensor(output)
         if entered is not None and left is not None:
@@ -174,7 +161,7 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     training = [module for module in model.modules() if module.training]
     with Hooks() as hooks, torch.no_grad():
         for i, block in enumerate(blocks):
-            hooks.calls(block, partial(enter_block, block), partial(leave_block, block))
+            hooks.calls(block, after=partial(around_block, block))
             for name, child in block.named_children():
                 hooks.calls(child, after=partial(watch, trace.of_block[i], name, child))
         for child in trunk.children():
@@ -186,15 +173,9 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
         finally:
             for module in training:
                 module.training = True
-    if len(trace.entry) != len(blocks) or len(trace.exit) != len(blocks):
+    if len(trace.exit) != len(blocks):
         raise _unknown(f"{len(trace.exit)} of {len(blocks)} blocks run, or run more than once")
     return trace
-
-
-def _known(value: Tensor | None, module: nn.Module) -> Tensor:
-    if value is None:
-        raise _unknown(f"{type(module).__name__} without hidden states")
-    return value
 
 
 def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> Parts:
@@ -204,8 +185,8 @@ def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> Parts:
     stream is the end of that chain. In the other direction, the chain that leads to the MLP starts
     at the middle of the block, or at the block's own entry where both sublayers run side by side.
     """
-    by_attention = [call for call in calls if _is_attention(call.name)]
-    by_mlp = [call for call in calls if _is_mlp(call.name)]
+    by_attention = [call for call in calls if _is(_ATTENTION, call.name)]
+    by_mlp = [call for call in calls if _is(_MLP, call.name)]
     if len(by_attention) != 1 or len(by_mlp) != 1:
         names = [call.name for call in calls]
         raise _unknown(
@@ -260,9 +241,7 @@ def _verify(trace: _Trace, parts: Sequence[Parts], multiplier: float) -> dict[st
             reason = f"block {i} does not add its attention and MLP outputs to the stream"
             refused |= dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), reason)
         elif part.parallel:
-            reason = (
-                "a model whose attention and MLP run in parallel: there is no stream between them"
-            )
+            reason = "a model whose attention and MLP run in parallel: no stream is between them"
             refused.setdefault("resid_mid", reason)
         elif not bool((entry + attention - middle).abs().max() <= allowed):
             refused.setdefault("resid_mid", f"block {i} changes the stream before its MLP")

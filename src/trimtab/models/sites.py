@@ -113,11 +113,6 @@ class Sites:
     mlp_added: tuple[nn.Module, ...] = field(repr=False)
     middle: tuple[nn.Module, ...] = field(repr=False)
 
-    @property
-    def writers(self) -> tuple[tuple[nn.Module | None, nn.Module | None], ...]:
-        """Each block's output projections: (attention, MLP)."""
-        return tuple(zip(self.attention_writer, self.mlp_writer, strict=True))
-
     def check(self, site: Site) -> None:
         """Refuse a site that this model does not have."""
         if site.layer >= len(self.blocks):
@@ -133,26 +128,17 @@ class Sites:
             )
 
     def reading(self, site: Site) -> Tap:
-        """Where the site's value is seen.
-
-        Raises:
-            TrimtabError: The model has no such site.
-        """
+        """Where the site's value is seen; refuses a site that the model does not have."""
+        if site.kind != "resid_mid":
+            return self.writing(site)
         self.check(site)
-        if site.kind in ("embed", "resid_pre"):
-            return Tap(self.blocks[site.layer], on_input=True)
-        if site.kind == "resid_mid":
-            return Tap(self.middle[site.layer], on_input=True)
-        return self.writing(site)
+        return Tap(self.middle[site.layer], on_input=True)
 
     def writing(self, site: Site) -> Tap:
         """Where a change of the site's value takes effect on everything downstream.
 
         The middle of a block is no module's output, so it is changed through what the attention
-        adds.
-
-        Raises:
-            TrimtabError: The model has no such site.
+        adds. Refuses a site that the model does not have.
         """
         self.check(site)
         if site.kind in ("embed", "resid_pre"):
