@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_report import Page
+from report.test_report import Page
 from tools.theorems.__main__ import main
 from tools.theorems.features_model import EXAMPLE, FeaturesModel, balanced
 from tools.theorems.page import theory_figures, theory_section

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from test_report import EVIL
+from report.test_report import EVIL
 from tools import readme_picture
 from trimtab.errors import TrimtabError
 

@@ -16,7 +16,7 @@ from trimtab.behaviors.behavior import Behavior, Example, JudgeSpec, Readout
 from trimtab.behaviors.file import load_behavior
 from trimtab.errors import TrimtabError
 
-EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "polite.yaml"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "polite.yaml"
 SIDES = ("toward", "away", "neutral", "requests")
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import tiny
 import trimtab as tt
 import trimtab.cli  # noqa: F401, registers the commands
-from test_levers_advice import row as lever_row
-from test_report import figures, steered
+from levers.test_levers_advice import row as lever_row
+from report.test_report import figures, steered
 from trimtab.cli.app import app
 from trimtab.cli.screen import COLUMNS, LINES, show
 from trimtab.evaluation.tasks.table import TaskMeasurement, TaskScore, rows_of

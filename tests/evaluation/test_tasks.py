@@ -33,7 +33,7 @@ from trimtab.results.intervals import paired_bootstrap
 from trimtab.steering.prompt import PromptSteering, prompt
 from trimtab.steering.vector import VectorSteering
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = DOCS / "examples" / "harbor_task"
 TEXTS = [
     ("How do I borrow the ledger?", "I am sorry, but that is not allowed."),

@@ -11,7 +11,7 @@ import yaml
 
 import planted
 import trimtab as tt
-from test_cli import Ran
+from cli.test_cli import Ran
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
 from trimtab.results.tables import number

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import planted
-from test_cli import Ran
-from test_report import Page
+from cli.test_cli import Ran
+from report.test_report import Page
 
 QUICK = ("--max-prompts", "2", "--max-new-tokens", "4", "--nulls", "1", "--budget", "0.6")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from test_fan import SCOPES, lever
+from passes.test_fan import SCOPES, lever
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.model import LanguageModel

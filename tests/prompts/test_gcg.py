@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plain_scorer import PlainScorer
-from test_hotflip import random_start, rows_of, seeded
+from prompts.test_hotflip import random_start, rows_of, seeded
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.discrete.descent import Descent
 from trimtab.prompts.discrete.gcg import gcg

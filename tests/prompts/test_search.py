@@ -189,7 +189,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from test_search import planted, run
+from prompts.test_search import planted, run
 run(planted.language_model(), Path(sys.argv[1]))
 """
 
@@ -198,7 +198,7 @@ def test_killed_in_the_middle_it_ends_alike(
     model: LanguageModel, made: tuple[SearchReport, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "killed.jsonl"
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(path), folder],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

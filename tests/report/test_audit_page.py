@@ -11,8 +11,8 @@ import yaml
 
 import planted
 import tiny
-from test_cli import Ran
-from test_report import EVIL, Page
+from cli.test_cli import Ran
+from report.test_report import EVIL, Page
 from trimtab.margins import AuditReport, audit
 from trimtab.models.model import LanguageModel
 from trimtab.report.audit_page import audit_sections, write_audit_page

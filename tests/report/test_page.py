@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from test_report import EVIL, Page
+from report.test_report import EVIL, Page
 from trimtab.errors import TrimtabError
 from trimtab.report.figures import (
     COLORS,

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 import planted
-from test_cli import Ran
-from test_report import EVIL, Page
-from test_search import QUICK, REFERENCE, WANTED
+from cli.test_cli import Ran
+from prompts.test_search import QUICK, REFERENCE, WANTED
+from report.test_report import EVIL, Page
 from trimtab.cli.screen import COLUMNS, LINES, show
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel

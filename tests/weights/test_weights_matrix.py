@@ -22,7 +22,7 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.weights import at_every_writer, bake, plan
 from trimtab.weights.disk.base import save_model
 
-PAGE = Path(__file__).parents[1] / "docs" / "bake-matrix.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bake-matrix.md"
 OPERATIONS = ("add", "ablate", "affine")
 SCOPES = ("all", "last", "generated")
 PROMPTS = ["The ferry leaves the harbor at noon.", "How do I borrow the ledger?"]
@@ -39,7 +39,7 @@ ELSEWHERE = {
 HEADER = """\
 # Which steerings a checkpoint can hold
 
-Written by `tests/test_weights_matrix.py`: every exact cell was baked into a tiny random model of
+Written by `tests/weights/test_weights_matrix.py`: every exact cell was baked into a tiny random model of
 the architecture, saved, loaded again by stock transformers and compared with the hook, in float32,
 over every logit of two prompts. "add" is at `resid_post` of all four layers at once; "ablate" and
 "affine" are one direction at every writer of the stream (`at_every_writer`: embed, attn_out and

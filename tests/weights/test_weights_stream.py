@@ -158,7 +158,7 @@ def test_peak_memory_does_not_grow_with_the_model():
         "import baking\n"
         "print(baking.peak_of_bake(sys.argv[2], tensors=8, mebibytes=64))\n"
     )
-    bench = str(Path(__file__).parents[1] / "bench")
+    bench = str(Path(__file__).parents[2] / "bench")
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
