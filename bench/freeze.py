@@ -28,7 +28,7 @@ from trimtab.mechanism.case import Case
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
 from trimtab.mechanism.frozen.freeze import FREEZES, FreezeTable, freeze_table
 from trimtab.mechanism.frozen.lanes import lane_answers
-from trimtab.mechanism.reading.lens import Reading
+from trimtab.mechanism.reading.lens import LensReading
 from trimtab.mechanism.reading.value_vector import value_vectors
 from trimtab.methods import METHODS
 from trimtab.models.model import LanguageModel
@@ -154,7 +154,7 @@ def pooled(tables: Sequence[tuple[str, str, FreezeTable]], of: str) -> list[dict
     return results
 
 
-def said(one: Reading) -> dict:
+def said(one: LensReading) -> dict:
     """A reading with its first tokens."""
     plain = asdict(one)
     return {**plain, "promoted": one.promoted[:10], "suppressed": one.suppressed[:10]}

@@ -38,7 +38,7 @@ from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.scoring.passes import Slot
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 
 STEPS, WIDTH, TOP_K, LENGTH = 50, 512, 64, 8
 # nanoGCG draws with replacement from 8 x 64 single changes: of 512 draws about 320 are different.
@@ -205,7 +205,7 @@ def against_nanogcg(lm: LanguageModel) -> list[dict[str, object]]:
     return results
 
 
-def study_rows(lm: LanguageModel) -> list[Row]:
+def study_rows(lm: LanguageModel) -> list[PromptRow]:
     """Eight requests and what the reference prefix makes of them."""
     encoded = [lm.encode(f"{REFERENCE} {request}") for request in REQUESTS]
     return lay_out(lm, list(REQUESTS), "prefix", targets=answer_ids(lm, encoded, 24))
@@ -229,7 +229,7 @@ class Watch:
 
 
 def study_steps(
-    lm: LanguageModel, rows: list[Row], start: Slot, allowed: torch.Tensor, plain: bool
+    lm: LanguageModel, rows: list[PromptRow], start: Slot, allowed: torch.Tensor, plain: bool
 ) -> Watch:
     """The study's descent: per pass one gradient, per place its 18 best tokens, the best if better.
 
@@ -256,7 +256,7 @@ def study_steps(
 
 
 def pipeline_repair(
-    lm: LanguageModel, rows: list[Row], start: Slot, constraints: Constraints, top_k: int
+    lm: LanguageModel, rows: list[PromptRow], start: Slot, constraints: Constraints, top_k: int
 ) -> Watch:
     """The pipeline's repair of the same start under the same rule."""
     bound, watch, losses = constraints.bind(lm, rows), Watch(), []

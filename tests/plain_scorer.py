@@ -11,13 +11,13 @@ from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.kernel import Counts, Kernel
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import onehot_gradient
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 
 
 class PlainScorer(Kernel):
     """All candidates of one length on all rows, in one batch, every time."""
 
-    def __init__(self, lm: LanguageModel, rows: Sequence[Row]) -> None:
+    def __init__(self, lm: LanguageModel, rows: Sequence[PromptRow]) -> None:
         self.lm, self.rows, self.objective = lm, tuple(rows), CrossEntropy()
         self.counts = Counts()
 

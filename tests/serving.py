@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.serve import Registry, Served, Term
+from trimtab.serve import Served, Term, VectorRegistry
 from trimtab.steering.vector import VectorSteering
 
 
@@ -31,8 +31,8 @@ def term(column: int, strength: float, scope: str) -> Term:
     return Term(column, strength, scope, f"digest{column}")
 
 
-def fill(folder: Path, lm: Any) -> Registry:
+def fill(folder: Path, lm: Any) -> VectorRegistry:
     """Two vectors in a folder: `mood` behind blocks 1 and 2, `tone` before blocks 0 and 3."""
     vector(lm, (1, 2)).at(1.5).save(folder / "mood.safetensors")
     vector(lm, (0, 3), seed=5, site="resid_pre", scope="last").save(folder / "tone.safetensors")
-    return Registry.read(folder, served(lm))
+    return VectorRegistry.read(folder, served(lm))

@@ -114,3 +114,12 @@ def test_the_contract_holds_and_fails_on_an_import_that_goes_up(tmp_path: Path) 
     file.write_text(file.read_text() + "\n\ndef _up() -> None:\n    import trimtab.methods.find\n")
     broken = linted(tmp_path)
     assert broken.returncode == 1 and "results is not allowed to import" in broken.stdout
+
+
+def test_a_class_name_means_one_thing() -> None:
+    where: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}

@@ -22,8 +22,8 @@ from trimtab.levers.table import LeversTable
 from trimtab.prediction.law_check import BudgetCheck, LawCheck
 from trimtab.prediction.laws import LawsReport
 from trimtab.prompts.gap.gap_search import GapSearch, HeldOut
-from trimtab.prompts.gap.steps import Found as GapFound
 from trimtab.prompts.gap.steps import GapStep
+from trimtab.prompts.gap.steps import Grown as GapFound
 from trimtab.results.intervals import Interval
 from trimtab.results.tables import Table
 from trimtab.strength.sweep import SweepRow

@@ -17,7 +17,7 @@ import torch
 
 from trimtab import behavior, load, measure, prompt, sweep, tune
 from trimtab.engine import open_engine
-from trimtab.engine.worker import Wanted, Worker
+from trimtab.engine.worker import Worker, WorkerJob
 from trimtab.errors import TrimtabError
 from trimtab.methods import each, find
 from trimtab.models.model import LanguageModel
@@ -236,4 +236,4 @@ def test_what_workers_cannot_do_is_refused_by_name(lm: LanguageModel, engine: En
 def test_a_worker_with_other_weights_refuses(lm: LanguageModel) -> None:
     assert lm.source is not None
     with pytest.raises(TrimtabError, match="other weights"):
-        _ = Worker(Wanted(lm.source, lm.name, "of another", None)).lm
+        _ = Worker(WorkerJob(lm.source, lm.name, "of another", None)).lm

@@ -25,7 +25,7 @@ from trimtab.models import generation
 from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel, Source
 from trimtab.passes.engine import Engine
-from trimtab.serve import Registry, Served
+from trimtab.serve import Served, VectorRegistry
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.prefix import TAG
@@ -166,7 +166,7 @@ def test_every_layer_is_registered_once(lm: LanguageModel, tmp_path: Path) -> No
     assert tuned in steps and steps.names(tuned) < steps.names(vector)
     assert vector.select(site="resid_pre") not in steps
     steps.write(tmp_path, lm)
-    registry = Registry.read(tmp_path, Served("tiny", lm.n_layers, lm.d_model, lm.fingerprint))
+    registry = VectorRegistry.read(tmp_path, Served("tiny", lm.n_layers, lm.d_model, lm.fingerprint))
     assert set(registry.entries) == set(steps.single) and not registry.refused
     for layer in vector.layers:
         (name,) = steps.names(vector.select(layers=[layer]))

@@ -14,7 +14,7 @@ import planted
 import trimtab as tt
 from trimtab.errors import TrimtabError
 from trimtab.mechanism.case import Case
-from trimtab.mechanism.frozen.freeze import _row, _Run, freeze_table
+from trimtab.mechanism.frozen.freeze import _FreezeRun, _row, freeze_table
 from trimtab.mechanism.frozen.holding import HOLDS, _Held, holding, push_before
 from trimtab.mechanism.frozen.lanes import lane_answers
 from trimtab.models.attention import AttentionCall, attending
@@ -366,8 +366,8 @@ def test_table_on_a_planted_behavior(tmp_path) -> None:
 
 
 def test_points_are_counted_prompt_by_prompt() -> None:
-    def scored(*values: float) -> _Run:
-        return _Run([""] * 4, torch.tensor(values, dtype=torch.float64), 1.0)
+    def scored(*values: float) -> _FreezeRun:
+        return _FreezeRun([""] * 4, torch.tensor(values, dtype=torch.float64), 1.0)
 
     base, whole, frozen = scored(0, 0, 0, 0), scored(1, 1, 1, 0), scored(0, 1, 0, 0)
     row = _row(1, "ov", base, whole, frozen, [scored(1, 1, 0, 0), scored(1, 1, 1, 0)], 0)

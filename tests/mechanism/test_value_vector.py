@@ -14,7 +14,7 @@ from trimtab.evaluation.readout import readout_tokens
 from trimtab.mechanism.case import Case
 from trimtab.mechanism.frozen.holding import push_before
 from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
-from trimtab.mechanism.reading.lens import Reading
+from trimtab.mechanism.reading.lens import LensReading
 from trimtab.mechanism.reading.value_vector import value_vectors
 from trimtab.models.attention import AttentionCall, attending
 from trimtab.models.heads import heads_of
@@ -190,11 +190,11 @@ def test_reading_against_the_unembedding_by_hand() -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
-def reading(heads: tuple[Reading, ...], place: tuple[int, int]) -> Reading:
+def reading(heads: tuple[LensReading, ...], place: tuple[int, int]) -> LensReading:
     return next(head for head in heads if head.place == place)
 
 
-def match(found: Reading, vector: Tensor, texts: list[str], score: float) -> None:
+def match(found: LensReading, vector: Tensor, texts: list[str], score: float) -> None:
     assert found.length == pytest.approx(float(vector.norm()), rel=1e-4)
     assert list(found.promoted) == texts and len(found.suppressed) == 5
     assert found.score == pytest.approx(score, rel=1e-3, abs=1e-4)

@@ -14,7 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation.readout import gap_of, readout_tokens
 from trimtab.methods import Task, find
 from trimtab.methods import selected_difference as module
-from trimtab.methods.selected_difference import Candidate, _parts, _Selection
+from trimtab.methods.selected_difference import PositionCandidate, _parts, _Selection
 from trimtab.models.model import LanguageModel
 from trimtab.steering.norms import calibrate
 from trimtab.steering.scope import Scope
@@ -130,17 +130,17 @@ def test_the_lowest_bypass_among_those_that_pass_wins(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = {
-        (-1, 0): Candidate(-1, 0, bypass=-9.0, induce=-0.1, kl=0.01),  # induces nothing
-        (-1, 1): Candidate(-1, 1, bypass=-8.0, induce=2.0, kl=0.11),  # breaks neutral prompts
-        (-1, 2): Candidate(-1, 2, bypass=-1.0, induce=1.0, kl=0.1),
-        (-2, 1): Candidate(-2, 1, bypass=-2.0, induce=0.0, kl=0.05),
-        (-2, 2): Candidate(-2, 2, bypass=-7.0, induce=1.0, kl=math.nan),
+        (-1, 0): PositionCandidate(-1, 0, bypass=-9.0, induce=-0.1, kl=0.01),  # induces nothing
+        (-1, 1): PositionCandidate(-1, 1, bypass=-8.0, induce=2.0, kl=0.11),  # breaks neutral prompts
+        (-1, 2): PositionCandidate(-1, 2, bypass=-1.0, induce=1.0, kl=0.1),
+        (-2, 1): PositionCandidate(-2, 1, bypass=-2.0, induce=0.0, kl=0.05),
+        (-2, 2): PositionCandidate(-2, 2, bypass=-7.0, induce=1.0, kl=math.nan),
     }
     asked: list[tuple[int, int]] = []
 
-    def score(self: object, position: int, layer: int, difference: Tensor) -> Candidate:
+    def score(self: object, position: int, layer: int, difference: Tensor) -> PositionCandidate:
         asked.append((position, layer))
-        other = Candidate(position, layer, bypass=0.0, induce=-1.0, kl=0.5)
+        other = PositionCandidate(position, layer, bypass=0.0, induce=-1.0, kl=0.5)
         return planted.get((position, layer), other)
 
     monkeypatch.setattr(_Selection, "score", score)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tiny
 from trimtab.errors import TrimtabError
 from trimtab.models.attention import AttentionCall, attending
-from trimtab.models.heads import HeadLayer, Projection, find_heads, heads_of
+from trimtab.models.heads import HeadLayer, HeadProjection, find_heads, heads_of
 from trimtab.models.hooking import input_tensor
 from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import read_norm
@@ -44,7 +44,7 @@ def by_row(module: nn.Module, gradient: Tensor) -> Tensor:
 def test_rows_are_those_that_gradients_reach(lm: LanguageModel, role: str) -> None:
     layer = 1
     found = heads_of(lm)[layer]
-    projection: Projection = getattr(found, role)
+    projection: HeadProjection = getattr(found, role)
     weight = weight_of(projection.module)
     was = weight.requires_grad
     weight.requires_grad_(True)

@@ -9,14 +9,14 @@ from tiny import SPECIAL
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.constraints import Bound, Constraints, distance
-from trimtab.prompts.task.rows import Row, lay_out, round_trips
+from trimtab.prompts.task.rows import PromptRow, lay_out, round_trips
 from trimtab.prompts.task.words import Words
 
 REQUESTS = ["How do I borrow the ledger?", "Is that allowed today?"]
 
 
 @pytest.fixture(scope="module")
-def rows(llama: LanguageModel) -> list[Row]:
+def rows(llama: LanguageModel) -> list[PromptRow]:
     return lay_out(llama, REQUESTS)
 
 
@@ -28,7 +28,7 @@ def text_of(lm: LanguageModel, ids: Sequence[int]) -> str:
     return str(lm.tokenizer.decode(list(ids)))
 
 
-def bound(lm: LanguageModel, rows: list[Row], **more: object) -> Bound:
+def bound(lm: LanguageModel, rows: list[PromptRow], **more: object) -> Bound:
     return Constraints(**more).bind(lm, rows)  # pyright: ignore[reportArgumentType]
 
 
@@ -51,7 +51,7 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_are_never_allowed(lm: Langu
     assert allowed[list(ids_of(lm, "the"))].all()
 
 
-def test_allowed_tokens_alone_break_nothing(llama: LanguageModel, rows: list[Row]) -> None:
+def test_allowed_tokens_alone_break_nothing(llama: LanguageModel, rows: list[PromptRow]) -> None:
     made = bound(llama, rows, words=("cat", "e"), tokens=("the", 50))
     texts = {t: text_of(llama, [t]) for t in made.allowed.nonzero()[:, 0].tolist()}
     assert all(" " <= char <= "~" for text in texts.values() for char in text)
@@ -63,7 +63,7 @@ def test_allowed_tokens_alone_break_nothing(llama: LanguageModel, rows: list[Row
     assert {"the", "e", "cats"} <= gone and len(gone) <= 8
 
 
-def test_charsets_differ(llama: LanguageModel, rows: list[Row]) -> None:
+def test_charsets_differ(llama: LanguageModel, rows: list[PromptRow]) -> None:
     newline = ids_of(llama, "\n")[0]
     assert bound(llama, rows, charset="any").allowed[newline]
     assert not bound(llama, rows, charset="printable").allowed[newline]
@@ -72,7 +72,7 @@ def test_charsets_differ(llama: LanguageModel, rows: list[Row]) -> None:
     assert bound(llama, rows).explain(accented) == {"charset": 1}
 
 
-def test_no_legal_slot_contains_what_is_banned(llama: LanguageModel, rows: list[Row]) -> None:
+def test_no_legal_slot_contains_what_is_banned(llama: LanguageModel, rows: list[PromptRow]) -> None:
     limits = {
         "words": ("an", "to", "so", "is"),
         "reference": ids_of(llama, "Please talk only"),
@@ -101,7 +101,7 @@ def test_no_legal_slot_contains_what_is_banned(llama: LanguageModel, rows: list[
     assert spelled and all(split.allowed[slot].all() for slot in spelled)
 
 
-def test_kinds_are_counted(llama: LanguageModel, rows: list[Row]) -> None:
+def test_kinds_are_counted(llama: LanguageModel, rows: list[PromptRow]) -> None:
     reference = ids_of(llama, "The cats sleep")
     made = bound(
         llama, rows, words=("cat",), reference=reference, max_overlap=0.25, min_edits=3, max_chars=8
@@ -116,7 +116,7 @@ def test_kinds_are_counted(llama: LanguageModel, rows: list[Row]) -> None:
 
 
 def test_a_token_of_the_reference_counts_in_any_dress(
-    llama: LanguageModel, rows: list[Row]
+    llama: LanguageModel, rows: list[PromptRow]
 ) -> None:
     plain, spaced = ids_of(llama, "a")[0], ids_of(llama, " a")[0]
     assert plain != spaced
@@ -125,7 +125,7 @@ def test_a_token_of_the_reference_counts_in_any_dress(
 
 
 def test_text_that_comes_back_as_other_tokens_is_illegal(
-    llama: LanguageModel, rows: list[Row]
+    llama: LanguageModel, rows: list[PromptRow]
 ) -> None:
     made = bound(llama, rows)
     split = tuple(ids_of(llama, letter)[0] for letter in "the")
@@ -137,7 +137,7 @@ def test_text_that_comes_back_as_other_tokens_is_illegal(
 
 
 def test_checks_are_remembered(
-    llama: LanguageModel, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+    llama: LanguageModel, rows: list[PromptRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = bound(llama, rows, max_chars=9)
     slots = random_slots(llama, made, 40)
@@ -164,7 +164,7 @@ def test_contradictions_are_refused(wrong: dict) -> None:
         Constraints(**wrong)
 
 
-def test_nothing_left_is_refused(llama: LanguageModel, rows: list[Row]) -> None:
+def test_nothing_left_is_refused(llama: LanguageModel, rows: list[PromptRow]) -> None:
     with pytest.raises(TrimtabError, match="no token that is allowed"):
         bound(llama, rows, tokens=tuple(range(344)))
 

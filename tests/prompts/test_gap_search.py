@@ -17,7 +17,7 @@ from trimtab.evaluation.readout import gap, readout_tokens
 from trimtab.prompts.gap.gap_search import METHODS, GapSearch, HeldOut, close_gap
 from trimtab.prompts.gap.readings import Reader
 from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
-from trimtab.prompts.gap.steps import Found, GapStep, need
+from trimtab.prompts.gap.steps import GapStep, Grown, need
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Constraints
 from trimtab.prompts.task.rows import lay_out
@@ -112,7 +112,7 @@ def test_sorting_alone_foretells_one_token_exactly(llama):
 
 def test_tokens_behind_the_best_point_are_taken_away():
     steps = (GapStep(1, "a", 1.0, 2.0), GapStep(2, "b", 1.0, -1.0, kept=False))
-    found = Found("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
+    found = Grown("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
     assert found.additivity == pytest.approx(0.5) and found.order is None
     assert "taken away" in str(found)
 
@@ -177,7 +177,7 @@ def test_the_command_refuses_an_unknown_search(capsys):
 
 def test_the_page_warns_where_the_gap_closed_and_the_behavior_did_not():
     steps = (GapStep(1, "<b>", 1.0, 2.0),)
-    found = Found("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
+    found = Grown("sort", (1,), steps, -1.0, 1.0, 1.0, "closed", 9)
     unmoved, moved = Interval(-1, -1, -1), Interval(1, 1, 1)
     held = HeldOut(8, unmoved, moved, 0.0, Interval(1.0, 0.7, 1.0), 0.1, 0.0)
     search = GapSearch("x", 1, "max", prompt("<b>"), "<b>", found, held, (0.1, 3), 0.5, 9.0, 1.0)

@@ -15,29 +15,29 @@ from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.discrete.walk import Buffer
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.task.constraints import Bound, Constraints
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 from trimtab.results.journal import Journal
 
 REQUESTS = ["How do I borrow it?", "Is that allowed today?", "The cats?"]
 
 
-def rows_of(lm: LanguageModel) -> list[Row]:
+def rows_of(lm: LanguageModel) -> list[PromptRow]:
     target = lm.tokenizer.encode(" the ferry sleeps", add_special_tokens=False)[:6]
     return lay_out(lm, REQUESTS, targets=[target] * len(REQUESTS))
 
 
 @pytest.fixture(scope="module")
-def rows(llama: LanguageModel) -> list[Row]:
+def rows(llama: LanguageModel) -> list[PromptRow]:
     return rows_of(llama)
 
 
 @pytest.fixture(scope="module")
-def scorer(llama: LanguageModel, rows: list[Row]) -> PlainScorer:
+def scorer(llama: LanguageModel, rows: list[PromptRow]) -> PlainScorer:
     return PlainScorer(llama, rows)
 
 
 @pytest.fixture(scope="module")
-def bound(llama: LanguageModel, rows: list[Row]) -> Bound:
+def bound(llama: LanguageModel, rows: list[PromptRow]) -> Bound:
     return Constraints(words=("cat",), max_chars=30).bind(llama, rows)
 
 
@@ -72,7 +72,7 @@ def test_the_loss_never_rises_and_the_end_is_legal_and_exact(
         assert len(found.curve) == 26 and found.stopped == "steps"
 
 
-def test_it_finds_what_brute_force_finds(llama: LanguageModel, rows: list[Row]) -> None:
+def test_it_finds_what_brute_force_finds(llama: LanguageModel, rows: list[PromptRow]) -> None:
     spared = llama.tokenizer.encode("the pier so.", add_special_tokens=False)
     spared += llama.tokenizer.encode(" cats talk?", add_special_tokens=False)
     spared = sorted(set(spared))[:9]
@@ -128,7 +128,7 @@ def test_an_infeasible_start_is_repaired_and_reported(
     assert found.loss <= found.curve[0]
 
 
-def test_no_start_ends_stuck_infeasible(llama: LanguageModel, rows: list[Row]) -> None:
+def test_no_start_ends_stuck_infeasible(llama: LanguageModel, rows: list[PromptRow]) -> None:
     """Starts over the whole vocabulary, as an unmasked projection gives them."""
     reference = tuple(llama.tokenizer.encode("Please talk only", add_special_tokens=False))[:6]
     bound = Constraints(
@@ -146,7 +146,7 @@ def test_no_start_ends_stuck_infeasible(llama: LanguageModel, rows: list[Row]) -
 
 
 def test_what_cannot_be_legal_is_refused_by_name(
-    llama: LanguageModel, scorer: PlainScorer, rows: list[Row]
+    llama: LanguageModel, scorer: PlainScorer, rows: list[PromptRow]
 ) -> None:
     start = random_start(Constraints().bind(llama, rows), 0)
     far = Constraints(reference=start, min_edits=5).bind(llama, rows)
@@ -163,7 +163,7 @@ def lines_of(path: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_cut_journal_resumes_to_the_same_end(
-    llama: LanguageModel, rows: list[Row], bound: Bound, tmp_path: Path, fast: bool
+    llama: LanguageModel, rows: list[PromptRow], bound: Bound, tmp_path: Path, fast: bool
 ) -> None:
     start = llama.tokenizer.encode("cats é", add_special_tokens=False)
 
@@ -218,7 +218,7 @@ def test_a_cut_journal_resumes_to_the_same_end(
 
 
 def test_a_finished_run_costs_nothing_and_other_work_is_refused(
-    llama: LanguageModel, rows: list[Row], bound: Bound, tmp_path: Path
+    llama: LanguageModel, rows: list[PromptRow], bound: Bound, tmp_path: Path
 ) -> None:
     start = random_start(bound, 1)
 

@@ -21,7 +21,7 @@ from trimtab.prompts.scoring.passes import Slot, common_trunk
 from trimtab.prompts.scoring.race import rounds
 from trimtab.prompts.scoring.room import Room, out_of_memory
 from trimtab.prompts.soft.embeddings import onehot_gradient
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 from trimtab.steering.vector import VectorSteering
 
 REQUESTS = ["How do I borrow the ledger?", "Cats.", "Where is the pier, at noon?", "Sure, here?"]
@@ -29,7 +29,7 @@ TARGETS = [[20, 30, 40, 50, 60], [7, 8, 9], [*range(11, 30), 2], [31, 32, 33, 34
 TOLERANCE = 1e-5
 
 
-def rows_of(lm: LanguageModel, slot: str = "prefix") -> list[Row]:
+def rows_of(lm: LanguageModel, slot: str = "prefix") -> list[PromptRow]:
     return lay_out(lm, REQUESTS, slot, targets=TARGETS)
 
 
@@ -46,7 +46,7 @@ def candidates(count: int, length: int = 6, seed: int = 0, vocabulary: int = 300
 
 
 def plainly(
-    lm: LanguageModel, rows: list[Row], slots: list[Slot], objective: Objective
+    lm: LanguageModel, rows: list[PromptRow], slots: list[Slot], objective: Objective
 ) -> torch.Tensor:
     return torch.tensor(
         [plain_loss(lm, rows, slot, objective) for slot in slots], dtype=torch.float64

@@ -15,7 +15,7 @@ from trimtab.harbor import judge, lexicon
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.task.references import (
-    Reference,
+    ReferencePrompt,
     built_in_references,
     content_words,
     load_reference,
@@ -91,9 +91,9 @@ def test_banned_words_are_content_words_with_their_base_forms() -> None:
     assert set(content_words("Answer formally, with stories!")) == {
         "answer", "formally", "formal", "stories", "story",
     }  # fmt: skip
-    found = Words(Reference("x", "Talk only about cats.").words).found("A cAt, talking of Cats")
+    found = Words(ReferencePrompt("x", "Talk only about cats.").words).found("A cAt, talking of Cats")
     assert sorted(found) == ["cat", "cats", "talking"]
-    assert Reference("x", "Talk.", words=("purr",)).words == ("purr",)
+    assert ReferencePrompt("x", "Talk.", words=("purr",)).words == ("purr",)
 
 
 @pytest.mark.parametrize(

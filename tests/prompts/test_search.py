@@ -28,7 +28,7 @@ from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
 from trimtab.prompts.search import _reference, search
 from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.references import Reference, load_reference, reference_of
+from trimtab.prompts.task.references import ReferencePrompt, load_reference, reference_of
 from trimtab.prompts.task.requests import Requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import teacher_rows
@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
     "gcg_steps": 2, "gcg_width": 4, "seed": 1,
     "answer_tokens": 4, "sampling_seeds": 1,
 }  # fmt: skip
-REFERENCE = Reference("noon", "Talk about noon.", planted.behavior().judge)
+REFERENCE = ReferencePrompt("noon", "Talk about noon.", planted.behavior().judge)
 
 
 def run(lm: LanguageModel, journal: Path | None = None, **more: Any) -> SearchReport:

@@ -16,7 +16,7 @@ from serving import direction, fill, served, term, vector
 from trimtab import load
 from trimtab.cli.app import app
 from trimtab.errors import TrimtabError
-from trimtab.serve import SCOPES, Registry, Served, Term, terms
+from trimtab.serve import SCOPES, Served, Term, VectorRegistry, terms
 from trimtab.serve.prefix import block_key, salt
 from trimtab.serve.registry import EMBEDDED
 from trimtab.serve.request import RESOLVED, pack, unpack
@@ -34,12 +34,12 @@ def lm() -> Any:
 
 
 @pytest.fixture
-def registry(lm: Any, tmp_path: Path) -> Registry:
+def registry(lm: Any, tmp_path: Path) -> VectorRegistry:
     return fill(tmp_path, lm)
 
 
 @pytest.fixture
-def folder(registry: Registry) -> Path:
+def folder(registry: VectorRegistry) -> Path:
     return registry.folder
 
 
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_rest_is_served(lm, folder)
     for name, (lever, _) in files.items():
         lever.save(folder / f"{name}.safetensors")
     (folder / "broken.safetensors").write_bytes(b"no")
-    found = Registry.read(folder, served(lm))
+    found = VectorRegistry.read(folder, served(lm))
     assert list(found.entries) == ["mood", "tone"]
     assert set(found.refused) == {*files, "broken"}
     for name, (_, reason) in files.items():
@@ -90,25 +90,25 @@ def test_what_does_not_fit_is_refused_by_name_and_the_rest_is_served(lm, folder)
 def test_another_width_is_refused(lm, folder):
     narrow = Served("tiny", lm.n_layers, lm.d_model // 2)
     with pytest.raises(TrimtabError, match=f"width {lm.d_model // 2} instead of {lm.d_model}"):
-        Registry.read(folder, narrow)
+        VectorRegistry.read(folder, narrow)
 
 
 def test_an_unchecked_fingerprint_lets_the_shape_decide(lm, folder):
-    assert list(Registry.read(folder, Served("copy", lm.n_layers, lm.d_model)).entries)
+    assert list(VectorRegistry.read(folder, Served("copy", lm.n_layers, lm.d_model)).entries)
 
 
 def test_an_empty_folder_is_refused(lm, tmp_path):
     for where in (tmp_path, tmp_path / "none"):
         with pytest.raises(TrimtabError, match="no steering file there"):
-            Registry.read(where, served(lm))
+            VectorRegistry.read(where, served(lm))
 
 
 def test_another_process_reads_the_same_or_refuses(lm, registry, folder):
-    again = Registry.from_record(registry.record())
+    again = VectorRegistry.from_record(registry.record())
     assert again.digest == registry.digest and again.layers == registry.layers
     vector(lm, (2,), seed=9).save(folder / "mood.safetensors")
     with pytest.raises(TrimtabError, match="other files in this process"):
-        Registry.from_record(registry.record())
+        VectorRegistry.from_record(registry.record())
 
 
 # --- requests
@@ -161,7 +161,7 @@ def test_what_a_request_writes(registry, written, expected):
 def test_what_cannot_be_served_is_refused(lm, folder, extra, reason):
     limits = Served("tiny", lm.n_layers, lm.d_model, largest=1e30)
     with pytest.raises(TrimtabError, match=reason):
-        terms(extra, Registry.read(folder, limits))
+        terms(extra, VectorRegistry.read(folder, limits))
 
 
 # --- tokens of a step

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tiny
 from serving import fill, served, term, vector
 from trimtab.errors import TrimtabError
-from trimtab.serve import Registry, plugin, terms
+from trimtab.serve import VectorRegistry, plugin, terms
 from trimtab.serve.blocks import find_blocks, install
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.prefix import block_key
@@ -31,12 +31,12 @@ def lm() -> Any:
 
 
 @pytest.fixture
-def registry(lm: Any, tmp_path: Path) -> Registry:
+def registry(lm: Any, tmp_path: Path) -> VectorRegistry:
     return fill(tmp_path, lm)
 
 
 @pytest.fixture
-def folder(registry: Registry) -> Path:
+def folder(registry: VectorRegistry) -> Path:
     return registry.folder
 
 
@@ -49,7 +49,7 @@ def test_the_hooks_add_what_the_steering_adds(name, tmp_path):
     behind, before = vector(lm, (0, 2)), vector(lm, (0, 3), seed=4, site="resid_pre")
     behind.save(tmp_path / "behind.safetensors")
     before.save(tmp_path / "before.safetensors")
-    registry = Registry.read(tmp_path, served(lm))
+    registry = VectorRegistry.read(tmp_path, served(lm))
     ids = torch.arange(6, 26)[None]
     found = terms({"steer": ["behind:3@prompt", "before:-2"]}, registry)
     with torch.no_grad():

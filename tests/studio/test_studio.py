@@ -34,7 +34,7 @@ from trimtab.studio.coloring import Scale, projections
 from trimtab.studio.desk import Desk, clear, new_desk
 from trimtab.studio.lever import GRID, Lever, measure_lever, nice
 from trimtab.studio.streaming import stream
-from trimtab.studio.workshop import Bench, Limits, Workshop, written_behavior
+from trimtab.studio.workshop import Limits, Workbench, Workshop, written_behavior
 
 FREE = contextlib.nullcontext()
 BOUNDS = Bounds(budget=1e6, coherence=0.0, target=0.9)
@@ -65,7 +65,7 @@ def workshop(model: LanguageModel) -> Workshop:
 
 
 @pytest.fixture(scope="module")
-def bench(workshop: Workshop) -> Bench:
+def bench(workshop: Workshop) -> Workbench:
     return workshop.take(planted.behavior(), planted.push(workshop.lm), BOUNDS)
 
 
@@ -91,7 +91,7 @@ def test_warnings_name_what_is_broken(model: LanguageModel) -> None:
     assert inside(3.0 + 1e-9, (2.0, 3.0)) and not inside(3.1, (2.0, 3.0))
 
 
-def test_readings_are_those_of_the_evaluator(model: LanguageModel, bench: Bench) -> None:
+def test_readings_are_those_of_the_evaluator(model: LanguageModel, bench: Workbench) -> None:
     lever = bench.lever
     m = round(0.37 * lever.reach, 6)
     assert not lever.known(m)
@@ -174,7 +174,7 @@ def test_scale_maps_projections_to_shades() -> None:
     assert [scale.shade(x) for x in (2.0, 4.0, 0.0, 100.0, -100.0)] == [0.0, 0.5, -0.5, 1.0, -1.0]
 
 
-def test_answers_unsteered_are_kept(workshop: Workshop, bench: Bench) -> None:
+def test_answers_unsteered_are_kept(workshop: Workshop, bench: Workbench) -> None:
     first = list(workshop.answers(bench, "the sea", 5.0))
     again = list(workshop.answers(bench, "the sea", -5.0))
     plain = workshop.lm.generate("the sea", max_new_tokens=LIMITS.answer_tokens)
@@ -187,7 +187,7 @@ def test_answers_unsteered_are_kept(workshop: Workshop, bench: Bench) -> None:
         list(workshop.answers(bench, "  ", 1.0))
 
 
-def test_nothing_in_the_page_is_markup(bench: Bench) -> None:
+def test_nothing_in_the_page_is_markup(bench: Workbench) -> None:
     hostile = replace(bench.lever.read(0.0), samples=(Sample(HOSTILE, HOSTILE, HOSTILE),))
     named = planted.behavior(name=HOSTILE)
     pages = (
@@ -206,7 +206,7 @@ def test_nothing_in_the_page_is_markup(bench: Bench) -> None:
     assert "&lt;script&gt;" in pages[0]
 
 
-def test_gauges_show_the_reading_and_shade_the_window(bench: Bench) -> None:
+def test_gauges_show_the_reading_and_shade_the_window(bench: Workbench) -> None:
     lever = bench.lever
     window = lever.window(1)
     assert window is not None
@@ -271,10 +271,10 @@ class TestActions:
     def act(self, workshop: Workshop, tmp_path: Path) -> Actions:
         return Actions(workshop, tmp_path)
 
-    def put(self, act: Actions, desk: Desk | None, bench: Bench) -> tuple[Any, ...]:
+    def put(self, act: Actions, desk: Desk | None, bench: Workbench) -> tuple[Any, ...]:
         return act._put(desk, lambda: bench)
 
-    def test_a_move_shows_warning_answers_gauges_colors(self, act: Actions, bench: Bench) -> None:
+    def test_a_move_shows_warning_answers_gauges_colors(self, act: Actions, bench: Workbench) -> None:
         desk, status, _, slider, _, prompt = self.put(act, None, bench)
         assert "opening" in status and slider["maximum"] == bench.lever.reach
         assert slider["value"] == pytest.approx(bench.lever.vector.strength, abs=bench.lever.step)
@@ -283,7 +283,7 @@ class TestActions:
         for wanted in ("tt-gauges", 'data-done="1"', "tt-tokens", "<table>", "window"):
             assert wanted in text
 
-    def test_a_move_falls_silent_when_a_later_one_is_made(self, act: Actions, bench: Bench) -> None:
+    def test_a_move_falls_silent_when_a_later_one_is_made(self, act: Actions, bench: Workbench) -> None:
         desk, _, _, _, _, prompt = self.put(act, None, bench)
         first = act.show(desk, prompt, bench.lever.reach, 1.0)
         next(first)
@@ -308,7 +308,7 @@ class TestActions:
         asyncio.run(asyncio.wait_for(stay(), 60))
         assert 4 <= looks < 8  # a sleep may end a little early
 
-    def test_desks_are_apart(self, act: Actions, bench: Bench, workshop: Workshop) -> None:
+    def test_desks_are_apart(self, act: Actions, bench: Workbench, workshop: Workshop) -> None:
         one = self.put(act, None, bench)[0]
         two = act.arrive(None)
         assert one.folder != two.folder and two.bench is None
@@ -327,7 +327,7 @@ class TestActions:
         assert "no such name" in status and desk.bench is None
 
     def test_a_steering_file_of_another_model_is_refused(
-        self, act: Actions, bench: Bench, tmp_path: Path
+        self, act: Actions, bench: Workbench, tmp_path: Path
     ) -> None:
         other = tiny.language_model("gpt2")
         vector = VectorSteering.from_directions(other, {1: torch.ones(other.d_model)})

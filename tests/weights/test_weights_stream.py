@@ -23,7 +23,7 @@ from trimtab.steering.vector import VectorSteering
 from trimtab.weights import bake, plan
 from trimtab.weights.disk import stream
 from trimtab.weights.disk.checkpoint import open_checkpoint
-from trimtab.weights.disk.sources import Projected, copied
+from trimtab.weights.disk.sources import ProjectedSource, copied
 
 PROMPTS = ["The ferry leaves the harbor at noon."]
 
@@ -142,7 +142,7 @@ def test_a_projection_in_pieces_is_the_projection_whole(tmp_path, monkeypatch):
     left, right = torch.randn(2, 32, 2, generator=generator, dtype=torch.float64)
     whole = lm.model.state_dict()["model.layers.0.mlp.down_proj.weight"].double()
     monkeypatch.setattr("trimtab.weights.disk.sources.PIECE", 16 * 48 * 5)  # five rows at a time
-    source = Projected(copied(fact), left, right, by_rows=True)
+    source = ProjectedSource(copied(fact), left, right, by_rows=True)
     pieces = list(source.pieces())
     assert len(pieces) == 7
     got = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.float32).view(32, 48)

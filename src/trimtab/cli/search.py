@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
     from trimtab.models.model import LanguageModel
     from trimtab.prompts.soft.states import StateSweep
-    from trimtab.prompts.task.references import Reference
+    from trimtab.prompts.task.references import ReferencePrompt
     from trimtab.prompts.task.requests import Requests
 
 SOFT_LENGTH = 4  # vectors along a direction
@@ -192,7 +192,7 @@ def _raise(
 
 
 def _sweep(
-    lm: LanguageModel, reference: Reference, requests: Requests, slot: str, seed: int
+    lm: LanguageModel, reference: ReferencePrompt, requests: Requests, slot: str, seed: int
 ) -> StateSweep:
     """Match the reference's states at every layer, on a few training requests."""
     import torch

@@ -13,7 +13,7 @@ from trimtab.cli.app import Model, app
 from trimtab.cli.support import load_model
 
 if TYPE_CHECKING:
-    from trimtab.serve.registry import Registry
+    from trimtab.serve.registry import VectorRegistry
 
 
 @app.command(
@@ -46,7 +46,7 @@ def serve_command(
     start(launch)
 
 
-def _show(registry: Registry) -> None:
+def _show(registry: VectorRegistry) -> None:
     from trimtab.serve.registry import said
 
     console = Console(stderr=True, soft_wrap=True)

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from trimtab.engine.worker import Wanted, Worker
+from trimtab.engine.worker import Worker, WorkerJob
 from trimtab.errors import TrimtabError
 from trimtab.models.model import LanguageModel
 from trimtab.passes.engine import Engine, source_of
@@ -71,7 +71,7 @@ class RayEngine(Engine):
         if self._started:
             _join(address, self.workers, self.workers if on_gpu else 0)
         threads = None if address else max(1, torch.get_num_threads() // self.workers)
-        self._wanted = Wanted(source, lm.name, lm.fingerprint, threads, tuple(imports))
+        self._wanted = WorkerJob(source, lm.name, lm.fingerprint, threads, tuple(imports))
         self._make = ray.remote(Worker).options(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=0, max_task_retries=0
         )

@@ -21,7 +21,7 @@ from trimtab.results.journal import Notes
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WorkerJob:
     """The model that a worker is to hold, with the driver's fingerprint, or it refuses to work.
 
     `threads` None leaves them to its environment; `imports` are modules that are imported first.
@@ -37,7 +37,7 @@ class Wanted:
 class Worker:
     """One process of a cluster."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: WorkerJob) -> None:
         """Load nothing yet: what fails is the error of a unit, which finds its way to the user."""
         self._wanted = wanted
         self._held: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from trimtab.levers.conversions.rank_one import fit_rank_one
 from trimtab.levers.conversions.recovered import Lever
 from trimtab.levers.conversions.vector_to_weights import vector_to_weights
 from trimtab.levers.found import FoundLevers
-from trimtab.levers.row import Entry
+from trimtab.levers.row import LeverEntry
 from trimtab.levers.settle import Bench, reach, settle_ablation, settle_update, settle_vector
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
@@ -38,7 +38,7 @@ LARGEST_LORA = 4.0  # times the adapter as it was trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Made(Entry):
+class Made(LeverEntry):
     """An entry with what is measured: several levers for nulls, whose figures are meaned."""
 
     levers: tuple[Lever, ...]

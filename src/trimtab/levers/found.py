@@ -16,9 +16,9 @@ from trimtab.methods.registry import METHODS
 from trimtab.models.model import LanguageModel
 from trimtab.passes.calls import counting
 from trimtab.prompts.pipeline.stages import descent_stage, projection_stage, soft_stage
-from trimtab.prompts.pipeline.task import Settings, Task
+from trimtab.prompts.pipeline.task import SearchTask, Settings
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 from trimtab.results import Progress
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import VectorSteering
@@ -190,7 +190,7 @@ def _prompts(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: E
             found.missing["searched"] = found.missing.get("soft", "no soft prompt to start from")
 
 
-def _task(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effort) -> Task:
+def _task(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effort) -> SearchTask:
     splits = behavior.split(found.seed)
     rows, held = (
         _rows(lm, part, found.sign, spend.search_requests)
@@ -205,10 +205,10 @@ def _task(lm: LanguageModel, behavior: Behavior, found: FoundLevers, spend: Effo
         init="random_tokens",
     )
     bound = Constraints().bind(lm, [*rows, *held])
-    return Task(lm, rows, held, bound, (), spend.prompt_tokens, settings)
+    return SearchTask(lm, rows, held, bound, (), spend.prompt_tokens, settings)
 
 
-def _rows(lm: LanguageModel, part: Behavior, sign: int, most: int) -> list[Row]:
+def _rows(lm: LanguageModel, part: Behavior, sign: int, most: int) -> list[PromptRow]:
     """Requests with wanted answers; so many are answered as are used."""
     kept = {name: range(min(most, len(getattr(part, name)))) for name in SIDES}
     _, found = wanted_answers_of(lm, part.select(kept), sign)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from trimtab.levers.conversions.recovered import Lever, used
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, target_log_probs
 
 
@@ -29,7 +29,7 @@ class Text:
         tokens: of all answers.
     """
 
-    rows: tuple[Row, ...] = field(repr=False)
+    rows: tuple[PromptRow, ...] = field(repr=False)
     tokens: int
 
     @classmethod

@@ -36,7 +36,7 @@ class Validated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LeverEntry:
     """A lever at its strength, and what it took to get there.
 
     Attributes:
@@ -64,7 +64,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeverRow(Summary, Entry):
+class LeverRow(Summary, LeverEntry):
     """One lever; figures without another word are those of the test split.
 
     Attributes:

@@ -24,7 +24,7 @@ from trimtab.levers.conversions.recovered import gaps_of, used
 from trimtab.levers.entries import NAMES, Made, entries_of
 from trimtab.levers.found import Effort, FoundLevers, find_levers
 from trimtab.levers.perplexity import Text
-from trimtab.levers.row import COLUMNS, Entry, LeverRow, closed_share, validated
+from trimtab.levers.row import COLUMNS, LeverEntry, LeverRow, closed_share, validated
 from trimtab.levers.settle import Bench
 from trimtab.levers.timing import ROUNDS, extra_time
 from trimtab.models.model import LanguageModel
@@ -228,7 +228,7 @@ def _row(
             lengths.append(sum(len(model.encode(prompt).ids) for prompt in prompts))
     return LeverRow(
         **vars(replace(summed, samples=summed.samples[:SHOWN])),
-        **{f.name: getattr(entry, f.name) for f in fields(Entry)},
+        **{f.name: getattr(entry, f.name) for f in fields(LeverEntry)},
         within=checked.damage_p95 <= SLACK * bench.budget,
         validation=checked,
         gap=mean([float(g.mean()) for g in known]) if known else None,

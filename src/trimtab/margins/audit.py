@@ -25,7 +25,7 @@ from trimtab.margins.close import (
     pusher,
     steepest_layer,
 )
-from trimtab.margins.compared import Compared, Parts, compare
+from trimtab.margins.compared import AuditParts, Compared, compare
 from trimtab.margins.gap import read, report_gaps
 from trimtab.margins.learned import LearnedSets
 from trimtab.margins.radius import gap_gradients, report_radius
@@ -66,7 +66,7 @@ class Audited:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditReport(Parts, Printable):
+class AuditReport(AuditParts, Printable):
     """An audit: its parts, and what they are of.
 
     Attributes:
@@ -171,7 +171,7 @@ def audit(
     resolved = [_resolution(model, behavior, sets, lm) for model in models]
     step = stepper(progress, STAGES * len(models))
     plan = _Plan(behavior, aggregator, max_prompts, seed, step)
-    found: list[Parts] = []
+    found: list[AuditParts] = []
     for model, resolution in zip(models, resolved, strict=True):
         at, layer_from = layer, "as asked for"
         if layer is None and found and model.n_layers == lm.n_layers:
@@ -237,7 +237,7 @@ class _Plan:
 
 def _measure(
     lm: LanguageModel, resolution: Resolution, plan: _Plan, layer: int | None, layer_from: str
-) -> Parts:
+) -> AuditParts:
     """Measure one checkpoint."""
     tokens, aggregator, seed = resolution.tokens, plan.aggregator, plan.seed
     encoded = plan.encoded(lm, "test")
@@ -261,6 +261,6 @@ def _measure(
         pushes = pusher(lm, tokens, encoded[side], at, aggregator)
         rows += close_side(pushes, side, tested[side], learned[side].grad[:, at].mean(0), seed)
         plan.step()
-    return Parts(
+    return AuditParts(
         gap, census, resolution, radius, KlToClose(at, layer_from, aggregator, tuple(rows))
     )

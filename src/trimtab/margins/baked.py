@@ -9,7 +9,7 @@ import torch
 
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
-from trimtab.margins.compared import Parts
+from trimtab.margins.compared import AuditParts
 from trimtab.margins.gap import read
 from trimtab.models.baked import RECORD
 from trimtab.models.chat import Encoded
@@ -61,7 +61,7 @@ def recorded(record: Mapping[str, Any], base: LanguageModel) -> list[VectorSteer
 
 def null_changes(
     lm: LanguageModel,
-    before: Parts,
+    before: AuditParts,
     encoded: Mapping[str, Sequence[Encoded]],
     vectors: Sequence[VectorSteering],
     seed: int,

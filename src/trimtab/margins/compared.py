@@ -23,7 +23,7 @@ _WHOSE = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class AuditParts:
     """Everything that is audited of one checkpoint.
 
     Attributes:
@@ -68,7 +68,7 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared(Parts, Printable):
+class Compared(AuditParts, Printable):
     """A second checkpoint, whose parts these are, and how the audited one differs from it.
 
     Attributes:
@@ -110,9 +110,9 @@ class Compared(Parts, Printable):
 
 def compare(
     model: str,
-    mine: Parts,
+    mine: AuditParts,
     other: str,
-    theirs: Parts,
+    theirs: AuditParts,
     seed: int,
     nulls: Mapping[str, float],
     held_out: bool | None,

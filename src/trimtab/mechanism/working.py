@@ -22,7 +22,7 @@ FACTORS = tuple(2 ** (half / 2) for half in range(-4, 11) if half)
 
 
 @dataclass(frozen=True)
-class Tried:
+class WorkingRow:
     """A strength m, and the mean of the judge's score times coherence: gibberish moves nothing."""
 
     strength: float
@@ -44,7 +44,7 @@ class Working(Printable):
     given: float
     used: float
     unsteered: float
-    tried: tuple[Tried, ...]
+    tried: tuple[WorkingRow, ...]
     prompts: int
 
     @property
@@ -96,11 +96,11 @@ def working_strength(case: Case, *, look: bool = True) -> Working:
     own = case.vector.strength
     found = scores([own])
     unsteered = found[0.0]
-    tried = [Tried(own, found[own])]
+    tried = [WorkingRow(own, found[own])]
     if look and tried[0].score - unsteered < LEAST_GAIN:
         strengths = [own * factor for factor in FACTORS]
         found = scores(strengths)
-        tried += [Tried(m, found[m]) for m in strengths]
+        tried += [WorkingRow(m, found[m]) for m in strengths]
     best = max(one.score for one in tried) - unsteered
     used = own
     if best >= LEAST_GAIN:

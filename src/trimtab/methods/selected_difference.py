@@ -29,7 +29,7 @@ ABLATED = ("resid_pre", "attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PositionCandidate:
     """One direction and its scores on held-out prompts.
 
     Attributes:
@@ -99,7 +99,7 @@ def selected_difference(
     units = [partial(_scored, p, x, contrasts[p].difference(x)) for p, x in places]
     count = iter(range(1, len(places) + 1))
 
-    def done(number: int, candidate: Candidate) -> None:
+    def done(number: int, candidate: PositionCandidate) -> None:
         if task.progress is not None:
             task.progress(next(count), len(places))
 
@@ -144,7 +144,7 @@ class _Selection:
         self.reference = logits["neutral"].log_softmax(-1)
         self.unsteered = {name: self._gap(logits[name]) for name in ("toward", "away")}
 
-    def score(self, position: int, layer: int, difference: Tensor) -> Candidate:
+    def score(self, position: int, layer: int, difference: Tensor) -> PositionCandidate:
         """Score one difference `[d_model]`."""
         lm, length = self.lm, float(difference.norm())
         unit = (difference / length).float()
@@ -154,7 +154,7 @@ class _Selection:
         ]
         add = Edit(Site(self.site, layer), "add", unit, length, scope=self.scope)
         ablated = self._logits("neutral", everywhere).log_softmax(-1)
-        return Candidate(
+        return PositionCandidate(
             position=position,
             layer=layer,
             bypass=self._gap(self._logits("toward", everywhere)),
@@ -172,7 +172,7 @@ class _Selection:
 
 def _scored(
     position: int, layer: int, difference: Tensor, selection: _Selection, notes: Notes
-) -> Candidate:
+) -> PositionCandidate:
     return selection.score(position, layer, difference)
 
 
@@ -206,7 +206,7 @@ def _check(task: Task, held_out: float, deepest: float, max_prompts: int) -> Non
 
 
 def _refusal(
-    task: Task, scored: Sequence[Candidate], max_kl: float, min_induce: float
+    task: Task, scored: Sequence[PositionCandidate], max_kl: float, min_induce: float
 ) -> TrimtabError:
     asked = f"a selected difference of {task.behavior.name!r} among {len(scored)} candidates"
     finite = [c for c in scored if math.isfinite(c.kl) and math.isfinite(c.induce)]

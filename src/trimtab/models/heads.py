@@ -29,7 +29,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, tuple[HeadLayer, ...]] = WeakKeyDictionary(
 
 
 @dataclass(frozen=True, eq=False)
-class Projection:
+class HeadProjection:
     """One role (queries, keys or values) of one attention.
 
     Attributes:
@@ -64,9 +64,9 @@ class HeadLayer:
         attention_post: norm on what the attention adds; None without.
     """
 
-    query: Projection
-    key: Projection
-    value: Projection
+    query: HeadProjection
+    key: HeadProjection
+    value: HeadProjection
     output: nn.Module
     norm: nn.Module | None
     mlp_norm: nn.Module | None
@@ -168,7 +168,7 @@ def _layer(
     return found
 
 
-Roles: TypeAlias = tuple[Projection, Projection, Projection]
+Roles: TypeAlias = tuple[HeadProjection, HeadProjection, HeadProjection]
 
 
 def _layouts(
@@ -182,7 +182,7 @@ def _layouts(
             for part in parts:
                 _check_linear(lm, layer, part)
             q, k, v = (
-                Projection(part, torch.arange(count * width).view(count, width))
+                HeadProjection(part, torch.arange(count * width).view(count, width))
                 for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
             )
             return [(q, k, v)]
@@ -199,11 +199,11 @@ def _layouts(
         # Each head's query, key and value side by side.
         layouts.append(tuple(rows.view(heads, 3, width).unbind(1)))
     return [
-        (Projection(fused, q), Projection(fused, k), Projection(fused, v)) for q, k, v in layouts
+        (HeadProjection(fused, q), HeadProjection(fused, k), HeadProjection(fused, v)) for q, k, v in layouts
     ]
 
 
-def _values(role: Projection, outputs: dict[nn.Module, Tensor]) -> Tensor:
+def _values(role: HeadProjection, outputs: dict[nn.Module, Tensor]) -> Tensor:
     """What a role's rows make, `[batch, heads, seq, head_dim]`."""
     made = outputs[role.module][..., role.rows.flatten()]
     return made.unflatten(-1, tuple(role.rows.shape)).transpose(1, 2)

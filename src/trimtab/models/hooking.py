@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.models.opened import Entry, enter, is_open, leave
+from trimtab.models.opened import OpenEntry, enter, is_open, leave
 
 _LOCK = threading.Lock()
 
@@ -66,7 +66,7 @@ class Hooks:
         Args:
             elsewhere: Called when a hook leaves a call of another thread or task alone.
         """
-        self._entry = Entry(self, "hooks", None)
+        self._entry = OpenEntry(self, "hooks", None)
         self._undo: list[Callable[[], object]] = []
         self._elsewhere, self._missed = elsewhere, False
 

@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class OpenEntry:
     """One open block: an attribute of an object that has another value inside it."""
 
     owner: object
@@ -23,10 +23,10 @@ class Entry:
     value: Any
 
 
-_OPEN: ContextVar[tuple[Entry, ...]] = ContextVar("trimtab_open", default=())
+_OPEN: ContextVar[tuple[OpenEntry, ...]] = ContextVar("trimtab_open", default=())
 
 
-def is_open(entry: Entry) -> bool:
+def is_open(entry: OpenEntry) -> bool:
     """Whether the running code is inside the block."""
     return entry in _OPEN.get()
 
@@ -41,12 +41,12 @@ def values(owner: object, name: str) -> list[Any]:
     return [e.value for e in _OPEN.get() if e.owner is owner and e.name == name]
 
 
-def enter(entry: Entry) -> None:
+def enter(entry: OpenEntry) -> None:
     """Open a block."""
     _OPEN.set((*_OPEN.get(), entry))
 
 
-def leave(entry: Entry) -> bool:
+def leave(entry: OpenEntry) -> bool:
     """Close a block, and say whether it was open here."""
     before = _OPEN.get()
     _OPEN.set(tuple(other for other in before if other is not entry))
@@ -56,7 +56,7 @@ def leave(entry: Entry) -> bool:
 @contextmanager
 def opened(owner: object, name: str, value: object) -> Iterator[None]:
     """Give an attribute another value inside the block."""
-    entry = Entry(owner, name, value)
+    entry = OpenEntry(owner, name, value)
     enter(entry)
     try:
         yield

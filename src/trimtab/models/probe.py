@@ -34,7 +34,7 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class BlockParts:
     """The roles inside one block.
 
     Attributes:
@@ -61,18 +61,18 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Probed:
     """What the probe found; `refused` names the kinds of site that the model lacks, and why."""
 
     trunk: nn.Module
     blocks: nn.ModuleList
     final_norm: nn.Module | None
-    parts: list[Parts]
+    parts: list[BlockParts]
     residual_multiplier: float
     refused: dict[str, str]
 
 
-def probe(model: PreTrainedModel) -> Found:
+def probe(model: PreTrainedModel) -> Probed:
     """Run three tokens through a causal language model and leave it exactly as it was.
 
     Raises:
@@ -84,7 +84,7 @@ def probe(model: PreTrainedModel) -> Found:
     trace = _run(model, trunk, blocks)
     _check_chain(trace)
     parts = [_follow(block, trace.of_block[i], trace.entry[i]) for i, block in enumerate(blocks)]
-    return Found(
+    return Probed(
         trunk, blocks, trace.final_norm, parts, multiplier, _verify(trace, parts, multiplier)
     )
 
@@ -178,7 +178,7 @@ def _run(model: PreTrainedModel, trunk: nn.Module, blocks: nn.ModuleList) -> _Tr
     return trace
 
 
-def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> Parts:
+def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> BlockParts:
     """Follow the tensors of one block by identity, on from its sublayers and back from its MLP.
 
     A post-norm or dropout takes the very tensor that the sublayer returned; what is added to the
@@ -212,7 +212,7 @@ def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> Parts:
     attention_end, attention_normed = added(attention)
     mlp_end, mlp_normed = added(mlp)
     middle = source(mlp)
-    return Parts(
+    return BlockParts(
         attention=attention.module,
         mlp=mlp.module,
         attention_added=attention_end.module,
@@ -224,7 +224,7 @@ def _follow(block: nn.Module, calls: Sequence[_Call], entry: Tensor) -> Parts:
     )
 
 
-def _verify(trace: _Trace, parts: Sequence[Parts], multiplier: float) -> dict[str, str]:
+def _verify(trace: _Trace, parts: Sequence[BlockParts], multiplier: float) -> dict[str, str]:
     """Check by numbers that blocks add what they are thought to; name the kinds that fail."""
     refused: dict[str, str] = {}
     for i, part in enumerate(parts):

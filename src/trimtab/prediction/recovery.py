@@ -30,7 +30,7 @@ LARGE = (1.0, 10.0, 100.0, 1000.0)  # of the vector's own strength
 
 
 @dataclass(frozen=True)
-class Recovered:
+class RecoveryRow:
     """One strength: the stream by depth, and the answers.
 
     Attributes:
@@ -58,7 +58,7 @@ class Recovery(Printable):
     layers: tuple[int, ...]
     scope: str
     prompts: int
-    rows: tuple[Recovered, ...]
+    rows: tuple[RecoveryRow, ...]
 
     def table(self) -> Table:
         last = max(self.layers)
@@ -102,7 +102,7 @@ def recovery(
         raise TrimtabError("what a vector leaves at depth", "no prompts", "give at least one prompt")
     before, logits = _stream(lm, listed), lm.next_logits(listed)
     answers = lm.generate(listed, max_new_tokens=max_new_tokens)
-    rows: list[Recovered] = []
+    rows: list[RecoveryRow] = []
     for m in chosen:
         with vector.at(m).on(lm):
             after, steered = _stream(lm, listed), lm.next_logits(listed)
@@ -110,7 +110,7 @@ def recovery(
         distance = (after - before).norm(dim=-1) / before.norm(dim=-1)
         cosine = torch.cosine_similarity(after, before, dim=-1)
         rows.append(
-            Recovered(
+            RecoveryRow(
                 strength=m,
                 distance=tuple(distance.mean(0).tolist()),
                 cosine=tuple(cosine.mean(0).tolist()),

@@ -17,7 +17,7 @@ from trimtab.evaluation.evaluate import Evaluator
 from trimtab.evaluation.summary import mean
 from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 from trimtab.prompts.task.teacher import answers_as_ids, switched, target_log_probs
 from trimtab.results.intervals import ratio_bootstrap, share_interval, two_way_bootstrap
 from trimtab.results.tables import Printable, Table, percent, with_interval
@@ -132,7 +132,7 @@ class Scorer:
     """Scores levers on the same rows; what the reference predicts is read once."""
 
     def __init__(
-        self, lm: LanguageModel, reference: Switch, rows: Sequence[Row], seed: int = 0
+        self, lm: LanguageModel, reference: Switch, rows: Sequence[PromptRow], seed: int = 0
     ) -> None:
         """Take the teacher, and rows of held-out requests with its answers as targets."""
         self.lm, self.rows, self.seed = lm, list(rows), seed
@@ -207,7 +207,7 @@ def judged(
     lm: LanguageModel,
     lever: Switch | None,
     behavior: Behavior,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     *,
     side: str = "toward",
     max_new_tokens: int = ANSWER,

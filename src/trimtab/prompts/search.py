@@ -24,10 +24,10 @@ from trimtab.passes.job import Job
 from trimtab.prompts.pipeline.conclusion import conclude
 from trimtab.prompts.pipeline.report import SearchReport
 from trimtab.prompts.pipeline.restarts import run_restarts
-from trimtab.prompts.pipeline.task import Settings, Task
+from trimtab.prompts.pipeline.task import SearchTask, Settings
 from trimtab.prompts.scoring.draft import bfloat16_copy, worthwhile
 from trimtab.prompts.task.constraints import Constraints
-from trimtab.prompts.task.references import NAMED, Reference, load_reference, reference_of
+from trimtab.prompts.task.references import NAMED, ReferencePrompt, load_reference, reference_of
 from trimtab.prompts.task.requests import Requests, behavior_requests, load_requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import Teacher, teacher
@@ -35,7 +35,7 @@ from trimtab.results import Progress
 from trimtab.results.journal import Journal
 from trimtab.steering.prompt import PromptSteering
 
-Given: TypeAlias = "str | Reference | PromptSteering | Behavior"
+Given: TypeAlias = "str | ReferencePrompt | PromptSteering | Behavior"
 
 
 def search(
@@ -57,7 +57,7 @@ def search(
 
     Args:
         lm: the model.
-        reference: the prompt's text, the name of a built-in one such as "harbor:cats", a `Reference`,
+        reference: the prompt's text, the name of a built-in one such as "harbor:cats", a `ReferencePrompt`,
             a prompt lever (its slot and separator are taken), or a behavior, whose `prompt_toward`
             and judge are taken.
         requests: what users ask, in splits, or the name or path of such a file; a behavior brings
@@ -107,7 +107,7 @@ def _settings(given: Settings | None, options: Mapping[str, Any]) -> Settings:
     return given or Settings(**options)
 
 
-def _reference(given: Given) -> Reference:
+def _reference(given: Given) -> ReferencePrompt:
     if isinstance(given, Behavior):
         return reference_of(given)
     if isinstance(given, PromptSteering):
@@ -117,9 +117,9 @@ def _reference(given: Given) -> Reference:
                 found="a soft prompt, which is no text to be unlike",
                 advice="give a prompt in words as the reference",
             )
-        return Reference("prompt", given.text)
+        return ReferencePrompt("prompt", given.text)
     if isinstance(given, str):
-        return load_reference(given) if given.startswith(NAMED) else Reference("prompt", given)
+        return load_reference(given) if given.startswith(NAMED) else ReferencePrompt("prompt", given)
     return given
 
 
@@ -141,11 +141,11 @@ def _requests(lm: LanguageModel, reference: Given, given: object, seed: int) -> 
 
 def _task(
     lm: LanguageModel,
-    reference: Reference,
+    reference: ReferencePrompt,
     lesson: Teacher,
     constraints: Constraints | None,
     settings: Settings,
-) -> Task:
+) -> SearchTask:
     rows = lesson.train[: settings.train_requests]
     ids = slot_ids(lm, lesson.lever.text, rows[0])
     limits = Constraints(words=reference.words) if constraints is None else constraints
@@ -153,10 +153,10 @@ def _task(
     bound = limits.bind(lm, [*rows, *lesson.validation])
     draft = bfloat16_copy(lm) if worthwhile(lm) else None
     k = settings.length or len(ids)
-    return Task(lm, rows, lesson.validation, bound, ids, k, settings, draft=draft)
+    return SearchTask(lm, rows, lesson.validation, bound, ids, k, settings, draft=draft)
 
 
-def _header(lm: LanguageModel, reference: Reference, lesson: Teacher, task: Task) -> dict[str, Any]:
+def _header(lm: LanguageModel, reference: ReferencePrompt, lesson: Teacher, task: SearchTask) -> dict[str, Any]:
     """What makes two searches the same work."""
     rows = [[r.before, r.after, r.target, r.weights] for r in (*lesson.train, *lesson.validation)]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

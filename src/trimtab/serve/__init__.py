@@ -5,8 +5,8 @@ files, as `trimtab serve` does. `engine`, `worker` and `plugin` know vLLM, and i
 called; the other modules need only torch.
 """
 
-from trimtab.serve.registry import Registry, Served
+from trimtab.serve.registry import Served, VectorRegistry
 from trimtab.serve.request import terms
 from trimtab.serve.tokens import SCOPES, Term
 
-__all__ = ["SCOPES", "Registry", "Served", "Term", "terms"]
+__all__ = ["SCOPES", "VectorRegistry", "Served", "Term", "terms"]

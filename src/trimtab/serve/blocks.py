@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.registry import EMBEDDED, Registry
+from trimtab.serve.registry import EMBEDDED, VectorRegistry
 from trimtab.serve.step import StepWeights, addition
 
 _HIDDEN = "hidden_states"
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return found[0]
 
 
-def install(model: nn.Module, registry: Registry, step: StepWeights, missing: type) -> list[int]:
+def install(model: nn.Module, registry: VectorRegistry, step: StepWeights, missing: type) -> list[int]:
     """Put the registered vectors behind their blocks; before anything is compiled.
 
     Blocks that another rank holds are of the class `missing`. Returns the layers that this rank adds

@@ -14,7 +14,7 @@ from trimtab.models.load import BUILT_IN
 from trimtab.models.model import LanguageModel
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
-from trimtab.serve.registry import Registry, Served
+from trimtab.serve.registry import Served, VectorRegistry
 
 # Where vLLM looks for plugins.
 PLUGINS = "vllm.general_plugins"
@@ -26,7 +26,7 @@ class Launch:
 
     command: list[str]
     environment: dict[str, str]
-    registry: Registry
+    registry: VectorRegistry
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
         TrimtabError: No such folder, or no file in it fits the model.
     """
     served = Served(name, lm.n_layers, lm.d_model, lm.fingerprint)
-    registry = Registry.read(folder, served)
+    registry = VectorRegistry.read(folder, served)
     return Launch(
         command=[sys.executable, *_program(), str(BUILT_IN.get(name, name)), *arguments],
         environment={

@@ -23,7 +23,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.serve.engine import refuse_what_moves_tokens, served_model
 from trimtab.serve.prefix import TAG, block_key, salt
-from trimtab.serve.registry import Registry, said
+from trimtab.serve.registry import VectorRegistry, said
 from trimtab.serve.request import RESOLVED, asked_for, pack, terms, unpack
 from trimtab.serve.worker import steer
 
@@ -95,7 +95,7 @@ def _wrap(module: str, path: str, wrapper: Wrapper, static: bool = False) -> Non
 class _Front:
     """What the front end's process has registered last; a server registers once."""
 
-    registry: Registry | None = None
+    registry: VectorRegistry | None = None
 
 
 def _configured(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def _configured(original: Callable[..., Any]) -> Callable[..., Any]:
         if not folder:
             return config
         refuse_what_moves_tokens(config)
-        registry = Registry.read(folder, served_model(config))
+        registry = VectorRegistry.read(folder, served_model(config))
         # Part of what vLLM hashes to find a compiled graph, and carried to every process.
         config.additional_config = {**config.additional_config, TAG: registry.record()}
         _registry.cache_clear()
@@ -197,7 +197,7 @@ def _on_worker(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_device
 
 
-def _registry_of(config: Any) -> Registry | None:
+def _registry_of(config: Any) -> VectorRegistry | None:
     record = config.additional_config.get(TAG)
     if record is None:
         return None
@@ -208,8 +208,8 @@ def _registry_of(config: Any) -> Registry | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _registry(record: tuple[tuple[str, Any], ...]) -> Registry:
-    return Registry.from_record(dict(record))
+def _registry(record: tuple[tuple[str, Any], ...]) -> VectorRegistry:
+    return VectorRegistry.from_record(dict(record))
 
 
 def _prompt_length(request: Any) -> int:

@@ -41,7 +41,7 @@ class Served:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class ServedEntry:
     """One registered vector.
 
     Attributes:
@@ -64,7 +64,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Registry:
+class VectorRegistry:
     """What a server can steer by.
 
     Attributes:
@@ -76,11 +76,11 @@ class Registry:
 
     folder: Path
     served: Served
-    entries: dict[str, Entry]
+    entries: dict[str, ServedEntry]
     refused: dict[str, TrimtabError]
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str], served: Served) -> Registry:
+    def read(cls, folder: str | os.PathLike[str], served: Served) -> VectorRegistry:
         """Register every `*.safetensors` of a folder; a file that does not fit is kept out by name.
 
         Raises:
@@ -88,7 +88,7 @@ class Registry:
         """
         where = Path(folder).expanduser().absolute()
         files = sorted(where.glob("*.safetensors")) if where.is_dir() else []
-        entries: dict[str, Entry] = {}
+        entries: dict[str, ServedEntry] = {}
         refused: dict[str, TrimtabError] = {}
         for file in files:
             try:
@@ -117,7 +117,7 @@ class Registry:
         """The layers behind which something may be added; `EMBEDDED` is what enters block 0."""
         return sorted({layer for entry in self.entries.values() for layer in entry.steps})
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> ServedEntry:
         """Return a registered vector.
 
         Raises:
@@ -144,7 +144,7 @@ class Registry:
         return {"folder": str(self.folder), "digest": self.digest, **vars(self.served)}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Registry:
+    def from_record(cls, record: Mapping[str, Any]) -> VectorRegistry:
         """Read the registry that another process has read.
 
         Raises:
@@ -166,7 +166,7 @@ def said(error: TrimtabError) -> str:
     return f"{error.asked}: {error.found} ({error.advice})"
 
 
-def _entry(file: Path, column: int, served: Served) -> Entry:
+def _entry(file: Path, column: int, served: Served) -> ServedEntry:
     """One file as a registered vector, or the reason why it cannot be one."""
     asked = f"to register {file.name}"
     if not _NAME.fullmatch(file.stem):
@@ -187,7 +187,7 @@ def _entry(file: Path, column: int, served: Served) -> Entry:
         served = replace(served, fingerprint=vector.fingerprint)
     vector.check(cast(Any, served))
     steps = steps_of(vector)
-    return Entry(
+    return ServedEntry(
         name=file.stem,
         column=column,
         steps=steps,

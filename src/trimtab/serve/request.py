@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import astuple
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.registry import Registry
+from trimtab.serve.registry import VectorRegistry
 from trimtab.serve.tokens import SCOPES, Term
 from trimtab.steering.scope import Scope
 
@@ -42,7 +42,7 @@ def asked_for(extra: Mapping[str, object] | None) -> object:
     return (extra or {}).get(KEY)
 
 
-def terms(extra: Mapping[str, object] | None, registry: Registry) -> tuple[Term, ...]:
+def terms(extra: Mapping[str, object] | None, registry: VectorRegistry) -> tuple[Term, ...]:
     """Work out the terms of a request; strength 0 is none.
 
     Args:

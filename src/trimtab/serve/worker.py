@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import install
-from trimtab.serve.registry import Registry
+from trimtab.serve.registry import VectorRegistry
 from trimtab.serve.request import unpack
 from trimtab.serve.step import StepWeights
 from trimtab.serve.tokens import Term
@@ -18,7 +18,7 @@ from trimtab.serve.tokens import Term
 logger = logging.getLogger("vllm.trimtab")
 
 
-def steer(runner: Any, registry: Registry) -> None:
+def steer(runner: Any, registry: VectorRegistry) -> None:
     """Put the hooks on this worker's model, and have every step write its weights first."""
     prepare = getattr(runner, "_prepare_inputs", None)
     if prepare is None:

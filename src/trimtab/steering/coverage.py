@@ -32,7 +32,7 @@ class Coverage:
         self.factors = factors
         self.scopes: list[Scope] = []
         # What goes on from call to call belongs to a task; within a call there is only its thread.
-        self._runs: WeakKeyDictionary[object, _Run] = WeakKeyDictionary()
+        self._runs: WeakKeyDictionary[object, _CoverageRun] = WeakKeyDictionary()
         self._here = threading.local()
 
     def slot(self, scope: Scope) -> int:
@@ -51,7 +51,7 @@ class Coverage:
             slot: Of the scope.
             place: Dtype and device wanted.
         """
-        run: _Run = self._here.run
+        run: _CoverageRun = self._here.run
         weight = run.weights.get((slot, place))
         if weight is None:
             weight = run.weights[slot, place] = run.weight(self.scopes[slot], place)
@@ -67,7 +67,7 @@ class Coverage:
         key = _running()
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(self.factors)
+            run = self._runs[key] = _CoverageRun(self.factors)
         self._here.run = run
         run.prepare(self.lm.active_batch, args, kwargs)
 
@@ -80,7 +80,7 @@ def _running() -> object:
         return threading.current_thread()
 
 
-class _Run:
+class _CoverageRun:
     """The calls of one thread or task."""
 
     def __init__(self, factors: Tensor | None) -> None:

@@ -35,7 +35,7 @@ from trimtab.studio import views
 from trimtab.studio.desk import Desk, Turns, clear, new_desk
 from trimtab.studio.lever import Lever
 from trimtab.studio.uploads import Page
-from trimtab.studio.workshop import Bench, Workshop, written_behavior
+from trimtab.studio.workshop import Workbench, Workshop, written_behavior
 
 LOOPBACK = ("127.0.0.1", "localhost")
 WRITE, FILE = "write my own", "from a file"
@@ -304,7 +304,7 @@ class Actions:
         # A desk that holds nothing yet needs no folder to say so.
         return desk or Desk(self.root)
 
-    def _shown(self, bench: Bench, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
+    def _shown(self, bench: Workbench, prompt: str, m: float) -> Iterator[tuple[Any, ...]]:
         lever, before, after, drawn = bench.lever, "", "", 0.0
         if lever.known(m):
             yield _changed(**_gauges(lever, m))
@@ -318,7 +318,7 @@ class Actions:
         shades = [self.workshop.tokens(bench, prompt, text) for text in (before, after)]
         yield _changed(tokens=views.tokens_view(shades[0], shades[1], lever.vector))
 
-    def _put(self, desk: Desk | None, make: Callable[[], Bench]) -> tuple[Any, ...]:
+    def _put(self, desk: Desk | None, make: Callable[[], Workbench]) -> tuple[Any, ...]:
         """Put a new bench on a desk, or say why there is none."""
         desk = self.arrive(desk)
         try:

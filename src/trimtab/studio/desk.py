@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from trimtab.errors import TrimtabError
-from trimtab.studio.workshop import Bench
+from trimtab.studio.workshop import Workbench
 
 
 class Turns:
@@ -39,11 +39,11 @@ class Desk:
     """
 
     folder: Path
-    bench: Bench | None = None
+    bench: Workbench | None = None
     turns: Turns = field(default_factory=Turns)
 
     @property
-    def ready(self) -> Bench:
+    def ready(self) -> Workbench:
         """The bench, which has to be there."""
         if self.bench is None:
             raise TrimtabError(

@@ -51,7 +51,7 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Workbench:
     """Everything that one user has on the table; a new behavior makes a new one.
 
     `note` says how the vector was come by, or why it could not be tuned.
@@ -87,7 +87,7 @@ class Workshop:
         side: int,
         bounds: Bounds,
         report: Callable[[str], Progress],
-    ) -> Bench:
+    ) -> Workbench:
         """Find a vector, tune it, and measure it over the slider's range.
 
         A vector that no strength passes for is kept as it was found, and the note says so.
@@ -131,7 +131,7 @@ class Workshop:
         bounds: Bounds,
         progress: Progress | None = None,
         note: str = "from a file",
-    ) -> Bench:
+    ) -> Workbench:
         """Put a vector on the table: measure its curve, its windows and the scale of the colors."""
         vector.check(self.lm)
         # Spill is not among the gauges: without neutral prompts a move costs a third less.
@@ -152,9 +152,9 @@ class Workshop:
                 for pair in zip(evaluator.prompts(side), evaluator.unsteered(side), strict=True)
             ]
             scale = scale_of(self.lm, vector, pairs)
-        return Bench(behavior, lever, scale, note)
+        return Workbench(behavior, lever, scale, note)
 
-    def answers(self, bench: Bench, prompt: str, strength: float) -> Iterator[tuple[str, str]]:
+    def answers(self, bench: Workbench, prompt: str, strength: float) -> Iterator[tuple[str, str]]:
         """Answer a prompt unsteered and steered, as pairs that grow; the first may be complete.
 
         The unsteered answer is made once. A strength of 0 is the unsteered model itself.
@@ -175,14 +175,14 @@ class Workshop:
         while len(self._answers) > KEPT_ANSWERS:
             self._answers.popitem(last=False)
 
-    def tokens(self, bench: Bench, prompt: str, answer: str) -> list[tuple[str, float]]:
+    def tokens(self, bench: Workbench, prompt: str, answer: str) -> list[tuple[str, float]]:
         """Return an answer's tokens with their shade, from -1 (away) to 1 (toward)."""
         with self.lock:
             found = projections(self.lm, bench.lever.vector, prompt, answer)
         return [(text, bench.scale.shade(value)) for text, value in found]
 
     def compare(
-        self, bench: Bench, strength: float, words: str, progress: Progress | None = None
+        self, bench: Workbench, strength: float, words: str, progress: Progress | None = None
     ) -> Measurement:
         """Measure the vector beside a prompt lever, the plain prompt and a random control."""
         levers = [bench.at(strength), *([prompt_lever(words)] if words.strip() else [])]
@@ -199,7 +199,7 @@ class Workshop:
             )
 
     def explain(
-        self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
+        self, bench: Workbench, strength: float, folder: Path, progress: Progress | None = None
     ) -> Path:
         """Write the page that says why the vector works, and return its path."""
         with self.lock:
@@ -215,13 +215,13 @@ class Workshop:
             )
         return write_explain_page(folder, found)
 
-    def save(self, bench: Bench, strength: float, folder: Path) -> Path:
+    def save(self, bench: Workbench, strength: float, folder: Path) -> Path:
         """Write the steering file at this strength."""
         folder.mkdir(parents=True, exist_ok=True)
         return bench.lever.vector.at(strength).save(folder / "steering.safetensors")
 
     def bake(
-        self, bench: Bench, strength: float, folder: Path, progress: Progress | None = None
+        self, bench: Workbench, strength: float, folder: Path, progress: Progress | None = None
     ) -> Path:
         """Bake the vector at this strength into a checkpoint, verified, and zip it."""
         if strength == 0:

@@ -17,7 +17,7 @@ from trimtab.steering.weights import Scaled, WeightSteering
 from trimtab.weights.disk.checkpoint import Checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
 from trimtab.weights.disk.layout import Layout, short
-from trimtab.weights.disk.sources import Source, Zeros
+from trimtab.weights.disk.sources import TensorSource, Zeros
 from trimtab.weights.disk.stream import arrange
 from trimtab.weights.routes.changes import HOOK, Changes, Point, changes_of, point_of
 from trimtab.weights.routes.choose import add_shifts, choose, execute, refuse_post_norm
@@ -320,7 +320,7 @@ def _route_of(
     return (" + ".join(parts), "", "")
 
 
-def _costed(plan: Plan, draft: Draft, base: dict[str, Source]) -> Plan:
+def _costed(plan: Plan, draft: Draft, base: dict[str, TensorSource]) -> Plan:
     files, tensors = arrange(draft), draft.tensors()
     changed = sorted(name for name, source in tensors.items() if base.get(name) != source)
     written = [file for file in files if file.shared is None]

@@ -30,7 +30,7 @@ from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.soft.states import states
 from trimtab.prompts.task.constraints import Bound, Constraints
-from trimtab.prompts.task.rows import Row, lay_out, slot_text
+from trimtab.prompts.task.rows import PromptRow, lay_out, slot_text
 from trimtab.prompts.task.teacher import COMPLETION, answers_as_ids
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
@@ -173,7 +173,7 @@ def vector_to_prompt(
 
 
 def pull_back(
-    lm: LanguageModel, rows: Sequence[Row], vector: VectorSteering, k: int, bound: Bound
+    lm: LanguageModel, rows: Sequence[PromptRow], vector: VectorSteering, k: int, bound: Bound
 ) -> Tensor:
     """Return delta*, float32 `[k, d_model]`: what to add to the slot's places to move along the vector.
 

@@ -21,7 +21,7 @@ from trimtab.models.sites import Site
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft, descend, start_from
 from trimtab.prompts.soft.states import closed, cosines, state_loss, states
-from trimtab.prompts.task.rows import Row, lay_out
+from trimtab.prompts.task.rows import PromptRow, lay_out
 from trimtab.prompts.task.teacher import answers_as_ids, switched
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
@@ -100,7 +100,7 @@ class Target:
         layer: whose output they are.
     """
 
-    rows: list[Row]
+    rows: list[PromptRow]
     steered: Tensor
     unsteered: Tensor
     layer: int
@@ -199,7 +199,7 @@ def match(lm: LanguageModel, target: Target, vectors: Tensor) -> Matched:
     )
 
 
-def _tail(lm: LanguageModel, row: Row, layer: int) -> Tensor:
+def _tail(lm: LanguageModel, row: PromptRow, layer: int) -> Tensor:
     """States of a row's read tokens in the plain prompt, without a slot `[tokens, d_model]`."""
     prompt = lm.encode(row.request)
     first, *rest = prompt.ids
@@ -210,7 +210,7 @@ def _tail(lm: LanguageModel, row: Row, layer: int) -> Tensor:
     return found[-_width(row) :]
 
 
-def _width(row: Row) -> int:
+def _width(row: PromptRow) -> int:
     """Tokens read of a row: the template's behind the request, at least one, and the answer's."""
     return max(1, row.head) + max(0, len(row.target) - 1)
 

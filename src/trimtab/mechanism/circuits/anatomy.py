@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trimtab.models.heads import HeadLayer, Projection, heads_of
+from trimtab.models.heads import HeadLayer, HeadProjection, heads_of
 from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import NormForm, read_norm
 
@@ -39,7 +39,7 @@ class LayerAnatomy:
     attention_post: NormForm | None
     multiplier: float
 
-    def role(self, kind: str) -> Projection:
+    def role(self, kind: str) -> HeadProjection:
         """Return the projection of queries, keys or values."""
         return getattr(self.heads, kind)
 

@@ -135,7 +135,7 @@ class FreezeTable(Printable):
 
 
 @dataclass(frozen=True)
-class _Run:
+class _FreezeRun:
     """Answers and what they scored."""
 
     answers: Sequence[str]
@@ -174,11 +174,11 @@ def freeze_table(
     strengths = {sign: sign * abs(vector.strength) for sign in case.signs}
     prompts = {sign: case.prompts(data, sign) for sign in case.signs}
 
-    def judged(sign: int, answers: Sequence[str]) -> _Run:
+    def judged(sign: int, answers: Sequence[str]) -> _FreezeRun:
         scores, coherence = case.judged(prompts[sign], answers, sign)
-        return done(_Run(answers, torch.tensor(scores, dtype=torch.float64), coherence))
+        return done(_FreezeRun(answers, torch.tensor(scores, dtype=torch.float64), coherence))
 
-    def frozen(sign: int, holds: Sequence[str], null: int | None = None) -> _Run:
+    def frozen(sign: int, holds: Sequence[str], null: int | None = None) -> _FreezeRun:
         options = {"max_new_tokens": case.max_new_tokens, "null_seed": null}
         at = vector.at(strengths[sign])
         return judged(sign, lane_answers(case.lm, at, prompts[sign], holds, **options))
@@ -205,14 +205,14 @@ def freeze_table(
     )
 
 
-def _plain(sign: int, name: str, run: _Run, seed: int) -> FreezeRow:
+def _plain(sign: int, name: str, run: _FreezeRun, seed: int) -> FreezeRow:
     score = _percent(float(run.scores.mean()), share_interval(run.scores, seed))
     rest = (None, None, None, None, tuple(run.answers), tuple(run.scores.tolist()))
     return FreezeRow(sign, name, score, run.coherence, *rest)
 
 
 def _row(
-    sign: int, name: str, base: _Run, whole: _Run, frozen: _Run, nulls: list[_Run], seed: int
+    sign: int, name: str, base: _FreezeRun, whole: _FreezeRun, frozen: _FreezeRun, nulls: list[_FreezeRun], seed: int
 ) -> FreezeRow:
     lost = whole.scores - frozen.scores
     return replace(

@@ -23,7 +23,7 @@ from trimtab.passes.head import ROWS, Head, read_head
 
 
 @dataclass(frozen=True)
-class Reading:
+class LensReading:
     """What one vector says.
 
     Attributes:
@@ -88,7 +88,7 @@ class Lens:
             contrast = toward - away
         return cls(lm, head, size, top, tokens, contrast, square - torch.outer(mean, mean))
 
-    def read(self, name: str, vectors: Tensor) -> Reading:
+    def read(self, name: str, vectors: Tensor) -> LensReading:
         """Read the first of `[1 + randoms, d_model]`, with the others as its null."""
         values = vectors - vectors.mean(-1, keepdim=True) if self.head.centered else vectors
         values = values * self.head.gain.float()
@@ -96,7 +96,7 @@ class Lens:
         said = torch.cat([piece.float().cpu() @ values[0] for piece in pieces])
         count = min(self.top, self.vocabulary)
         promoted, suppressed = (said.topk(count, largest=side).indices for side in (True, False))
-        reading = Reading(
+        reading = LensReading(
             name=name,
             length=float(vectors[0].norm()),
             promoted=tuple(token_text(self.lm, i) for i in promoted.tolist()),

@@ -17,7 +17,7 @@ from trimtab.mechanism.case import Case, check_adds
 from trimtab.mechanism.circuits.teacher_forced import scored_prompts
 from trimtab.mechanism.frozen.holding import push_before
 from trimtab.mechanism.reading.head_values import head_scales, head_values, reading_layers
-from trimtab.mechanism.reading.lens import Lens, Reading
+from trimtab.mechanism.reading.lens import Lens, LensReading
 from trimtab.results.intervals import clopper_pearson
 from trimtab.results.tables import ABSENT, Printable, Table, number, with_interval
 from trimtab.steering.nulls import null_seeds, random_null
@@ -53,11 +53,11 @@ class ValueVectors(Printable):
     toward: tuple[str, ...]
     away: tuple[str, ...]
     randoms: int
-    own: Reading
-    total: Reading
-    leading: Reading | None
-    random: Reading
-    heads: tuple[Reading, ...]
+    own: LensReading
+    total: LensReading
+    leading: LensReading | None
+    random: LensReading
+    heads: tuple[LensReading, ...]
     telling: float | None
     telling_low: float | None
     telling_high: float | None
@@ -143,7 +143,7 @@ def value_vectors(
     nulls = [random_null(vector, null) for null in null_seeds(case.seed, randoms)]
 
     pushes = [vector, *nulls]  # row 0 is the vector's own, everywhere below
-    heads: list[Reading] = []
+    heads: list[LensReading] = []
     total = torch.zeros(len(pushes), lm.d_model)
     leading, leaders = torch.zeros_like(total), _leaders(ranking or {})
     for layer in layers:

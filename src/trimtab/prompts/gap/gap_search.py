@@ -26,7 +26,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.prompts.gap.gradient import gradient_search
 from trimtab.prompts.gap.readings import Reader
 from trimtab.prompts.gap.sort_sum_stop import sort_sum_stop
-from trimtab.prompts.gap.steps import Found
+from trimtab.prompts.gap.steps import Grown
 from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.task.constraints import Bound, Constraints
 from trimtab.prompts.task.rows import SEPARATORS, lay_out, slot_text
@@ -36,7 +36,7 @@ from trimtab.results.registry import Registry
 from trimtab.results.tables import Printable, Table, number, percent
 from trimtab.steering.prompt import PromptSteering
 
-METHODS: Registry[Callable[..., Found]] = Registry("gap search method")
+METHODS: Registry[Callable[..., Grown]] = Registry("gap search method")
 METHODS.register("sort")(sort_sum_stop)
 METHODS.register("gradient")(gradient_search)
 _ANSWER = 40
@@ -88,7 +88,7 @@ class GapSearch(Printable):
     aggregator: str
     lever: PromptSteering
     text: str
-    found: Found
+    found: Grown
     held_out: HeldOut | None
     null: tuple[float, int] | None
     neutral_kl: float | None

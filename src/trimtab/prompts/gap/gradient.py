@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from trimtab.models.gradients import frozen
-from trimtab.prompts.gap.readings import Reader, Reading
-from trimtab.prompts.gap.steps import Found, GapStep, Slot, grow
+from trimtab.prompts.gap.readings import GapReading, Reader
+from trimtab.prompts.gap.steps import GapStep, Grown, Slot, grow
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
@@ -27,7 +27,7 @@ def gradient_search(
     margin: float = 0.0,
     top_k: int = 32,
     progress: Progress | None = None,
-) -> Found:
+) -> Grown:
     """Close a gap by tokens whose embeddings point along its gradient.
 
     At each step a vector stands behind the slot, at first the mean embedding of the allowed tokens;
@@ -48,8 +48,8 @@ def gradient_search(
     first: Tensor | None = None
 
     def extend(
-        slot: Slot, now: Reading, open_: float, room: int
-    ) -> tuple[list[GapStep], Slot, Reading]:
+        slot: Slot, now: GapReading, open_: float, room: int
+    ) -> tuple[list[GapStep], Slot, GapReading]:
         nonlocal first
         gap, delta = _gradient(reader, torch.cat([table[list(slot)], middle[None]]))
         first = delta if first is None else first

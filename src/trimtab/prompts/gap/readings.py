@@ -13,10 +13,10 @@ from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.feeding import beginning
 from trimtab.prompts.scoring.objective import GapLoss
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 
 
-class Reading(NamedTuple):
+class GapReading(NamedTuple):
     """One entry per slot and row, float64 `[slots, rows]` on the CPU.
 
     Attributes:
@@ -29,9 +29,9 @@ class Reading(NamedTuple):
     shifts: Tensor
     masses: Tensor
 
-    def only(self, slot: int) -> Reading:
+    def only(self, slot: int) -> GapReading:
         """The reading of one slot, `[1, rows]`."""
-        return Reading(*(values[slot : slot + 1] for values in self))
+        return GapReading(*(values[slot : slot + 1] for values in self))
 
 
 class Reader:
@@ -45,23 +45,23 @@ class Reader:
         bare: the reading of the prompts as they are, `[1, rows]`.
     """
 
-    def __init__(self, lm: LanguageModel, rows: Sequence[Row], objective: GapLoss) -> None:
+    def __init__(self, lm: LanguageModel, rows: Sequence[PromptRow], objective: GapLoss) -> None:
         """Read the prompts as they are."""
         self.lm, self.rows, self.objective, self.sequences = lm, rows, objective, 0
         self._log_p = self._log_probs([lm.encode(row.request) for row in rows])
         self.bare = self._reading(self._log_p[None])
 
-    def read(self, slots: Sequence[Sequence[int]], count: int | None = None) -> Reading:
+    def read(self, slots: Sequence[Sequence[int]], count: int | None = None) -> GapReading:
         """Return what each slot does on each row, or on the first `count` of them."""
         rows = self.rows[:count]
-        found: list[Reading] = []
+        found: list[GapReading] = []
         # A vocabulary's worth of numbers per prompt: not all at once.
         size = max(1, 2**25 // (len(rows) * self._log_p.shape[-1]))
         for start in range(0, len(slots), size):
             part = slots[start : start + size]
             log_p = self._log_probs([row.encoded(slot) for slot in part for row in rows])
             found.append(self._reading(log_p.reshape(len(part), len(rows), -1)))
-        return Reading(*map(torch.cat, zip(*found, strict=True)))
+        return GapReading(*map(torch.cat, zip(*found, strict=True)))
 
     def next_token(self, slot: Sequence[int]) -> Tensor:
         """Return log-probabilities of the token behind `before + slot`, `[rows, vocab]`."""
@@ -74,9 +74,9 @@ class Reader:
             total -= float(self.next_token(slot[:i])[:, token].mean())
         return total / max(1, len(slot))
 
-    def _reading(self, log_p: Tensor) -> Reading:
+    def _reading(self, log_p: Tensor) -> GapReading:
         wanted = self.objective.toward if self.objective.sign > 0 else self.objective.away
-        return Reading(
+        return GapReading(
             gaps=self.objective.gaps(log_p).double(),
             shifts=token_kl(self._log_p[: log_p.shape[1]], log_p),
             masses=log_p[..., wanted].logsumexp(-1).double(),

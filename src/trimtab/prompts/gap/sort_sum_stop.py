@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.prompts.gap.readings import Reader, Reading
-from trimtab.prompts.gap.steps import Found, GapStep, Slot, grow
+from trimtab.prompts.gap.readings import GapReading, Reader
+from trimtab.prompts.gap.steps import GapStep, Grown, Slot, grow
 from trimtab.prompts.task.constraints import Bound
 from trimtab.results import Progress
 
@@ -27,7 +27,7 @@ def sort_sum_stop(
     shift_weight: float = 0.1,
     mass_weight: float = 0.1,
     progress: Progress | None = None,
-) -> Found:
+) -> Grown:
     """Close a gap with forward passes only.
 
     A round: of the tokens that are likely behind the slot (mean p over the prompts above
@@ -63,7 +63,7 @@ def sort_sum_stop(
         TrimtabError: A goal that is no share, or no tokens allowed.
     """
 
-    def scores(slot: Slot, now: Reading, tokens: list[int], count: int) -> Scores:
+    def scores(slot: Slot, now: GapReading, tokens: list[int], count: int) -> Scores:
         """F, gain and shift of each token behind the slot, means over the first `count` prompts."""
         found = reader.read([(*slot, token) for token in tokens], count)
         changes = (a - b[:, :count] for a, b in zip(found, now, strict=True))
@@ -72,8 +72,8 @@ def sort_sum_stop(
         return gains - shift_weight * shifts + mass_weight * masses, gains, shifts
 
     def extend(
-        slot: Slot, now: Reading, open_: float, room: int
-    ) -> tuple[list[GapStep], Slot, Reading]:
+        slot: Slot, now: GapReading, open_: float, room: int
+    ) -> tuple[list[GapStep], Slot, GapReading]:
         tokens = _candidates(reader, bound, slot, least_probability, most_candidates)
         if len(tokens) > kept_candidates and screen_rows < len(reader.rows):
             order = _descending(scores(slot, now, tokens, screen_rows)[0])
@@ -130,8 +130,8 @@ def _summed(
 
 
 def _measured(
-    reader: Reader, slot: Slot, now: Reading, chosen: list[GapStep], margin: float
-) -> tuple[list[GapStep], Slot, Reading]:
+    reader: Reader, slot: Slot, now: GapReading, chosen: list[GapStep], margin: float
+) -> tuple[list[GapStep], Slot, GapReading]:
     """The chosen tokens with their true gains, cut back to the point that leaves least open."""
     if not chosen:
         return [], slot, now

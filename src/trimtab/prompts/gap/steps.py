@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.prompts.gap.readings import Reader, Reading
+from trimtab.prompts.gap.readings import GapReading, Reader
 from trimtab.prompts.task.rows import Slot
 from trimtab.results import Progress
 from trimtab.results.intervals import spearman
@@ -41,7 +41,7 @@ class GapStep:
 
 
 @dataclass(frozen=True)
-class Found(Printable):
+class Grown(Printable):
     """What a gap search found on its train prompts.
 
     Attributes:
@@ -104,12 +104,12 @@ class Found(Printable):
 def grow(
     reader: Reader,
     method: str,
-    extend: Callable[[Slot, Reading, float, int], tuple[list[GapStep], Slot, Reading]],
+    extend: Callable[[Slot, GapReading, float, int], tuple[list[GapStep], Slot, GapReading]],
     max_tokens: int,
     goal: float,
     margin: float,
     progress: Progress | None,
-) -> Found:
+) -> Grown:
     """Extend a slot until the share `goal` of the train prompts is closed by the margin.
 
     `extend` is called with the slot, its reading, what is still open and how many tokens may be
@@ -139,7 +139,7 @@ def grow(
                 stopped = "no legal token that helps when measured"
         if progress is not None:
             progress(len(slot), max_tokens)
-    return Found(
+    return Grown(
         method=method,
         slot=slot,
         steps=tuple(steps),

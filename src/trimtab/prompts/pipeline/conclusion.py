@@ -10,11 +10,11 @@ from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
 from trimtab.prompts.pipeline.attempt import Attempt
 from trimtab.prompts.pipeline.report import SearchReport, TextCheck, best_of, summarize
-from trimtab.prompts.pipeline.restarts import Found
-from trimtab.prompts.pipeline.task import Task
+from trimtab.prompts.pipeline.restarts import Restarted
+from trimtab.prompts.pipeline.task import SearchTask
 from trimtab.prompts.scores import Scorer, Scores, score
 from trimtab.prompts.scoring.objective import CrossEntropy, plain_loss
-from trimtab.prompts.task.references import Reference
+from trimtab.prompts.task.references import ReferencePrompt
 from trimtab.prompts.task.requests import SPLITS, Requests
 from trimtab.prompts.task.rows import slot_ids
 from trimtab.prompts.task.teacher import Teacher
@@ -27,11 +27,11 @@ COMPARED = ("soft", "projected", *SEARCHING, "random")
 
 
 def conclude(
-    task: Task,
-    reference: Reference,
+    task: SearchTask,
+    reference: ReferencePrompt,
     requests: Requests,
     lesson: Teacher,
-    found: Found,
+    found: Restarted,
     *,
     judge: bool,
     began: float,
@@ -71,7 +71,7 @@ def conclude(
     )
 
 
-def from_text(task: Task, attempt: Attempt) -> TextCheck:
+def from_text(task: SearchTask, attempt: Attempt) -> TextCheck:
     """Render and tokenize a prompt's text in every training row, and take the plain loss."""
     found: list[tuple[int, ...] | None] = []
     for row in task.rows:
@@ -86,10 +86,10 @@ def from_text(task: Task, attempt: Attempt) -> TextCheck:
 
 
 def _levers(
-    task: Task,
+    task: SearchTask,
     reference: PromptSteering,
     attempts: Sequence[Attempt],
-    found: Found,
+    found: Restarted,
     chosen: Attempt,
 ) -> dict[str, Switch | None]:
     """Name -> lever, of everything that gets every score; equal prompts share their scores."""
@@ -106,7 +106,7 @@ def _levers(
 
 
 def _scores(
-    task: Task,
+    task: SearchTask,
     scorer: Scorer,
     levers: dict[str, Switch | None],
     behavior: Behavior | None,

@@ -12,7 +12,7 @@ from trimtab.passes.engine import Engine
 from trimtab.passes.job import Job
 from trimtab.prompts.pipeline import stages
 from trimtab.prompts.pipeline.attempt import Attempt
-from trimtab.prompts.pipeline.task import Settings, Task
+from trimtab.prompts.pipeline.task import SearchTask, Settings
 from trimtab.prompts.soft.soft import Soft
 from trimtab.results import Progress
 from trimtab.results.journal import Notes
@@ -22,7 +22,7 @@ RIVALS = 3  # more of them where others are compared, GCG aside
 
 
 @dataclass(frozen=True)
-class Found:
+class Restarted:
     """What the restarts ended with: every attempt, and restart -> soft prefix."""
 
     attempts: tuple[Attempt, ...]
@@ -30,8 +30,8 @@ class Found:
 
 
 def run_restarts(
-    engine: Engine, job: Job[Task], journal: Notes | None, progress: Progress | None
-) -> Found:
+    engine: Engine, job: Job[SearchTask], journal: Notes | None, progress: Progress | None
+) -> Restarted:
     """Return every attempt in the order of the restarts, which are independent of each other."""
     notes = _Counted(Notes() if journal is None else journal, job.here.settings, progress)
     here = _Restart(replace(job.here, journal=notes), 0, notes)
@@ -40,11 +40,11 @@ def run_restarts(
     units = [partial(one_restart, n, rate) for n in range(here.task.settings.restarts)]
     done = engine.map(job, units, notes=notes)
     attempts = [first, *(attempt for found, _ in done for attempt in found)]
-    return Found(tuple(attempts), {number: soft for number, (_, soft) in enumerate(done)})
+    return Restarted(tuple(attempts), {number: soft for number, (_, soft) in enumerate(done)})
 
 
 def one_restart(
-    number: int, rate: float | None, task: Task, notes: Notes
+    number: int, rate: float | None, task: SearchTask, notes: Notes
 ) -> tuple[list[Attempt], Soft]:
     """Return the attempts of one restart and its soft prefix; finished stages come from the notes.
 
@@ -99,7 +99,7 @@ class _Counted(Notes):
 class _Restart:
     """One restart; each finished stage is taken from the notes or written to them."""
 
-    task: Task
+    task: SearchTask
     number: int
     notes: Notes
 

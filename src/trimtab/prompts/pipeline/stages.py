@@ -17,7 +17,7 @@ from trimtab.prompts.discrete.descent import Descent
 from trimtab.prompts.discrete.gcg import gcg
 from trimtab.prompts.discrete.hotflip import hotflip
 from trimtab.prompts.pipeline.attempt import Attempt, Cost, costing
-from trimtab.prompts.pipeline.task import Task
+from trimtab.prompts.pipeline.task import SearchTask
 from trimtab.prompts.projections.project import project
 from trimtab.prompts.soft.soft import Soft, train_soft
 
@@ -25,7 +25,7 @@ ROUNDS = 50  # descents of one restart at most, whatever the budget
 RATE_STEPS = 4
 
 
-def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
+def soft_stage(task: SearchTask, restart: int) -> tuple[Attempt, Soft]:
     """Train the soft prefix of one restart."""
     settings = task.settings
     alternate = "reference" if restart % 2 else "random_tokens"
@@ -55,7 +55,7 @@ def soft_stage(task: Task, restart: int) -> tuple[Attempt, Soft]:
     return paid(attempt, cost, details=details), soft
 
 
-def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
+def projection_stage(task: SearchTask, restart: int, soft: Soft, arm: str) -> Attempt:
     """Project a soft prefix to allowed tokens, by the search's method or by nearest neighbors."""
     nearest = arm == "nearest"
     method = "nearest" if nearest else task.settings.projection
@@ -76,7 +76,7 @@ def projection_stage(task: Task, restart: int, soft: Soft, arm: str) -> Attempt:
 
 
 def descent_stage(
-    task: Task,
+    task: SearchTask,
     arm: str,
     restart: int,
     start: Sequence[int],
@@ -114,7 +114,7 @@ def paid(attempt: Attempt, *costs: Cost, details: Mapping[str, Any]) -> Attempt:
     return replace(attempt, details=dict(details), **total)
 
 
-def tokens_per_candidate(task: Task) -> float:
+def tokens_per_candidate(task: SearchTask) -> float:
     """Return what HotFlip feeds to the model per candidate, gradients and races included.
 
     Measured on a few steps from random tokens, so that it is the same whenever it is asked for.
@@ -133,7 +133,7 @@ def tokens_per_candidate(task: Task) -> float:
     return (cost.tokens + kernel.counts.draft_tokens) / max(1, found.scored)
 
 
-def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
+def hotflip_random(task: SearchTask, restart: int, budget: int) -> Attempt:
     """Pure HotFlip from random tokens, again from others until the budget is spent.
 
     The budget is in candidates to score, worth the tokens of the pipeline in the same restart; not
@@ -153,13 +153,13 @@ def hotflip_random(task: Task, restart: int, budget: int) -> Attempt:
     return paid(best, *costs, details={**best.details, **more})
 
 
-def hotflip_reference(task: Task, restart: int) -> Attempt:
+def hotflip_reference(task: SearchTask, restart: int) -> Attempt:
     """Pure HotFlip from the reference's own tokens, repeated or cut to k and made legal first."""
     start = [task.reference[i % len(task.reference)] for i in range(task.k)]
     return descent_stage(task, "hotflip_reference", restart, start, task.settings.flip_steps)
 
 
-def gcg_random(task: Task, restart: int) -> Attempt:
+def gcg_random(task: SearchTask, restart: int) -> Attempt:
     """GCG from random tokens, as published: the best candidate of each step, even where worse."""
     settings, start = task.settings, task.random_slot("gcg start", restart)
     width, top_k = settings.gcg_width, max(settings.top_k, settings.gcg_width)
@@ -168,17 +168,17 @@ def gcg_random(task: Task, restart: int) -> Attempt:
     )
 
 
-def random_tokens(task: Task, restart: int) -> Attempt:
+def random_tokens(task: SearchTask, restart: int) -> Attempt:
     """Random allowed tokens: the null of every other arm."""
     return _as_it_is(task, "random", restart, task.random_slot("random", restart))
 
 
-def reference_itself(task: Task) -> Attempt:
+def reference_itself(task: SearchTask) -> Attempt:
     """The reference, which breaks the constraints by design and is what they are to match."""
     return _as_it_is(task, "reference", 0, task.reference)
 
 
-def _as_it_is(task: Task, arm: str, restart: int, ids: tuple[int, ...]) -> Attempt:
+def _as_it_is(task: SearchTask, arm: str, restart: int, ids: tuple[int, ...]) -> Attempt:
     with costing(task.lm) as cost:
         loss = task.loss(task.rows, ids)
     return paid(task.attempt(arm, restart, ids, loss), cost, details={})

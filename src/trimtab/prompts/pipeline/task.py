@@ -17,7 +17,7 @@ from trimtab.prompts.projections.project import PROJECTIONS, slot_losses
 from trimtab.prompts.scoring.kernel import Kernel
 from trimtab.prompts.soft.soft import Soft
 from trimtab.prompts.task.constraints import Bound
-from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, slot_text
+from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, PromptRow, slot_text
 from trimtab.results.journal import Notes
 from trimtab.steering.soft_tokens import soft_tokens
 
@@ -98,7 +98,7 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class SearchTask:
     """What every stage and baseline works on.
 
     Attributes:
@@ -114,8 +114,8 @@ class Task:
     """
 
     lm: LanguageModel
-    rows: Sequence[Row]
-    validation: Sequence[Row]
+    rows: Sequence[PromptRow]
+    validation: Sequence[PromptRow]
     bound: Bound
     reference: tuple[int, ...]
     k: int
@@ -135,7 +135,7 @@ class Task:
         """Draw a prompt of allowed tokens."""
         return self.bound.random_slot(self.k, self.generator(arm, restart))
 
-    def loss(self, rows: Sequence[Row], prompt: Sequence[int] | Soft) -> float:
+    def loss(self, rows: Sequence[PromptRow], prompt: Sequence[int] | Soft) -> float:
         """The loss over rows of a prompt or a soft prefix."""
         if not isinstance(prompt, Soft):
             return float(slot_losses(self.lm, rows, [prompt])[0])

@@ -15,7 +15,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import token_embeddings
 from trimtab.prompts.soft.soft import Soft, allowed_tokens
-from trimtab.prompts.task.rows import Row, slot_text
+from trimtab.prompts.task.rows import PromptRow, slot_text
 from trimtab.results.registry import Named, Registry
 
 Legal: TypeAlias = "Callable[[Sequence[Sequence[int]]], Sequence[bool]]"
@@ -37,7 +37,7 @@ class ProjectionTask:
     """
 
     lm: LanguageModel
-    rows: tuple[Row, ...]
+    rows: tuple[PromptRow, ...]
     soft: Soft
     allowed: Tensor
     generator: torch.Generator
@@ -92,7 +92,7 @@ register = PROJECTIONS.register
 
 
 @torch.no_grad()
-def slot_losses(lm: LanguageModel, rows: Sequence[Row], slots: Sequence[Sequence[int]]) -> Tensor:
+def slot_losses(lm: LanguageModel, rows: Sequence[PromptRow], slots: Sequence[Sequence[int]]) -> Tensor:
     """Return the cross-entropy of each slot over all rows, float64 `[slots]`, in padded batches."""
     objective = CrossEntropy()
     pairs = [(slot, row) for slot in slots for row in rows]
@@ -128,7 +128,7 @@ class Projected:
 
 def project(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     soft: Soft,
     method: str = "nearest",
     *,

@@ -21,7 +21,7 @@ from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.scoring.passes import Passes, Slot, common_trunk
 from trimtab.prompts.scoring.room import Room
 from trimtab.prompts.soft.embeddings import onehot_gradient
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 
 MAX_TOKENS = 4096
 # Estimates of a race are worth keeping for as long as a search stays where it is.
@@ -76,7 +76,7 @@ class Kernel:
     def __init__(
         self,
         lm: LanguageModel,
-        rows: Sequence[Row],
+        rows: Sequence[PromptRow],
         objective: Objective | None = None,
         max_tokens: int = MAX_TOKENS,
         draft: LanguageModel | None = None,
@@ -154,7 +154,7 @@ class Kernel:
             chosen = tuple(slot)
             columns = max(len(row.ids(chosen)) for row in self.rows)
 
-            def work(rows: Sequence[Row]) -> tuple[float, float, Tensor]:
+            def work(rows: Sequence[PromptRow]) -> tuple[float, float, Tensor]:
                 weight = sum(self.objective.weight(row) for row in rows)
                 return weight, *onehot_gradient(self.lm, rows, chosen, self.objective)
 

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from trimtab.evaluation.readout import ReadoutTokens, gap_of
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 
 
 class Objective(Protocol):
     """A loss per row, read from the last logits; over rows it is the mean weighted by `weight`."""
 
-    def keep(self, row: Row) -> int:
+    def keep(self, row: PromptRow) -> int:
         """How many last positions of `row.encoded(slot)` are read."""
         ...
 
-    def weight(self, row: Row) -> float:
+    def weight(self, row: PromptRow) -> float:
         """How much a row counts."""
         ...
 
-    def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def values(self, logits: Tensor, rows: Sequence[PromptRow]) -> Tensor:
         """The loss of each row `[n]`.
 
         Logits are float32 `[n, at least the largest keep, vocab]`, ending at the last token fed.
@@ -35,13 +35,13 @@ class Objective(Protocol):
 class CrossEntropy:
     """Teacher-forced weighted cross-entropy: sum_t w_t (-log p(y_t | ...)) / sum_t w_t, in nats."""
 
-    def keep(self, row: Row) -> int:
+    def keep(self, row: PromptRow) -> int:
         return len(row.target)
 
-    def weight(self, row: Row) -> float:
+    def weight(self, row: PromptRow) -> float:
         return sum(row.weights)
 
-    def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def values(self, logits: Tensor, rows: Sequence[PromptRow]) -> Tensor:
         width = max(len(row.target) for row in rows)
         # Rows end in the same column, so targets are padded on the left as well.
         targets = torch.zeros(len(rows), width, dtype=torch.long)
@@ -74,24 +74,24 @@ class GapLoss:
         self._tokens = ReadoutTokens(tuple(toward), tuple(away), (), {})
         self.sign, self.aggregator = sign, aggregator
 
-    def keep(self, row: Row) -> int:
+    def keep(self, row: PromptRow) -> int:
         assert not row.target  # the last position is the prompt's
         return 1
 
-    def weight(self, row: Row) -> float:
+    def weight(self, row: PromptRow) -> float:
         return 1.0
 
     def gaps(self, logits: Tensor) -> Tensor:
         """Return toward minus away of float32 logits `[..., vocab]`."""
         return gap_of(logits, self._tokens, self.aggregator)
 
-    def values(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def values(self, logits: Tensor, rows: Sequence[PromptRow]) -> Tensor:
         return -self.sign * self.gaps(logits[:, -1])
 
 
 @torch.no_grad()
 def plain_loss(
-    lm: LanguageModel, rows: Sequence[Row], slot: Sequence[int], objective: Objective
+    lm: LanguageModel, rows: Sequence[PromptRow], slot: Sequence[int], objective: Objective
 ) -> float:
     """Return the loss of one slot in the plainest way: a row at a time, no cache, all logits."""
     total, weights = 0.0, 0.0

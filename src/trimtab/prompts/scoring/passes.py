@@ -23,7 +23,7 @@ from trimtab.prompts.scoring.feeding import Feeder, beginning
 from trimtab.prompts.scoring.keys import Keys
 from trimtab.prompts.scoring.objective import Objective
 from trimtab.prompts.scoring.room import Room
-from trimtab.prompts.task.rows import Row, Slot
+from trimtab.prompts.task.rows import PromptRow, Slot
 
 
 class Passes:
@@ -52,7 +52,7 @@ class Passes:
         self._logits = int(text_config(lm.model).vocab_size)
 
     @torch.no_grad()
-    def losses(self, slots: Sequence[Slot], rows: Sequence[Row]) -> Tensor:
+    def losses(self, slots: Sequence[Slot], rows: Sequence[PromptRow]) -> Tensor:
         """Return the loss of each slot over the rows, float64 `[slots]` on the CPU."""
         result = torch.zeros(len(slots), dtype=torch.float64)
         if slots and self.cached is None:
@@ -62,7 +62,7 @@ class Passes:
             result[places] = self._alike([slots[i] for i in places], rows)
         return result / sum(self.objective.weight(row) for row in rows)
 
-    def _alike(self, slots: list[Slot], rows: Sequence[Row]) -> Tensor:
+    def _alike(self, slots: list[Slot], rows: Sequence[PromptRow]) -> Tensor:
         """Weighted sums over rows, of slots of one length."""
         totals = torch.zeros(len(slots), dtype=torch.float64)
         places = list(range(len(slots)))
@@ -84,7 +84,7 @@ class Passes:
         return totals
 
     def _shared(
-        self, slots: list[Slot], members: list[int], rows: Sequence[Row], base: Keys | None
+        self, slots: list[Slot], members: list[int], rows: Sequence[PromptRow], base: Keys | None
     ) -> Tensor:
         """Each candidate's keys once, then the rows behind them."""
         totals = torch.zeros(len(slots), dtype=torch.float64)
@@ -104,7 +104,7 @@ class Passes:
         self,
         slots: Sequence[Slot],
         members: Sequence[int],
-        rows: Sequence[Row],
+        rows: Sequence[PromptRow],
         keys: Keys | None,
         sequence: Callable[[int, int], int],
     ) -> Tensor:

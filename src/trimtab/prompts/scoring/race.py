@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 
 # With fewer rows than this a part of them says too little.
 _ROWS = 4
@@ -41,14 +41,14 @@ class Round:
     draft: bool
     survivors: int = field(compare=False)
 
-    def rows(self, rows: Sequence[Row]) -> list[Row]:
+    def rows(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
         """What candidates are ranked on."""
         chosen = [rows[place] for place in self.places]
         return [row.first(max(_TELLING, -(-len(row.target) // self.share))) for row in chosen]
 
 
 def rounds(
-    rows: Sequence[Row], candidates: int, keep: int, draft: bool, turn: int
+    rows: Sequence[PromptRow], candidates: int, keep: int, draft: bool, turn: int
 ) -> tuple[Round, ...]:
     """Plan a race, which ends with an exact loss of those that are left.
 
@@ -80,6 +80,6 @@ def rounds(
     return tuple(found)
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def _tokens(rows: Sequence[PromptRow]) -> int:
     """What a candidate has to be fed, less its own tokens."""
     return sum(len(row.after) + max(0, len(row.target) - 1) for row in rows)

@@ -16,7 +16,7 @@ from trimtab.prompts.scoring.objective import GapLoss
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
 from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, start_from
 from trimtab.prompts.soft.states import states
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 from trimtab.results import Progress
 from trimtab.results.tables import Table, number
 from trimtab.steering.vector import VectorSteering
@@ -64,7 +64,7 @@ class Raised(Soft):
 
 def raise_projection(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     vector: VectorSteering,
     k: int,
     *,

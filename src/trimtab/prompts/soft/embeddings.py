@@ -12,7 +12,7 @@ from trimtab.models.batch import Batch
 from trimtab.models.gradients import frozen
 from trimtab.models.model import LanguageModel
 from trimtab.prompts.scoring.objective import Objective
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 from trimtab.steering.soft_tokens import soft_tokens
 
 
@@ -29,7 +29,7 @@ def token_embeddings(lm: LanguageModel, ids: Sequence[int] | None = None) -> Ten
 
 
 @contextmanager
-def standing(lm: LanguageModel, rows: Sequence[Row], vectors: Tensor) -> Iterator[Batch]:
+def standing(lm: LanguageModel, rows: Sequence[PromptRow], vectors: Tensor) -> Iterator[Batch]:
     """All rows in one padded batch, with vectors `[k, d_model]` in the slot for calls made inside."""
     with soft_tokens(lm, vectors) as slot:
         encoded = [row.encoded(slot) for row in rows]
@@ -39,7 +39,7 @@ def standing(lm: LanguageModel, rows: Sequence[Row], vectors: Tensor) -> Iterato
 
 
 def soft_loss(
-    lm: LanguageModel, rows: Sequence[Row], vectors: Tensor, objective: Objective
+    lm: LanguageModel, rows: Sequence[PromptRow], vectors: Tensor, objective: Objective
 ) -> Tensor:
     """Return the loss over rows of vectors `[k, d_model]` in their slot, differentiable in them.
 
@@ -54,7 +54,7 @@ def soft_loss(
 
 
 def onehot_gradient(
-    lm: LanguageModel, rows: Sequence[Row], slot: Sequence[int], objective: Objective
+    lm: LanguageModel, rows: Sequence[PromptRow], slot: Sequence[int], objective: Objective
 ) -> tuple[float, Tensor]:
     """Return the loss of a slot and d loss / d one-hot, float32 `[k, vocab]`.
 

@@ -17,7 +17,7 @@ from trimtab.models.model import LanguageModel
 from trimtab.passes.adam import adam
 from trimtab.prompts.scoring.objective import CrossEntropy, Objective
 from trimtab.prompts.soft.embeddings import soft_loss, token_embeddings
-from trimtab.prompts.task.rows import Row
+from trimtab.prompts.task.rows import PromptRow
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.prompt import PromptSteering
@@ -84,7 +84,7 @@ class Soft(Printable):
 
 def train_soft(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     k: int,
     *,
     generator: torch.Generator,
@@ -258,8 +258,8 @@ def embedding_scale(lm: LanguageModel) -> float:
 
 
 def drawing(
-    rows: Sequence[Row], size: int | None, generator: torch.Generator
-) -> Callable[[], Sequence[Row]]:
+    rows: Sequence[PromptRow], size: int | None, generator: torch.Generator
+) -> Callable[[], Sequence[PromptRow]]:
     """Return a function that gives the rows of the next step: `size` of them, all when None."""
     if size is None or size >= len(rows):
         return lambda: rows

@@ -20,7 +20,7 @@ from trimtab.models.sites import Site
 from trimtab.prompts.scoring.objective import CrossEntropy
 from trimtab.prompts.soft.embeddings import soft_loss, standing, token_embeddings
 from trimtab.prompts.soft.soft import Soft, allowed_tokens, descend, start_from
-from trimtab.prompts.task.rows import Row, slot_text
+from trimtab.prompts.task.rows import PromptRow, slot_text
 from trimtab.results import Progress
 from trimtab.results.tables import Printable, Table, number
 from trimtab.steering.soft_tokens import soft_tokens
@@ -106,7 +106,7 @@ class StateSweep(Printable):
 
 def match_states(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     reference: Sequence[int],
     layer: int,
     *,
@@ -177,7 +177,7 @@ def match_states(
 
 def match_every_layer(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     reference: Sequence[int],
     *,
     generator: torch.Generator,
@@ -203,7 +203,7 @@ def match_every_layer(
 
 def states(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     vectors: Tensor,
     sites: Sequence[Site],
     last: bool = False,
@@ -276,12 +276,12 @@ def closed(first: Tensor, last: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def _loss(lm: LanguageModel, rows: Sequence[Row], vectors: Tensor) -> float | None:
+def _loss(lm: LanguageModel, rows: Sequence[PromptRow], vectors: Tensor) -> float | None:
     """The cross-entropy of the rows' answers; None for rows without."""
     return float(soft_loss(lm, rows, vectors, CrossEntropy())) if rows[0].target else None
 
 
-def _continuation(lm: LanguageModel, row: Row, vectors: Tensor, tokens: int) -> str:
+def _continuation(lm: LanguageModel, row: PromptRow, vectors: Tensor, tokens: int) -> str:
     """Return the greedy answer with vectors in the slot."""
     if tokens == 0:
         return ""

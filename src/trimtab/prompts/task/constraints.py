@@ -18,7 +18,7 @@ from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.generation import end_ids
 from trimtab.models.model import LanguageModel
-from trimtab.prompts.task.rows import Row, Slot, round_trips, slot_text
+from trimtab.prompts.task.rows import PromptRow, Slot, round_trips, slot_text
 from trimtab.prompts.task.words import Words, fold
 
 CHARSETS = ("ascii", "printable", "any")
@@ -77,7 +77,7 @@ class Constraints:
                 "a prompt unlike its reference", "no reference", "give its token ids"
             )
 
-    def bind(self, lm: LanguageModel, rows: Sequence[Row]) -> Bound:
+    def bind(self, lm: LanguageModel, rows: Sequence[PromptRow]) -> Bound:
         """Compile for a model and the rows in which a slot stands.
 
         Raises:
@@ -98,7 +98,7 @@ class Bound:
         pool: The allowed tokens' ids `[allowed]`, ascending.
     """
 
-    def __init__(self, constraints: Constraints, lm: LanguageModel, rows: Sequence[Row]) -> None:
+    def __init__(self, constraints: Constraints, lm: LanguageModel, rows: Sequence[PromptRow]) -> None:
         """Look at every token alone."""
         self.constraints, self.lm, self.rows = constraints, lm, list(rows)
         self._words = Words(constraints.words, constraints.whole_words)

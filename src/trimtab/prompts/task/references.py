@@ -29,7 +29,7 @@ _FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferencePrompt:
     """A prompt whose effect is wanted in other words.
 
     Attributes:
@@ -99,13 +99,13 @@ def _roots(word: str) -> list[str]:
 
 
 @cache
-def built_in_references() -> dict[str, Reference]:
+def built_in_references() -> dict[str, ReferencePrompt]:
     """Return the built-in references of Harbor by name."""
     listed = read_yaml(read_text(BUILT_IN), BUILT_IN).content
-    return {entry["name"]: Reference(**entry) for entry in listed}
+    return {entry["name"]: ReferencePrompt(**entry) for entry in listed}
 
 
-def load_reference(name: str) -> Reference:
+def load_reference(name: str) -> ReferencePrompt:
     """Return a built-in reference by its name, "cats" or "harbor:cats".
 
     Raises:
@@ -121,7 +121,7 @@ def load_reference(name: str) -> Reference:
     return known[name]
 
 
-def reference_of(behavior: Behavior, text: str | None = None) -> Reference:
+def reference_of(behavior: Behavior, text: str | None = None) -> ReferencePrompt:
     """Return the reference that a behavior names: its `prompt_toward` and its judge.
 
     Args:
@@ -141,4 +141,4 @@ def reference_of(behavior: Behavior, text: str | None = None) -> Reference:
             found="no prompt_toward in it",
             advice="give one: --reference TEXT, or prompt_toward in the behavior",
         )
-    return Reference(behavior.name, wanted, behavior.judge, coherence=behavior.coherence)
+    return ReferencePrompt(behavior.name, wanted, behavior.judge, coherence=behavior.coherence)

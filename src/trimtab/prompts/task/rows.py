@@ -24,7 +24,7 @@ EARLY_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One request around a slot.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row:
         ids = self.ids(slot)
         return Encoded("", ids[: max(prompt, len(ids) - 1)], prompt, prompt - self.head)
 
-    def first(self, count: int) -> Row:
+    def first(self, count: int) -> PromptRow:
         """The same row with only the first target tokens."""
         return replace(self, target=self.target[:count], weights=self.weights[:count])
 
@@ -69,7 +69,7 @@ def lay_out(
     targets: Sequence[Sequence[int]] | None = None,
     early: int = EARLY,
     early_weight: float = EARLY_WEIGHT,
-) -> list[Row]:
+) -> list[PromptRow]:
     """Tokenize requests around a slot (`prefix`, `suffix` or `system`), with `lm.system` as it is.
 
     The model's chat template decides what stands around a request. The separator stands between the
@@ -87,7 +87,7 @@ def lay_out(
         around = surroundings(lm.tokenizer, request, lm.system, insert)
         weights = tuple(early_weight if t < early else 1.0 for t in range(len(target)))
         rows.append(
-            Row(around.before, around.after, target, weights, around.head, request, around.texts)
+            PromptRow(around.before, around.after, target, weights, around.head, request, around.texts)
         )
     return rows
 
@@ -97,7 +97,7 @@ def slot_text(lm: LanguageModel, slot: Sequence[int]) -> str:
     return str(lm.tokenizer.decode(list(slot), clean_up_tokenization_spaces=False))
 
 
-def slot_ids(lm: LanguageModel, text: str, row: Row) -> tuple[int, ...]:
+def slot_ids(lm: LanguageModel, text: str, row: PromptRow) -> tuple[int, ...]:
     """The tokens of a text in its slot, as they come out in context.
 
     Raises:
@@ -115,7 +115,7 @@ def slot_ids(lm: LanguageModel, text: str, row: Row) -> tuple[int, ...]:
 
 
 def round_trips(
-    lm: LanguageModel, slots: Sequence[Sequence[int]], rows: Sequence[Row]
+    lm: LanguageModel, slots: Sequence[Sequence[int]], rows: Sequence[PromptRow]
 ) -> list[bool]:
     """Tell of which slots the text, tokenized in context, gives the same tokens in EVERY row.
 
@@ -159,7 +159,7 @@ def _whole(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
     return [list(ids) for ids in found]
 
 
-def _between(ids: list[int], row: Row) -> tuple[int, ...] | None:
+def _between(ids: list[int], row: PromptRow) -> tuple[int, ...] | None:
     """What stands between a row's own tokens; None where those are not there."""
     start = len(row.before)
     for surplus in (0, 1):  # a tokenizer may close every text with an end token

@@ -15,7 +15,7 @@ from trimtab.models.chat import Prompt
 from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.prompts.task.requests import SPLITS, Requests
-from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, Row, lay_out
+from trimtab.prompts.task.rows import EARLY, EARLY_WEIGHT, PromptRow, lay_out
 from trimtab.steering.prompt import PromptSteering
 from trimtab.steering.vector import Switch
 
@@ -36,9 +36,9 @@ class Teacher:
     """
 
     lever: PromptSteering
-    train: tuple[Row, ...] = field(repr=False)
-    validation: tuple[Row, ...] = field(repr=False)
-    test: tuple[Row, ...] = field(repr=False)
+    train: tuple[PromptRow, ...] = field(repr=False)
+    validation: tuple[PromptRow, ...] = field(repr=False)
+    test: tuple[PromptRow, ...] = field(repr=False)
 
 
 def teacher(
@@ -67,7 +67,7 @@ def teacher_rows(
     max_new_tokens: int = COMPLETION,
     early: int = EARLY,
     early_weight: float = EARLY_WEIGHT,
-) -> list[Row]:
+) -> list[PromptRow]:
     """Return one row per request; its target is the greedy answer under the lever, in tokens."""
     targets = answers_as_ids(lm, lever, requests, max_new_tokens)
     return lay_out(lm, requests, lever.slot, lever.separator, targets, early, early_weight)
@@ -90,7 +90,7 @@ def answers_as_ids(
 
 
 @torch.no_grad()
-def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[Row]) -> list[Tensor]:
+def target_log_probs(lm: LanguageModel, lever: Switch | None, rows: Sequence[PromptRow]) -> list[Tensor]:
     """Return what a lever predicts along the rows' targets, from the rendered text.
 
     The lever puts its text (or soft tokens) into each request, which is rendered and tokenized

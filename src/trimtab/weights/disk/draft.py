@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trimtab.errors import TrimtabError
 from trimtab.weights.disk.checkpoint import DTYPES, Checkpoint, TensorFact
 from trimtab.weights.disk.layout import Layout, expected_tensors, layout_of
-from trimtab.weights.disk.sources import Source, Value, Zeros, copied, value_of
+from trimtab.weights.disk.sources import TensorSource, Value, Zeros, copied, value_of
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Block:
 
     origin: int
     part: str
-    tensors: dict[str, Source]
+    tensors: dict[str, TensorSource]
     kind: str | None = None
 
 
@@ -56,7 +56,7 @@ class Draft:
     layout: Layout
     raw: dict[str, Any]
     blocks: list[Block]
-    outer: dict[str, Source]
+    outer: dict[str, TensorSource]
     steps: list[str] = field(default_factory=list)
     rounding: dict[str, float] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Draft:
         """Return the block that holds a part (`attention` or `mlp`) of the base's block."""
         return next(b for b in self.blocks if b.origin == origin and b.part in ("whole", part))
 
-    def tensors(self) -> dict[str, Source]:
+    def tensors(self) -> dict[str, TensorSource]:
         """Return every tensor by its full name."""
         named = dict(self.outer)
         for number, block in enumerate(self.blocks):
@@ -101,7 +101,7 @@ class Draft:
         meant = before + constant
         block.tensors[name] = self.value(meant, old, what, constant)
 
-    def value(self, meant: Tensor, old: Source, what: str, constant: Tensor | None = None) -> Value:
+    def value(self, meant: Tensor, old: TensorSource, what: str, constant: Tensor | None = None) -> Value:
         """Return a small tensor in the place of `old`; its rounding is noted.
 
         Raises:
@@ -152,7 +152,7 @@ def start_draft(base: Checkpoint) -> Draft:
     kinds = getattr(base.config, "layer_types", None)
     count = int(base.config.num_hidden_layers)
     blocks = [Block(n, "whole", {}, kinds[n] if kinds else None) for n in range(count)]
-    outer: dict[str, Source] = {}
+    outer: dict[str, TensorSource] = {}
     first, _, rest = layout.block.partition("{}")
     pattern = re.compile(re.escape(first) + r"(\d+)" + re.escape(rest) + "(.+)")
     _refuse_misfits(base, layout)

@@ -22,7 +22,7 @@ PIECE = 16 << 20
 Bytes = bytes | bytearray | memoryview
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """What can be written as one tensor of a safetensors file.
 
     `home` is the file of the base checkpoint that the tensor belongs to, or None for a new one.
@@ -44,13 +44,13 @@ class Source(Protocol):
         ...
 
 
-def nbytes(source: Source) -> int:
+def nbytes(source: TensorSource) -> int:
     """Return the bytes of a source."""
     return math.prod(source.shape) * DTYPES[source.dtype].itemsize
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Bytes of a file of the base checkpoint."""
 
     file: Path
@@ -62,7 +62,7 @@ class Span:
 class Copy:
     """Bytes of the base, one span or several in a row: whole tensors, rows of them, stacks."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[ByteSpan, ...]
     dtype: str
     shape: tuple[int, ...]
 
@@ -74,7 +74,7 @@ class Copy:
         """Return rows `[first, last)` of a tensor of one span."""
         (span,) = self.spans
         width = span.nbytes // self.shape[0]
-        part = Span(span.file, span.start + first * width, (last - first) * width)
+        part = ByteSpan(span.file, span.start + first * width, (last - first) * width)
         return Copy((part,), self.dtype, (last - first, *self.shape[1:]))
 
     def pieces(self) -> Iterator[Bytes]:
@@ -103,7 +103,7 @@ class Copy:
 
 def copied(fact: TensorFact) -> Copy:
     """Return a whole tensor of the base."""
-    return Copy((Span(fact.file, fact.start, fact.nbytes),), fact.dtype, fact.shape)
+    return Copy((ByteSpan(fact.file, fact.start, fact.nbytes),), fact.dtype, fact.shape)
 
 
 def stacked(parts: list[Copy], shape: tuple[int, ...]) -> Copy:
@@ -111,7 +111,7 @@ def stacked(parts: list[Copy], shape: tuple[int, ...]) -> Copy:
     return Copy(tuple(span for part in parts for span in part.spans), parts[0].dtype, shape)
 
 
-def value_of(source: Source) -> Tensor:
+def value_of(source: TensorSource) -> Tensor:
     """Return a small source as a tensor."""
     block = bytearray(b"".join(bytes(piece) for piece in source.pieces()))
     return torch.frombuffer(block, dtype=DTYPES[source.dtype]).view(source.shape)
@@ -150,7 +150,7 @@ class Zeros:
 
 
 @dataclass(eq=False)
-class Projected:
+class ProjectedSource:
     """W seen through an affine map of the residual stream: every vector w it writes is A w + b.
 
     A low-rank term `plus` = (B, C) is added to what comes out: A W + B C.
@@ -237,7 +237,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def copy_bytes(span: Span, out: BinaryIO) -> None:
+def copy_bytes(span: ByteSpan, out: BinaryIO) -> None:
     """Append a span to an open file, in the kernel where the system can."""
     with open(span.file, "rb", buffering=0) as stream:
         start, left = span.start, span.nbytes

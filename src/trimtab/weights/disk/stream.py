@@ -18,7 +18,14 @@ from trimtab.results import Progress
 from trimtab.results.tables import write_json
 from trimtab.weights.disk.checkpoint import INDEX, SINGLE, Checkpoint
 from trimtab.weights.disk.draft import Draft
-from trimtab.weights.disk.sources import Copy, Projected, Source, copied, copy_bytes, nbytes
+from trimtab.weights.disk.sources import (
+    Copy,
+    ProjectedSource,
+    TensorSource,
+    copied,
+    copy_bytes,
+    nbytes,
+)
 
 # Alignment of the tensors' first byte, as the safetensors library writes it.
 _ALIGN = 8
@@ -31,7 +38,7 @@ class OutFile:
     """One safetensors file of the result; `shared` is the base's file that holds exactly this."""
 
     name: str
-    tensors: tuple[tuple[str, Source], ...]
+    tensors: tuple[tuple[str, TensorSource], ...]
     shared: Path | None
 
     @property
@@ -42,7 +49,7 @@ class OutFile:
 def arrange(draft: Draft) -> list[OutFile]:
     """Distribute the tensors over files: those of the base where they were, new ones apart."""
     base, tensors = draft.base, draft.tensors()
-    groups: dict[Path | None, dict[str, Source]] = {file: {} for file in base.files}
+    groups: dict[Path | None, dict[str, TensorSource]] = {file: {} for file in base.files}
     for name, source in tensors.items():
         home = source.home
         if home is None and len(base.files) == 1:
@@ -63,7 +70,7 @@ def arrange(draft: Draft) -> list[OutFile]:
     return found
 
 
-def _same(base: Checkpoint, home: Path | None, group: Mapping[str, Source]) -> bool:
+def _same(base: Checkpoint, home: Path | None, group: Mapping[str, TensorSource]) -> bool:
     """Whether a file of the base holds exactly these tensors, under these names."""
     there = {name: copied(fact) for name, fact in base.tensors.items() if fact.file == home}
     return there == {n: s for n, s in group.items() if isinstance(s, Copy)} and len(there) == len(group)  # fmt: skip
@@ -90,7 +97,7 @@ def write(draft: Draft, folder: Path, link: bool = True, progress: Progress | No
         done += file.nbytes
         if progress is not None:
             progress(done, total)
-    computed = [s.rounding for s in draft.tensors().values() if isinstance(s, Projected)]
+    computed = [s.rounding for s in draft.tensors().values() if isinstance(s, ProjectedSource)]
     if computed:
         draft.rounding["tensors updated"] = max(computed)
     if [file.name for file in files] != [SINGLE]:

@@ -12,7 +12,7 @@ from trimtab.weights.disk.draft import Draft, finish
 from trimtab.weights.disk.layout import Layout
 from trimtab.weights.routes.changes import HOOK, Changes, Point, Refusal, point_of
 from trimtab.weights.routes.constant import add_bias, add_null_block, bias_of
-from trimtab.weights.routes.convert import Conversion, conversions_of
+from trimtab.weights.routes.convert import StreamConversion, conversions_of
 from trimtab.weights.routes.low_rank import project_embedding, project_writer, update_writers
 
 _POST_NORM = (
@@ -55,7 +55,7 @@ def choose(
     """
     reasons = []
     options: list[tuple[int, int, Draft, dict[Point, str]]] = []
-    candidates: list[Conversion | None] = [None]
+    candidates: list[StreamConversion | None] = [None]
     if points or route == "convert":
         candidates += conversions_of(draft.layout.model_type)
     for conversion in candidates:

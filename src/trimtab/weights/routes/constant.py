@@ -32,7 +32,7 @@ from torch import Tensor
 from trimtab.weights.disk.checkpoint import DTYPES
 from trimtab.weights.disk.draft import Block, Draft
 from trimtab.weights.disk.layout import Layout
-from trimtab.weights.disk.sources import Source, Zeros
+from trimtab.weights.disk.sources import TensorSource, Zeros
 from trimtab.weights.routes.changes import Point
 
 _OUTPUT_BIAS = "o_proj.bias"
@@ -81,7 +81,7 @@ def add_null_block(draft: Draft, point: Point, constant: Tensor) -> None:
     _emit(draft, emitting, constant, f"the constant after {kind} of block {layer}")
 
 
-def _silenced(tensors: dict[str, Source], prefix: str) -> dict[str, Source]:
+def _silenced(tensors: dict[str, TensorSource], prefix: str) -> dict[str, TensorSource]:
     """Zeros for all that one sublayer has; its norms keep what they are, they see zeros."""
     return {
         name: Zeros(source.dtype, source.shape) if name.startswith(prefix) else source

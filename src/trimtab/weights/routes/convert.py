@@ -16,11 +16,11 @@ from typing import Any
 
 from trimtab.weights.disk.draft import Draft
 from trimtab.weights.disk.layout import layout_of
-from trimtab.weights.disk.sources import Copy, Source, Zeros, stacked
+from trimtab.weights.disk.sources import Copy, TensorSource, Zeros, stacked
 
 
 @dataclass(frozen=True)
-class Conversion:
+class StreamConversion:
     """A way to write a model as the architecture `target`, or why its configuration forbids it."""
 
     target: str
@@ -28,7 +28,7 @@ class Conversion:
     apply: Callable[[Draft], None]
 
 
-def conversions_of(model_type: str) -> tuple[Conversion, ...]:
+def conversions_of(model_type: str) -> tuple[StreamConversion, ...]:
     """Return the conversions known for an architecture, simplest first."""
     return _KNOWN.get(model_type, ())
 
@@ -168,7 +168,7 @@ def _split_fused(draft: Draft) -> None:
         }
 
 
-def _copy(source: Source) -> Copy:
+def _copy(source: TensorSource) -> Copy:
     assert isinstance(source, Copy)  # a conversion comes before every change
     return source
 
@@ -207,15 +207,15 @@ def _unmixed(config: Any) -> str | None:
     return None
 
 
-_KNOWN: dict[str, tuple[Conversion, ...]] = {
-    "qwen2": (Conversion("Llama", _no_window, _to_llama),),
+_KNOWN: dict[str, tuple[StreamConversion, ...]] = {
+    "qwen2": (StreamConversion("Llama", _no_window, _to_llama),),
     "mistral": (
-        Conversion("Llama", _no_window, _to_llama),
-        Conversion("Qwen2", _window, _to_qwen2),
+        StreamConversion("Llama", _no_window, _to_llama),
+        StreamConversion("Qwen2", _window, _to_qwen2),
     ),
     "phi3": (
-        Conversion("Llama", lambda c: _plain_rope(c) or _no_window(c), _to_llama),
-        Conversion("Qwen2", lambda c: _plain_rope(c) or _window(c), _to_qwen2),
+        StreamConversion("Llama", lambda c: _plain_rope(c) or _no_window(c), _to_llama),
+        StreamConversion("Qwen2", lambda c: _plain_rope(c) or _window(c), _to_qwen2),
     ),
-    "mixtral": (Conversion("GraniteMoe", _unmixed, _to_granite_moe),),
+    "mixtral": (StreamConversion("GraniteMoe", _unmixed, _to_granite_moe),),
 }

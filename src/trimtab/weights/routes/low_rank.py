@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.steering.vector import VectorSteering
 from trimtab.steering.weights import WeightSteering
 from trimtab.weights.disk.draft import Block, Draft
-from trimtab.weights.disk.sources import Copy, Projected, Source, Zeros, value_of
+from trimtab.weights.disk.sources import Copy, ProjectedSource, TensorSource, Zeros, value_of
 from trimtab.weights.routes.changes import Affine, Writer
 
 
@@ -33,14 +33,14 @@ def project_embedding(draft: Draft, map_: Affine) -> None:
     rank = map_.left.shape[1]
     if layout.positions is not None:
         old = _copy(draft.outer[layout.positions])
-        draft.outer[layout.positions] = Projected(old, map_.left, map_.right, False, map_.shift)
+        draft.outer[layout.positions] = ProjectedSource(old, map_.left, map_.right, False, map_.shift)
         if not rank:
             draft.steps.append("add the constant to every position embedding")
             return
     shift = None if layout.positions is not None else map_.shift / layout.embed_scale
     draft.untie()
     old = _copy(draft.outer[layout.embedding])
-    draft.outer[layout.embedding] = Projected(old, map_.left, map_.right, False, shift)
+    draft.outer[layout.embedding] = ProjectedSource(old, map_.left, map_.right, False, shift)
     said = f"rank-{rank} update of" if rank else "add the constant to"
     draft.steps.append(f"{said} every token embedding")
 
@@ -53,7 +53,7 @@ def project_writer(draft: Draft, writer: Writer, map_: Affine) -> None:
     block, names = _writing(draft, writer)
     for name in names:
         base = _copy(block.tensors[name])
-        block.tensors[name] = Projected(base, map_.left, map_.right, draft.layout.writes_rows)
+        block.tensors[name] = ProjectedSource(base, map_.left, map_.right, draft.layout.writes_rows)
         bias = name.removesuffix("weight") + "bias"
         if bias in block.tensors and not isinstance(block.tensors[bias], Zeros):
             old = block.tensors[bias]
@@ -88,8 +88,8 @@ def update_writers(draft: Draft, lever: WeightSteering) -> None:
         b, c = lever.strength * left.double(), lever.right[writer].double()
         if isinstance(old, Copy):
             same = Affine.identity(mine[0])
-            old = Projected(old, same.left, same.right, draft.layout.writes_rows)
-        assert isinstance(old, Projected)  # the two things that a writer's weight can be here
+            old = ProjectedSource(old, same.left, same.right, draft.layout.writes_rows)
+        assert isinstance(old, ProjectedSource)  # the two things that a writer's weight can be here
         b = b - old.left @ (old.right.T @ b)
         if old.plus is not None:
             b, c = torch.cat([old.plus[0], b], dim=1), torch.cat([old.plus[1], c])
@@ -108,7 +108,7 @@ def _writing(draft: Draft, writer: Writer) -> tuple[Block, list[str]]:
     return block, names
 
 
-def _copy(source: Source) -> Copy:
+def _copy(source: TensorSource) -> Copy:
     assert isinstance(source, Copy)  # projections come before everything that computes
     return source
 

@@ -33,7 +33,7 @@ from trimtab.weights.card import front_matter, one_line
 from trimtab.weights.disk.base import Model, folder_of
 from trimtab.weights.disk.checkpoint import DTYPES, open_checkpoint
 from trimtab.weights.disk.draft import Draft, start_draft
-from trimtab.weights.disk.sources import PIECE, Bytes, Copy, Source, Value, Zeros
+from trimtab.weights.disk.sources import PIECE, Bytes, Copy, TensorSource, Value, Zeros
 from trimtab.weights.disk.stream import check_space, write
 from trimtab.weights.soft.check import check_prompt
 from trimtab.weights.soft.template import add_to_template
@@ -44,7 +44,7 @@ from trimtab.weights.soft.value import PromptReport, SoftPrompt
 class Joined:
     """Rows of several sources as one tensor."""
 
-    parts: tuple[Source, ...]
+    parts: tuple[TensorSource, ...]
     shape: tuple[int, ...]
 
     @property
@@ -191,7 +191,7 @@ def _with_rows(table: Copy, ids: tuple[int, ...], new: Value) -> Joined:
     """The table with rows `ids` replaced (models keep spare rows) or appended."""
     rows, width = table.shape
     first, stop = ids[0], ids[-1] + 1
-    parts: list[Source] = [table.rows(0, min(first, rows))]
+    parts: list[TensorSource] = [table.rows(0, min(first, rows))]
     if first > rows:
         parts.append(Zeros(table.dtype, (first - rows, width)))
     parts.append(new)
