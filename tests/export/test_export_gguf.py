@@ -42,6 +42,8 @@ def test_the_file_is_what_llama_cpp_reads(tmp_path, llama):
     assert reader.fields["general.architecture"].contents() == "controlvector"
     assert reader.fields["controlvector.model_hint"].contents() == "llama"
     assert reader.fields["controlvector.layer_count"].contents() == 2
+    own = {name for name in reader.fields if name.startswith("trimtab.")}
+    assert own == {f"trimtab.{name}" for name in ("n_layers", "model", "fingerprint", "label")}
     assert [t.name for t in reader.tensors] == ["direction.1", "direction.3"]
     for tensor in reader.tensors:
         layer = int(tensor.name.removeprefix("direction."))

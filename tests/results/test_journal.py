@@ -14,6 +14,7 @@ HEADER = {"work": "sweep", "vector": "a" * 64, "tokens": 40, "cap": None}
 def test_entries_come_back_in_order_and_exactly(tmp_path: Path) -> None:
     path = tmp_path / "new" / "j.jsonl"
     journal = Journal(path, HEADER)
+    assert b'"format": "trimtab.journal"' in path.read_bytes().replace(b'":"', b'": "')
     entries = [{"m": 0.1 + 0.2, "text": "naïve\n✓"}, {"m": math.inf, "rows": [1, None]}]
     for entry in entries:
         journal.add(entry)

@@ -87,6 +87,7 @@ def test_a_prompt_returns_exactly(tmp_path):
 
 def test_the_file_is_what_the_format_page_says(tmp_path):
     path = vector().save(tmp_path / "v.safetensors")
+    assert header_of(path)["format"] == "trimtab.steering"  # whatever the modules are called
     again = tmp_path / "again.safetensors"
     rewritten(
         again, header_of(path)

@@ -54,8 +54,8 @@ def write_gguf(
             writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(tensors))
         writer.add_uint32("trimtab.n_layers", vector.n_layers)
-        writer.add_string("trimtab.models.model", public_name(vector.model_name))
-        writer.add_string("trimtab.models.fingerprint", vector.fingerprint)
+        writer.add_string("trimtab.model", public_name(vector.model_name))
+        writer.add_string("trimtab.fingerprint", vector.fingerprint)
         writer.add_string("trimtab.label", vector.label)
         for layer, value in tensors.items():
             writer.add_tensor(f"direction.{layer}", value.numpy())
@@ -126,7 +126,7 @@ def read_gguf(path: str | os.PathLike[str], lm: LanguageModel | None = None) -> 
     kept = tuple(sorted(layer for layer, length in lengths.items() if length > 0))
     if not kept:
         raise _defect(path, "nothing but zeros", "fetch or make the file again")
-    made_for = fields.get("trimtab.models.fingerprint", ""), fields.get("trimtab.models.model", "")
+    made_for = fields.get("trimtab.fingerprint", ""), fields.get("trimtab.model", "")
     vector = VectorSteering(
         directions={k: (tensors[k].double() / lengths[k]).float() for k in kept},
         layers=kept,

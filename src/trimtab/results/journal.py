@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 
-FORMAT = "trimtab.results.journal"
+FORMAT = "trimtab.journal"
 VERSION = 1
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, float32
 from trimtab.errors import TrimtabError
 from trimtab.results.files import written
 
-FORMAT = "trimtab.steering.vector"
+FORMAT = "trimtab.steering"
 VERSION = 1
 METADATA_KEY = "trimtab"  # exactly one: safetensors writes several in no fixed order
 
