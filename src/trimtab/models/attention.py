@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.models.opened import opened, values
 from trimtab.models.probe import text_config
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 NAME = "trimtab_attending"
 

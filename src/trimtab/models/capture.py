@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks, Tap
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import Stopped
 from trimtab.models.sites import Site
 from trimtab.results import Progress
-
-if TYPE_CHECKING:
-    from trimtab.models.model import Batch, LanguageModel
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.errors import TrimtabError
 from trimtab.models.attention import AttentionCall, attending
 from trimtab.models.hooking import Hooks, first_tensor, input_tensor
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
 FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj")
@@ -199,7 +197,8 @@ def _layouts(
         # Each head's query, key and value side by side.
         layouts.append(tuple(rows.view(heads, 3, width).unbind(1)))
     return [
-        (HeadProjection(fused, q), HeadProjection(fused, k), HeadProjection(fused, v)) for q, k, v in layouts
+        (HeadProjection(fused, q), HeadProjection(fused, k), HeadProjection(fused, v))
+        for q, k, v in layouts
     ]
 
 

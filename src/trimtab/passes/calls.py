@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.autograd.forward_ad import unpack_dual
 
 from trimtab.models.hooking import Hooks, first_tensor
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
+from trimtab.models.model import LanguageModel
 
 
 @dataclass

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.passes.slope import slopes
+from trimtab.steering.vector import VectorSteering
 from trimtab.theory.tilt import Tilt
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
 
 
 @dataclass(frozen=True, eq=False)

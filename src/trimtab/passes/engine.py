@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel, Source
 from trimtab.passes.job import Held, Job, Result, Unit
 from trimtab.passes.rollout import rollout
 from trimtab.results.journal import Notes
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel, Source
-    from trimtab.steering.vector import Switch, VectorSteering
+from trimtab.steering.vector import Switch, VectorSteering
 
 
 def source_of(lm: LanguageModel, asked: str) -> Source:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,15 +23,13 @@ from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Encoded
+from trimtab.models.model import LanguageModel
 from trimtab.models.probe import text_config
 from trimtab.models.replay import KeptCache
 from trimtab.passes.grouping import Costs, Item, groups
 from trimtab.passes.sharing import Shared, call, first_steered, shared_depth, spread
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Encoded
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 # One float32 tensor of logits holds at most this many numbers (256 MiB), whatever the vocabulary.
 LOGITS_PER_BATCH = 2**26

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from trimtab.models.batch import Batch
+from trimtab.models.model import LanguageModel
 from trimtab.passes.sharing import call
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
-    from trimtab.models.model import LanguageModel
 
 # Rows that have ended are dropped when they are at least this share: dropping copies the others.
 ENDED_SHARE = 1 / 8

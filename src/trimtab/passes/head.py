@@ -13,20 +13,17 @@ largest entry is the token that the model collapses into.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.model import LanguageModel
 from trimtab.models.norm_form import read_norm
 from trimtab.models.probe import text_config
 from trimtab.passes.slope import final_stream
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
-
+from trimtab.steering.vector import VectorSteering
 
 STREAM_SITES = ("embed", "resid_pre", "resid_mid", "resid_post")
 ROWS = 8192  # of the unembedding that are in float64 at a time

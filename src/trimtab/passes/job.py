@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 from uuid import uuid4
 
+from trimtab.models.model import LanguageModel
 from trimtab.results.journal import Notes
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 Held = TypeVar("Held")
 Result = TypeVar("Result")

@@ -7,7 +7,6 @@ that have ended leave it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,14 +14,12 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Prompt
+from trimtab.models.model import LanguageModel
 from trimtab.models.replay import KeptCache, KeptLayer
 from trimtab.passes.fan import Fan, State
 from trimtab.passes.greedy import collect, greedy
-
-if TYPE_CHECKING:
-    from trimtab.models.chat import Prompt
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 # Keys and values of the rows that are continued together take at most this many bytes (1 GiB).
 CACHE_BYTES = 2**30

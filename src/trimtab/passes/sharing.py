@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from trimtab.models.batch import Batch
+from trimtab.models.chat import Encoded
 from trimtab.models.model import LanguageModel, feed
 from trimtab.models.replay import KeptCache, KeptLayer, Recording, Stopped, recorded, replayed
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
-    from trimtab.models.chat import Encoded
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 
 def shared_depth(vector: VectorSteering) -> int:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,14 +21,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.errors import TrimtabError
+from trimtab.models.batch import Batch
 from trimtab.models.chat import Encoded
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.steering.hooks import steered
-
-if TYPE_CHECKING:
-    from trimtab.models.batch import Batch
-    from trimtab.models.model import LanguageModel
-    from trimtab.steering.vector import VectorSteering
+from trimtab.steering.vector import VectorSteering
 
 logger = logging.getLogger(__name__)
 

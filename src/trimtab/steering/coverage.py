@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.models.batch import Batch
+from trimtab.models.model import LanguageModel
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.models.model import Batch, LanguageModel
 
 Place: TypeAlias = "tuple[torch.dtype, torch.device]"
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -22,13 +21,11 @@ from torch.autograd.forward_ad import unpack_dual
 
 from trimtab.errors import TrimtabError
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.opened import names
 from trimtab.models.sites import Site
 from trimtab.steering.coverage import Coverage, Place
 from trimtab.steering.scope import Scope
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 OPERATIONS = ("add", "ablate", "affine")
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.models.hooking import Hooks
+from trimtab.models.model import LanguageModel
 from trimtab.models.opened import opened
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 @contextmanager
