@@ -6,10 +6,10 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,9 +183,8 @@ def _entry(file: Path, column: int, served: Served) -> ServedEntry:
             f"{reason}, which a server does not know",
             f"use operation add at {' or '.join(SITES)} in one of the scopes {', '.join(SCOPES)}",
         )
-    if served.fingerprint == UNCHECKED:
-        served = replace(served, fingerprint=vector.fingerprint)
-    vector.check(cast(Any, served))
+    fingerprint = vector.fingerprint if served.fingerprint == UNCHECKED else served.fingerprint
+    vector.check_facts(served.name, served.n_layers, served.d_model, fingerprint)
     steps = steps_of(vector)
     return ServedEntry(
         name=file.stem,

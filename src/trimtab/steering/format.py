@@ -25,6 +25,7 @@ VERSION = 1
 METADATA_KEY = "trimtab"  # exactly one: safetensors writes several in no fixed order
 
 PerLayer = dict[str, float]
+PER_LAYER = ("scales", "targets", "norms", "class_gaps", "spreads")  # of a `VectorHeader`
 
 
 class _Strict(BaseModel):

@@ -35,49 +35,31 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Per-layer values have the layer number as a key; `alphas` are raw, at the strength stored.
     """
     steering = load_steering(path)
+    facts = {"name": steering.label, "strength": steering.strength}
     if isinstance(steering, PromptSteering):
-        soft = steering.vectors is not None
-        return {
-            "name": steering.label,
-            "kind": "soft_prompt" if soft else "prompt",
+        soft = steering.vectors
+        return facts | {
+            "kind": "prompt" if soft is None else "soft_prompt",
             "text": steering.text,
             "slot": steering.slot,
             "separator": steering.separator,
-            "tokens": len(steering.vectors) if steering.vectors is not None else None,
-            "strength": steering.strength,
+            "tokens": None if soft is None else len(soft),
             "provenance": steering.provenance,
         }
+    facts |= {name: steering.provenance.get(name) for name in ("behavior", "method")}
     if isinstance(steering, WeightSteering):
-        return {
-            "name": steering.label,
-            "kind": "weights",
-            "behavior": steering.provenance.get("behavior"),
-            "method": steering.provenance.get("method"),
-            "writers": steering.site,
-            "rank": steering.rank,
-            "strength": steering.strength,
-            "model": steering.model_name,
-            "fingerprint": steering.fingerprint,
-            "provenance": steering.provenance,
+        facts |= {"kind": "weights", "writers": steering.site, "rank": steering.rank}
+    else:
+        named = ("operation", "site", "alphas", "norms", "class_gaps", "spreads")
+        facts |= {
+            "kind": "vector",
+            "scope": str(steering.scope),
+            "layers": list(steering.layers),
+            "found_layers": list(steering.directions),
+            **{name: getattr(steering, name) for name in (*named, "n_layers", "d_model")},
         }
-    return {
-        "name": steering.label,
-        "kind": "vector",
-        "behavior": steering.provenance.get("behavior"),
-        "method": steering.provenance.get("method"),
-        "operation": steering.operation,
-        "site": steering.site,
-        "scope": str(steering.scope),
-        "layers": list(steering.layers),
-        "found_layers": list(steering.directions),
-        "strength": steering.strength,
-        "alphas": steering.alphas,
-        "norms": steering.norms,
-        "class_gaps": steering.class_gaps,
-        "spreads": steering.spreads,
+    return facts | {
         "model": steering.model_name,
         "fingerprint": steering.fingerprint,
-        "n_layers": steering.n_layers,
-        "d_model": steering.d_model,
         "provenance": steering.provenance,
     }

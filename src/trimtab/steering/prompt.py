@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +14,10 @@ from torch import Tensor
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
 from trimtab.models.chat import SEPARATORS, SLOTS, Insert
+from trimtab.models.model import LanguageModel
 from trimtab.models.opened import opened
 from trimtab.steering.format import PromptHeader, SoftPromptHeader, expect, write
 from trimtab.steering.soft_tokens import soft_tokens
-
-if TYPE_CHECKING:
-    from trimtab.models.model import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,55 +144,25 @@ class PromptSteering:
 
     def parts(self) -> tuple[PromptHeader | SoftPromptHeader, dict[str, Tensor]]:
         """Return what a steering file holds: a header, and the vectors of a soft prompt."""
-        assert self.separator is not None  # it is set when the value is made
-        if self.vectors is None:
-            separator = None if self.separator == SEPARATORS[self.slot] else self.separator
-            header = PromptHeader(
-                kind="prompt",
-                text=self.text,
-                strength=self.strength,
-                slot=self.slot,
-                separator=separator,
-                provenance=self.provenance,
-            )
-            return header, {}
-        soft = SoftPromptHeader(
-            kind="soft_prompt",
-            strength=self.strength,
-            slot=self.slot,
-            separator=self.separator,
-            fingerprint=self.fingerprint,
-            model_name=self.model_name,
-            provenance=self.provenance,
-        )
-        return soft, {"vectors": self.vectors}
+        header = SoftPromptHeader if self.vectors is not None else PromptHeader
+        facts = {name: value for name, value in vars(self).items() if name in header.model_fields}
+        if self.vectors is not None:
+            return SoftPromptHeader(kind="soft_prompt", **facts), {"vectors": self.vectors}
+        if self.separator == SEPARATORS[self.slot]:
+            facts["separator"] = None
+        return PromptHeader(kind="prompt", **facts), {}
 
     @classmethod
     def from_parts(
         cls, header: PromptHeader | SoftPromptHeader, tensors: Mapping[str, Tensor]
     ) -> PromptSteering:
         """Make the steering that a file holds; see `parts`."""
-        names = sorted(tensors)
+        names, fields = sorted(tensors), header.model_dump(exclude={"kind"})
         if isinstance(header, PromptHeader):
             expect(not tensors, "a prompt without tensors", f"the tensors {names}")
-            return cls(
-                header.text,
-                header.strength,
-                slot=header.slot,
-                separator=header.separator,
-                provenance=header.provenance,
-            )
+            return cls(**fields)
         expect(names == ["vectors"], "one tensor, vectors", f"the tensors {names}")
-        return cls(
-            "",
-            header.strength,
-            slot=header.slot,
-            separator=header.separator,
-            vectors=tensors["vectors"],
-            provenance=header.provenance,
-            fingerprint=header.fingerprint,
-            model_name=header.model_name,
-        )
+        return cls("", vectors=tensors["vectors"], **fields)
 
 
 def prompt(text: str, slot: str = "system", separator: str | None = None) -> PromptSteering:

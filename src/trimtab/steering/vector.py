@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,16 @@ from trimtab.errors import TrimtabError
 from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
 from trimtab.models.sites import KINDS, Site
-from trimtab.steering.format import Model, VectorHeader, int_keys, layer_number, text_keys, write
+from trimtab.steering.format import (
+    PER_LAYER,
+    Header,
+    Model,
+    VectorHeader,
+    int_keys,
+    layer_number,
+    text_keys,
+    write,
+)
 from trimtab.steering.hooks import OPERATIONS, Edit, steered
 from trimtab.steering.scope import Scope
 
@@ -61,8 +71,33 @@ class Steering(Switch, Protocol):
         ...
 
 
+class Bakeable(ABC):
+    """A lever made for one model: a steering file holds it, and a checkpoint can."""
+
+    model_name: str
+
+    @abstractmethod
+    def parts(self) -> tuple[Header, dict[str, Tensor]]:
+        """Return what a steering file holds."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one steering file (docs/format.md), byte-identical for equal content."""
+        return write(path, *self.parts())
+
+    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
+        """Write a checkpoint that steers itself, verified after a real reload; a `BakeReport`.
+
+        Args:
+            out: folder to create.
+            lm: the model to bake into; loaded from `model_name` when absent.
+        """
+        # The one name that is looked up above this room, for the sake of `vector.bake(folder)`.
+        bake = resolve_name("trimtab.weights.bake:bake")
+        return bake(load(self.model_name) if lm is None else lm, self, out)
+
+
 @dataclass(frozen=True, eq=False)
-class VectorSteering:
+class VectorSteering(Bakeable):
     """Unit directions at a site, with calibrated norms, a strength, an operation and a scope.
 
     `add` moves the stream by `alphas[l] * directions[l]`; `ablate` removes a share m of the
@@ -118,18 +153,19 @@ class VectorSteering:
             object.__setattr__(self, "scope", Scope.parse(self.scope))
         object.__setattr__(self, "strength", finite("the strength", self.strength))
         directions = {
-            self._layer(layer): unit_direction(layer, self.directions[layer], self.d_model)
+            layer_within(layer, self.n_layers): unit_direction(
+                layer, self.directions[layer], self.d_model
+            )
             for layer in sorted(self.directions)
         }
         object.__setattr__(self, "directions", directions)
         object.__setattr__(self, "layers", self._active(self.layers))
-        for name in ("scales", "targets", "norms", "class_gaps", "spreads"):
-            values: Mapping[int, float] = getattr(self, name)
-            object.__setattr__(
-                self,
-                name,
-                {self._layer(k): finite(f"{name}[{k}]", values[k]) for k in sorted(values)},
-            )
+        for name in PER_LAYER:
+            values = sorted(getattr(self, name).items())
+            checked = {
+                layer_within(k, self.n_layers): finite(f"{name}[{k}]", value) for k, value in values
+            }
+            object.__setattr__(self, name, checked)
         missing = [layer for layer in self.layers if layer not in self.scales]
         if missing:
             raise TrimtabError(
@@ -198,6 +234,10 @@ class VectorSteering:
             d_model=lm.d_model,
         )
 
+    def at(self, strength: float) -> VectorSteering:
+        """Return the same steering at another strength m; it replaces the old one."""
+        return replace(self, strength=strength)
+
     @property
     def alphas(self) -> dict[int, float]:
         """Active layer -> raw alpha at this strength, m * scales[l]."""
@@ -209,10 +249,6 @@ class VectorSteering:
         names = [self.provenance.get("behavior"), self.provenance.get("method")]
         said = " ".join(str(name) for name in names if name) or "vector"
         return f"{said} m={self.strength:+g}"
-
-    def at(self, strength: float) -> VectorSteering:
-        """Return the same steering at another strength m; it replaces the old one."""
-        return replace(self, strength=strength)
 
     def select(
         self,
@@ -266,26 +302,26 @@ class VectorSteering:
 
     def check(self, lm: LanguageModel) -> None:
         """Refuse a model this steering was not made for: other width, depth or fingerprint."""
+        self.check_facts(lm.name, lm.n_layers, lm.d_model, lm.fingerprint)
+
+    def check_facts(self, name: str | None, n_layers: int, d_model: int, fingerprint: str) -> None:
+        """Do as `check` does where no model is loaded, only facts of it are known."""
         pairs = (
-            ("width", self.d_model, lm.d_model),
-            ("depth", self.n_layers, lm.n_layers),
-            ("fingerprint", self.fingerprint or lm.fingerprint, lm.fingerprint),
+            ("width", self.d_model, d_model),
+            ("depth", self.n_layers, n_layers),
+            ("fingerprint", self.fingerprint or fingerprint, fingerprint),
         )
         for what, mine, theirs in pairs:
             if mine != theirs:
                 raise TrimtabError(
-                    asked=f"to steer {lm.name or 'the model'} with a vector made for "
+                    asked=f"to steer {name or 'the model'} with a vector made for "
                     f"{self.model_name or 'another model'}",
                     found=f"{what} {theirs} instead of {mine}",
                     advice="use the model the vector was made for, or find the vector again",
                 )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one steering file (docs/format.md), byte-identical for equal content."""
-        return write(path, *self.parts())
-
     def parts(self) -> tuple[VectorHeader, dict[str, Tensor]]:
-        """Return what a steering file holds: a header, and one tensor per direction."""
+        """Return a header, and one tensor per direction."""
         header = VectorHeader(
             kind="vector",
             model=Model(
@@ -299,12 +335,8 @@ class VectorSteering:
             scope=str(self.scope),
             strength=self.strength,
             layers=list(self.layers),
-            scales=text_keys(self.scales),
-            targets=text_keys(self.targets),
-            norms=text_keys(self.norms),
-            class_gaps=text_keys(self.class_gaps),
-            spreads=text_keys(self.spreads),
             provenance=self.provenance,
+            **{name: text_keys(getattr(self, name)) for name in PER_LAYER},
         )
         return header, {f"direction.{layer}": c for layer, c in self.directions.items()}
 
@@ -316,32 +348,12 @@ class VectorSteering:
                 layer_number(name.removeprefix("direction.")): c for name, c in tensors.items()
             },
             layers=tuple(header.layers),
-            scales=int_keys(header.scales),
-            strength=header.strength,
-            site=header.site,
-            operation=header.operation,
             scope=Scope.parse(header.scope),
-            targets=int_keys(header.targets),
-            norms=int_keys(header.norms),
-            class_gaps=int_keys(header.class_gaps),
-            spreads=int_keys(header.spreads),
-            provenance=header.provenance,
-            fingerprint=header.model.fingerprint,
             model_name=header.model.name,
-            n_layers=header.model.n_layers,
-            d_model=header.model.d_model,
+            **{name: int_keys(getattr(header, name)) for name in PER_LAYER},
+            **header.model_dump(include={"strength", "site", "operation", "provenance"}),
+            **header.model.model_dump(exclude={"name"}),
         )
-
-    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
-        """Write a checkpoint that steers itself, verified after a real reload (weights/bake.py).
-
-        Args:
-            out: folder to create.
-            lm: the model to bake into; loaded from `model_name` when absent.
-        """
-        # The one name that is looked up above this room, for the sake of `vector.bake(folder)`.
-        bake = resolve_name("trimtab.weights.bake:bake")
-        return bake(load(self.model_name) if lm is None else lm, self, out)
 
     def __repr__(self) -> str:
         """Name the parts a reader compares, not the tensors."""
@@ -364,11 +376,8 @@ class VectorSteering:
             for layer in self.layers
         ]
 
-    def _layer(self, layer: object) -> int:
-        return layer_within(layer, self.n_layers)
-
     def _active(self, layers: Sequence[int]) -> tuple[int, ...]:
-        chosen = tuple(sorted({self._layer(layer) for layer in layers}))
+        chosen = tuple(sorted({layer_within(layer, self.n_layers) for layer in layers}))
         unknown = [layer for layer in chosen if layer not in self.directions]
         if unknown or not chosen:
             raise TrimtabError(

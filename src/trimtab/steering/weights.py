@@ -6,13 +6,10 @@ that the model's own weights stay as they are; `bake` writes it into a checkpoin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.checks import finite
 from trimtab.errors import TrimtabError
 from trimtab.models.hooking import Hooks
-from trimtab.models.load import load
 from trimtab.models.model import LanguageModel
-from trimtab.steering.format import WeightsHeader, expect, layer_number, write
-from trimtab.steering.vector import VectorSteering
+from trimtab.steering.format import WeightsHeader, expect, layer_number
+from trimtab.steering.vector import Bakeable, VectorSteering
 
 Writer: TypeAlias = "tuple[str, int]"  # ("attention" or "mlp", layer)
 KINDS = ("attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
-class WeightSteering:
+class WeightSteering(Bakeable):
     """W + m B A on some output projections.
 
     Attributes:
@@ -135,12 +131,8 @@ class WeightSteering:
                     advice="use the model it was made for",
                 )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one steering file (docs/format.md), byte-identical for equal content."""
-        return write(path, *self.parts())
-
     def parts(self) -> tuple[WeightsHeader, dict[str, Tensor]]:
-        """Return what a steering file holds: a header, and two tensors for each writer."""
+        """Return a header, and two tensors for each writer."""
         header = WeightsHeader(
             kind="weights",
             name=self.name,
@@ -166,17 +158,6 @@ class WeightSteering:
             expect(side in sides, "tensors left.KIND.LAYER and right.KIND.LAYER", repr(name))
             sides[side][kind, layer_number(layer)] = factor
         return cls(**sides, **header.model_dump(exclude={"kind"}))
-
-    def bake(self, out: str | os.PathLike[str], lm: LanguageModel | None = None) -> Any:
-        """Write a checkpoint with W + m B A, verified after a real reload; returns a `BakeReport`.
-
-        Args:
-            out: folder to create.
-            lm: the model to bake into; loaded from `model_name` when absent.
-        """
-        # By name, as `VectorSteering.bake` does.
-        bake = resolve_name("trimtab.weights.bake:bake")
-        return bake(load(self.model_name) if lm is None else lm, self, out)
 
     def __repr__(self) -> str:
         """Name the parts a reader compares, not the tensors."""

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 from trimtab.checks import choice
 from trimtab.errors import TrimtabError
@@ -260,8 +258,7 @@ def _check_shapes(base: Checkpoint, name: str, vectors: Sequence[VectorSteering]
     """Refuse another width or depth; a fingerprint takes a loaded model."""
     depth, width = int(base.config.num_hidden_layers), int(base.config.hidden_size)
     for vector in vectors:
-        facts = {"name": name, "fingerprint": vector.fingerprint}
-        vector.check(cast(Any, SimpleNamespace(n_layers=depth, d_model=width, **facts)))
+        vector.check_facts(name, depth, width, vector.fingerprint)
 
 
 def _rows(
