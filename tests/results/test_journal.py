@@ -81,5 +81,5 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_cannot_be_a_journal(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError, match="go on with the journal"):
+    with pytest.raises(TrimtabError, match="continue the journal"):
         Journal(tmp_path, HEADER)

@@ -53,7 +53,7 @@ def search_command(
         int, typer.Option(min=1, help="With --compare: steps of HotFlip alone in each descent.")
     ] = 16,
     journal: Annotated[
-        Path | None, typer.Option(help="File of finished steps; a killed search goes on from it.")
+        Path | None, typer.Option(help="File of finished steps; a killed search continues from it.")
     ] = None,
     states: Annotated[
         bool,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.steering.vector import VectorSteering
     from trimtab.steering.weights import WeightSteering
 
-# What users type in front of a lever's words, and the slot that it means.
+# What users type before a lever's words, and the slot that it means.
 LEVERS = {"prompt": "system", "prefix": "prefix", "suffix": "suffix"}
 
 

@@ -152,7 +152,7 @@ class Reference:
         return [torch.zeros(_answer_tokens(e), dtype=torch.float64) for e in self.encoded]
 
     def _steered_context(self, steering: Switch) -> list[Encoded]:
-        """Put the same answer tokens behind the prompt as the lever renders it."""
+        """Put the same answer tokens after the prompt as the lever renders it."""
         before = self.lm.context
         with steering.on(self.lm):
             if self.lm.context == before:
@@ -163,7 +163,7 @@ class Reference:
             ]
         context: list[Encoded] = []
         for there, own in zip(rendered, self.encoded, strict=True):
-            # Tokenized behind another prompt, the answer's first letters may fall to other tokens.
+            # Tokenized after another prompt, the answer's first letters may fall to other tokens.
             ids = [*there.ids[: there.prompt_length], *own.ids[own.prompt_length :]]
             context.append(there if ids == there.ids else replace(there, ids=ids))
         return context

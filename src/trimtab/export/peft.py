@@ -157,7 +157,7 @@ def _updates(lm: LanguageModel, levers: Sequence[Scaled]) -> list[_Update]:
 def _of_writer(
     lm: LanguageModel, writer: Writer, changes: Changes, added: Sequence[WeightSteering]
 ) -> _Update:
-    """All that becomes of one output projection; low-rank updates stand in front of projections."""
+    """All that becomes of one output projection; low-rank updates stand before projections."""
     module = writer_of(lm, writer)
     map_ = changes.maps.get(writer) or Affine.identity(lm.d_model)
     point = next(point for point, kind in _WRITERS.items() if kind == writer[0]), writer[1]

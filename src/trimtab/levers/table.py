@@ -156,7 +156,7 @@ def compare_levers(
     looked = 0 if found is not None else STEPS_FOUND
 
     def stage(before: int, behind: int) -> Progress:
-        """Progress of one stage between the steps before it and those behind it."""
+        """Progress of one stage between the steps before it and those after it."""
 
         def tell(done: int, steps: int) -> None:
             if progress is not None:

@@ -33,7 +33,7 @@ class Insert:
     """Something that every prompt gets: text, or ids that stand for no text.
 
     Attributes:
-        slot: `prefix`, in front of the last user text; `suffix`, behind it; `system`, in the system
+        slot: `prefix`, before the last user text; `suffix`, after it; `system`, in the system
             message.
         text: What is put there.
         ids: Tokens that are put there in its stead, such as those of a soft prompt.
@@ -85,7 +85,7 @@ def render(
     Args:
         tokenizer: A Hugging Face tokenizer; without a chat template a prompt is plain text.
         prompt: One user turn, or a conversation that ends where the assistant is to answer.
-        system: Put in a system message where the template takes one, else in front of the first
+        system: Put in a system message where the template takes one, else before the first
             user text.
         completion: An answer, appended after the generation prompt and closed by the end-of-turn
             token.
@@ -126,10 +126,10 @@ class Surroundings:
     """What stands around a slot of one rendered prompt.
 
     Attributes:
-        before: Tokens in front of the slot.
-        after: Tokens behind it, the generation prompt included.
+        before: Tokens before the slot.
+        after: Tokens after it, the generation prompt included.
         head: How many of `after` follow the user's text.
-        texts: The rendered text in front of the slot and behind it.
+        texts: The rendered text before the slot and after it.
     """
 
     before: tuple[int, ...]
@@ -156,7 +156,7 @@ def surroundings(
     first, last = count(start, False), count(end, True)
     if insert.slot == "suffix" and _joins(tokenizer, text[:start]):
         raise TrimtabError(
-            f"a suffix behind the separator {insert.separator!r}",
+            f"a suffix after the separator {insert.separator!r}",
             "a tokenizer that joins the two into one token",
             "use the separator '' and let the suffix begin with it",
         )
@@ -204,7 +204,7 @@ def _joins(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 def _insert(
     messages: list[Message], system: str | None, insert: Insert, text: str
 ) -> tuple[list[Message], str | None]:
-    """Put text behind the system text, in front of the last user text, or behind it."""
+    """Put text after the system text, before the last user text, or after it."""
     if insert.slot == "system":
         return messages, text if system is None else f"{system}\n\n{text}"
     places = _user_places(messages)

@@ -223,7 +223,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits_after(self, encoded: Sequence[Encoded]) -> Tensor:
-        """Logits of the token behind each of one or more encoded prompts, as in `next_logits`."""
+        """Logits of the token after each of one or more encoded prompts, as in `next_logits`."""
         rows: dict[int, Tensor] = {}
         for batch in self.batches(encoded):
             logits = self.forward(batch, logits_to_keep=1)[:, -1].float().cpu()
@@ -330,7 +330,7 @@ class LanguageModel:
 def feed(
     lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int
 ) -> Tensor:
-    """Feed tokens behind a cache, which grows by them; None for no cache.
+    """Feed tokens after a cache, which grows by them; None for no cache.
 
     Args:
         lm: The model.

@@ -22,7 +22,7 @@ class Decisions:
 
     Attributes:
         tilt: probabilities and slopes `[n, vocab]`; its alpha is the strength m, signed.
-        stream: in front of the final norm `[n, d_model]`.
+        stream: before the final norm `[n, d_model]`.
         stream_slope: its derivative by m `[n, d_model]`.
         method: "jvp" or "difference".
     """

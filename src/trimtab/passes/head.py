@@ -1,6 +1,6 @@
 """From the final stream to the logits: norm, unembedding, scale and cap, checked by numbers.
 
-Along a ray h + alpha v in front of the final norm everything is closed form for every alpha:
+Along a ray h + alpha v before the final norm everything is closed form for every alpha:
 
     logit_z = (A_z + alpha B_z) / rho(alpha) + C_z
     rho^2 = (|h|^2 + 2 alpha h.v + alpha^2 |v|^2) / d + eps

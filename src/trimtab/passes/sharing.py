@@ -30,7 +30,7 @@ def shared_depth(vector: VectorSteering) -> int:
 def call(
     lm: LanguageModel, batch: Batch, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int
 ) -> Tensor | None:
-    """Feed tokens behind a cache, see `feed`; None where the cache has ended the pass."""
+    """Feed tokens after a cache, see `feed`; None where the cache has ended the pass."""
     try:
         return feed(lm, batch, ids, mask, cache, keep).float()
     except Stopped:

@@ -2,7 +2,7 @@
 
 s = d logits / d m, with all layers, their ratios and the scope fixed, comes from one forward-mode
 Jacobian-vector product: the strength is a dual number 0 + 1 epsilon, and the model runs once. The
-same run gives the derivative of the stream in front of the final norm. Where an operation of the
+same run gives the derivative of the stream before the final norm. Where an operation of the
 model has no forward derivative, a central difference takes its place and the reason is logged, once
 per model.
 """

@@ -44,7 +44,7 @@ class Place:
         rows: the protocol's strengths.
         cliff: first |m| with coherence under one half; None when there is none up to `FURTHEST`, 0
             when even an all but unsteered model is under it.
-        cliff_push: there, the push as it arrives in front of the final norm to first order,
+        cliff_push: there, the push as it arrives before the final norm to first order,
             |sum_l J alpha_l c_l| over the stream's norm; None without a cliff.
     """
 

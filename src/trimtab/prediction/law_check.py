@@ -4,7 +4,7 @@ Four predictions of p_m from what is known at m = 0, from the leading order up:
 
 - quadratic: KL = m^2 / 2 Var_p0(s);
 - tilt: logits move on a line, p_m ~ p0 exp(m s);
-- norm: the stream in front of the final norm moves on a line, and the head is closed form
+- norm: the stream before the final norm moves on a line, and the head is closed form
   (passes/head.py); for a push at the last layer this is exact at every m;
 - bend: the tilt with curvature, p_m ~ p0 exp(m s + m^2 / 2 s'), two passes more.
 """

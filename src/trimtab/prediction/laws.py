@@ -27,7 +27,7 @@ class LawsReport(Printable):
         check: prediction against measurement at the vector's own layers.
         depth: the same for every single layer that has a direction, by rising layer.
         calibration: the protocol of norm-calibrated strength.
-        recovery: the stream and the answers behind very large pushes.
+        recovery: the stream and the answers after very large pushes.
     """
 
     behavior: str

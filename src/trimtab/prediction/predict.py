@@ -69,7 +69,7 @@ class StrengthPrediction(Printable):
         budgets: strengths for budgets of divergence.
         trusted: m up to which the leading order agrees with the next two, at most that of one nat;
             median over the prompts that move, 0 if none does.
-        cumulative: |sum_l J_l scale_l c_l| / |stream| in front of the final norm at m = 1, the mean
+        cumulative: |sum_l J_l scale_l c_l| / |stream| before the final norm at m = 1, the mean
             over prompts: the push as it arrives, as a share of the stream.
         gap_slope: mean d gap / d m towards the side; None without readout words.
         windows: per prompt (first m with probability >= TARGET, last m within the largest budget); the
@@ -204,7 +204,7 @@ def predict_strength(
 
 
 def arrival(found: Decisions) -> float:
-    """Return |J push| / |stream| in front of the final norm at m = 1, the mean over prompts."""
+    """Return |J push| / |stream| before the final norm at m = 1, the mean over prompts."""
     ratio = found.stream_slope.double().norm(dim=-1) / found.stream.double().norm(dim=-1)
     return float(ratio.mean())
 

@@ -1,6 +1,6 @@
 """Recovery: how far the stream returns to its unsteered course after a very large push.
 
-Behind a push at layer l the later blocks read a stream that points almost wholly along the push. Do
+After a push at layer l the later blocks read a stream that points almost wholly along the push. Do
 they bring it back? Per layer, at the last prompt token:
 
     distance = |h_steered - h| / |h|          cosine = h_steered . h / (|h_steered| |h|)

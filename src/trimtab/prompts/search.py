@@ -67,7 +67,7 @@ def search(
         constraints: what may not be used; by default the reference's content words in any
             inflection, and all but printable ASCII.
         settings: numbers of everything.
-        journal: a file of finished steps; the same search with the same file goes on from it and
+        journal: a file of finished steps; the same search with the same file continues from it and
             ends in the same result.
         progress: called with (work done, work in all).
         judge: whether answers are generated and judged at the end.
@@ -168,7 +168,7 @@ def _header(lm: LanguageModel, reference: ReferencePrompt, lesson: Teacher, task
         "separator": lesson.lever.separator,
         "rows": digest,
         "constraints": asdict(task.bound.constraints),
-        # More restarts, and a comparison, go on from the same journal.
+        # More restarts, and a comparison, continue from the same journal.
         "settings": {
             name: value
             for name, value in asdict(task.settings).items()

@@ -15,7 +15,7 @@ def gap_section(search: GapSearch) -> Section:
     ends = [min([0.0, *predicted, *true]), max([0.0, *predicted, *true])]
     figure = line_figure(
         "predicted gain of a token",
-        "true gain behind the others",
+        "true gain after the others",
         [
             Series("as predicted", ends, ends, "--null", "dash"),
             Series(f"{found.method} {search.sign:+d}", predicted, true, dash="markers"),

@@ -173,7 +173,7 @@ def states_section(states: StateSweep) -> Section:
         ),
     )
     paragraph = (
-        "For each layer, vectors in the slot were trained until the layer's output behind the slot "
+        "For each layer, vectors in the slot were trained until the layer's output after the slot "
         "was that under the reference. Early layers project to near-copies of it, late layers to "
         "odd tokens."
     )

@@ -109,7 +109,7 @@ def _prediction(laws: StrengthPrediction, check: LawCheck) -> Section:
             "Lines come from derivatives at m = 0; points are the model itself, median over "
             f"prompts with quartiles. The leading order is to be trusted up to m = "
             f"{number(laws.trusted)}, which the shaded area shows.",
-            "'norm' moves the stream in front of the final norm on a line and is exact for a push "
+            "'norm' moves the stream before the final norm on a line and is exact for a push "
             "at the last layer; 'bend' adds the curvature of the logits.",
         ),
         figures=tuple(figures),

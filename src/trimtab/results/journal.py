@@ -124,7 +124,7 @@ class Journal(Notes):
             )
 
     def _unusable(self, found: str, advice: str) -> TrimtabError:
-        return TrimtabError(f"to go on with the journal {self.path}", found, advice)
+        return TrimtabError(f"to continue the journal {self.path}", found, advice)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

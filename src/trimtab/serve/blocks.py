@@ -2,7 +2,7 @@
 
 A block of vLLM returns the hidden states, or (hidden states, residual) whose sum is the stream, so
 what is added to the first is added to the stream. Every rank of a tensor-parallel group holds the
-whole stream and adds the same; a rank of a pipeline adds behind the blocks that it holds.
+whole stream and adds the same; a rank of a pipeline adds after the blocks that it holds.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
 
 
 def install(model: nn.Module, registry: VectorRegistry, step: StepWeights, missing: type) -> list[int]:
-    """Put the registered vectors behind their blocks; before anything is compiled.
+    """Put the registered vectors after their blocks; before anything is compiled.
 
     Blocks that another rank holds are of the class `missing`. Returns the layers that this rank adds
-    behind.
+    after.
     """
     blocks = find_blocks(model, registry.served.n_layers)
     mine = []
@@ -71,7 +71,7 @@ def _leaving(block: Any, args: tuple, output: object) -> object:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
         raise TrimtabError(
-            asked=f"to steer behind {type(block).__name__}",
+            asked=f"to steer after {type(block).__name__}",
             found=f"a block that returns a {type(output).__name__}",
             advice="serve a model whose blocks return hidden states, alone or with a residual",
         )

@@ -47,7 +47,7 @@ class ServedEntry:
     Attributes:
         name: What requests call it: the file's name without its ending.
         column: Its column in the weights of tokens, its row in the vectors of layers.
-        steps: layer -> what m = 1 adds to the stream behind that block, float32 `[d_model]`.
+        steps: layer -> what m = 1 adds to the stream after that block, float32 `[d_model]`.
         strength: The strength m stored in the file, for requests that give none.
         scope: The scope stored in the file.
         digest: Of the steps: what two servers must agree on, and what caches tell apart.
@@ -114,7 +114,7 @@ class VectorRegistry:
 
     @property
     def layers(self) -> list[int]:
-        """The layers behind which something may be added; `EMBEDDED` is what enters block 0."""
+        """The layers after which something may be added; `EMBEDDED` is what enters block 0."""
         return sorted({layer for entry in self.entries.values() for layer in entry.steps})
 
     def entry(self, name: str) -> ServedEntry:
@@ -135,7 +135,7 @@ class VectorRegistry:
         return self.entries[name]
 
     def vectors(self, layer: int) -> Tensor:
-        """What m = 1 of each vector adds behind a block, float32 `[vectors, d_model]`."""
+        """What m = 1 of each vector adds after a block, float32 `[vectors, d_model]`."""
         none = torch.zeros(self.served.d_model)
         return torch.stack([entry.steps.get(layer, none) for entry in self.entries.values()])
 
@@ -214,7 +214,7 @@ def largest_strength(steps: Mapping[int, Tensor], limit: float) -> float:
 
 
 def steps_of(vector: VectorSteering) -> dict[int, Tensor]:
-    """What m = 1 adds behind each layer."""
+    """What m = 1 adds after each layer."""
     before = vector.site == "resid_pre"
     return {
         layer - 1 if before else layer: vector.directions[layer] * vector.scales[layer]

@@ -69,7 +69,7 @@ class StepWeights:
 
 
 def addition(values: Tensor, vectors: Tensor, hidden: Tensor) -> Tensor:
-    """What is added to hidden states `[..., tokens, d_model]` behind one block, in their dtype.
+    """What is added to hidden states `[..., tokens, d_model]` after one block, in their dtype.
 
     Args:
         values: The weights of the step's tokens, see `StepWeights`.

@@ -64,7 +64,7 @@ def places(
 
 
 def phases(positions: Whole, prompt_lengths: npt.NDArray[np.integer]) -> Whole:
-    """0 before the prompt's last token, 1 at it, 2 behind it; `[tokens]` all."""
+    """0 before the prompt's last token, 1 at it, 2 after it; `[tokens]` all."""
     return (positions >= prompt_lengths - 1).astype(np.int64) + (positions >= prompt_lengths)
 
 

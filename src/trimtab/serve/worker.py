@@ -30,7 +30,7 @@ def steer(runner: Any, registry: VectorRegistry) -> None:
     utils = importlib.import_module("vllm.model_executor.models.utils")
     step = StepWeights(runner.max_num_tokens, len(registry.entries), runner.device)
     layers = install(runner.get_model(), registry, step, utils.PPMissingLayer)
-    logger.info("Steering behind the layers %s", layers)
+    logger.info("Steering after the layers %s", layers)
 
     def terms_of(request: str) -> Sequence[Term]:
         params = runner.requests[request].sampling_params

@@ -30,7 +30,7 @@ class Coverage:
         self.lm = lm
         self.factors = factors
         self.scopes: list[Scope] = []
-        # What goes on from call to call belongs to a task; within a call there is only its thread.
+        # What continues from call to call belongs to a task; within a call there is only its thread.
         self._runs: WeakKeyDictionary[object, _CoverageRun] = WeakKeyDictionary()
         self._here = threading.local()
 
@@ -169,7 +169,7 @@ class _CoverageRun:
             and ids.shape == (seen.shape[0], seen.shape[1] + 1)
             and torch.equal(ids[:, :-1], seen)
         ):
-            # The same text with one token more: generation without a cache goes on.
+            # The same text with one token more: generation without a cache continues.
             return
         self.prompt_length = self.positions[:, -1] + 1
 

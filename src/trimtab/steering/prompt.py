@@ -27,10 +27,10 @@ class PromptSteering:
     Attributes:
         text: what is put into the slot; empty for a soft prompt.
         strength: 1 or 0.
-        slot: `system`, the system message; `prefix`, in front of the last user text; `suffix`,
-            behind it.
-        separator: text between a prefix or suffix and the user's text; by default a space behind a
-            prefix and nothing in front of a suffix, which begins with its own.
+        slot: `system`, the system message; `prefix`, before the last user text; `suffix`,
+            after it.
+        separator: text between a prefix or suffix and the user's text; by default a space after a
+            prefix and nothing before a suffix, which begins with its own.
         vectors: of a soft prompt, float32 `[k, d_model]` on the CPU, in the units of
             `inputs_embeds`; they stand where the text's tokens would.
         provenance: JSON-able record of where this came from.

@@ -94,7 +94,7 @@ class Search:
     ) -> VectorSteering:
         """Return the best cell that passes on the validation split, or refuse.
 
-        Rounds go on down the list of places until a cell reaches the target, so that a poor cell
+        Rounds continue down the list of places until a cell reaches the target, so that a poor cell
         that happens to pass does not end the search.
         """
         placed = candidates(self.lm, self.vector, layers, scopes)
@@ -102,7 +102,7 @@ class Search:
         self.looked = sorted(looked, key=lambda c: -c.gain)
         self.step()
         hopeful = [c for c in self.looked if not c.refused and c.gain > 0][:SAMPLED]
-        # A first token can turn while the answer goes on as before, and late layers do just that: so
+        # A first token can turn while the answer continues as before, and late layers do just that: so
         # whole answers decide which places are worth the calls.
         sampled = self._spread(Search.sample, [(c,) for c in hopeful])
         limits = {c: limit for c, (limit, _) in zip(hopeful, sampled, strict=True)}

@@ -117,7 +117,7 @@ def sweep(
         unsteered: answers to share with other measurements of this model at this length.
         progress: called with (rows measured, rows in all).
         journal: file that keeps every finished row; the same sweep, or one of the same lever with
-            other strengths, goes on from there.
+            other strengths, continues from there.
         batched: measure the strengths of a side together, a few at a time; else one by one, which
             gives the same figures more slowly.
         engine: measures the groups of strengths; this process by default.

@@ -339,7 +339,7 @@ class Actions:
 
 
 def _changed(**shown: str) -> tuple[Any, ...]:
-    """What a move shows anew; everything else stays as it is."""
+    """What a move shows; everything else stays as it is."""
     return tuple(shown.get(name, gr.skip()) for name in SHOWN)
 
 

@@ -36,7 +36,7 @@ def concept_peak(tilt: Tilt, tokens: Tokens, sign: int = 1) -> Tensor:
     def rate(alphas: Tensor) -> Tensor:
         return sign * tilt.concept_slope(mask, sign * alphas)
 
-    rising = rate(grid.gather(0, best)[0]) > 0  # the top lies behind the best point, or before it
+    rising = rate(grid.gather(0, best)[0]) > 0  # the top lies after the best point, or before it
     low = grid.gather(0, (best - 1 + rising.long()).clamp_min(0))[0]
     high = grid.gather(0, (best + rising.long()).clamp_max(GRID))[0]
     found = _crossing(rate, low, high)

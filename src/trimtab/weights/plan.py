@@ -23,7 +23,7 @@ from trimtab.weights.routes.choose import add_shifts, choose, execute, refuse_po
 # So many steps are shown.
 _STEPS = 8
 ROUTES = ("bias", "null_block", "convert")
-# Their modeling code in vLLM has no bias behind the attention, and leaves out what it does not know.
+# Their modeling code in vLLM has no bias after the attention, and leaves out what it does not know.
 _NO_OUTPUT_BIAS = {"gemma", "granitemoe", "qwen3"}
 _SERVE = (
     "vLLM's own code for this architecture drops {} without a word: serve with --model-impl "

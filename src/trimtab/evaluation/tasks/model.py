@@ -25,7 +25,7 @@ from trimtab.models.tokenize import tokenize
 
 HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
-# Stands in for a user's text while the template is asked what it writes behind one.
+# Stands in for a user's text while the template is asked what it writes after one.
 _MARKER = "trimtab0marker0text"
 
 Asked = tuple[Any, list[int], list[int]]
@@ -146,7 +146,7 @@ def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 def _template_tail(lm: LanguageModel) -> str:
-    """What the chat template writes behind the last user text; empty where there is no template."""
+    """What the chat template writes after the last user text; empty where there is no template."""
     if not getattr(lm.tokenizer, "chat_template", None):
         return ""
     return render(lm.tokenizer, _MARKER).text.rpartition(_MARKER)[2]

@@ -45,7 +45,7 @@ class TaskRow(TaskScore):
         kind: `baseline`, `vector`, `lever` or `null`.
         strength: the multiplier m; None where there is none.
         task: the harness's name of it.
-        metric: the harness's name; another filter than `none` stands behind a comma.
+        metric: the harness's name; another filter than `none` stands after a comma.
         difference: value minus the unsteered model's; None for that model itself.
         low: of the 95 % interval of the difference, documents resampled in pairs; None where the
             figure is no mean over documents.
@@ -97,7 +97,7 @@ class TaskMeasurement(Printable):
         )
 
     def table(self) -> Table:
-        """Return one line per task, metric and lever; the stderr stands behind the value."""
+        """Return one line per task, metric and lever; the stderr stands after the value."""
         columns = ("task", "metric", "lever", "m", "n", "value", "difference", "random control")
         rows = tuple(self._cells(row) for row in self.rows)
         return Table(f"tasks of {self.harness} on {self.model}", columns, rows, self.notes)
@@ -128,7 +128,7 @@ def rows_of(
     nulls: Sequence[Scores],
     seed: int,
 ) -> list[TaskRow]:
-    """Return a lever's row for every task and metric, each with that of its nulls behind it."""
+    """Return a lever's row for every task and metric, each with that of its nulls after it."""
     rows: list[TaskRow] = []
 
     def add(lever: str, kind: str, key: tuple[str, str], score: TaskScore, **nulls: Any) -> None:

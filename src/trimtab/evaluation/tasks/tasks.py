@@ -54,7 +54,7 @@ def measure_tasks(
         include_path: a folder with tasks of one's own. A data file named in them is looked for in
             the current folder, then there.
         limit: documents of a task: at most so many from 1 on, a share below 1; None for all.
-        fewshot: worked examples in front of each document; the task's own number when None.
+        fewshot: worked examples before each document; the task's own number when None.
         seed: of examples, sampled answers, nulls and intervals.
         nulls: random directions per vector.
         batch_size: rows of a call of the model.

@@ -95,7 +95,7 @@ def low_rank_to_vector(setting: Setting, update: WeightSteering) -> LowRankAsVec
     Means are of train prompts with the unsteered answers, the shares and the recovery of test prompts.
 
     Raises:
-        TrimtabError: an update of another model, or behind a post-norm.
+        TrimtabError: an update of another model, or after a post-norm.
     """
     lm, seed = setting.lm, setting.seed
     update.check(lm)

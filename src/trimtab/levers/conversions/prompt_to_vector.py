@@ -1,6 +1,6 @@
 """Prompt to vector: the mean change of the stream that a prompt makes, and what no vector can do.
 
-At every token that stands behind the prompt in both readings (the request's, the template's and the
+At every token that stands after the prompt in both readings (the request's, the template's and the
 answer's tokens),
 
     D_ip = h_l(with the prompt) - h_l(without),     v = mean of D over train requests
@@ -165,7 +165,7 @@ def prompt_to_vector(
 
 @dataclass(frozen=True, eq=False)
 class Displaced:
-    """What a prompt does to the stream at the tokens behind it.
+    """What a prompt does to the stream at the tokens after it.
 
     Attributes:
         values: layer -> per request h(with) - h(without), float32 `[tokens, d_model]`.
@@ -228,7 +228,7 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     alike = next((i for i in range(most) if one[-1 - i] != other[-1 - i]), most)
     if alike == 0:
         raise TrimtabError(
-            "the change that a prompt makes", "no token behind it in common", "use another slot"
+            "the change that a prompt makes", "no token after it in common", "use another slot"
         )
     return alike
 

@@ -159,7 +159,7 @@ def writers_of(lm: LanguageModel, vector: VectorSteering) -> dict[int, Writer]:
     """Return layer -> the writer that adds where the vector does.
 
     Raises:
-        TrimtabError: a site or operation without such a writer, or a norm behind it.
+        TrimtabError: a site or operation without such a writer, or a norm after it.
     """
     vector.check(lm)
     asked = f"{vector.label} ({vector.operation} at {vector.site}) as a rank-1 update"

@@ -195,7 +195,7 @@ def pull_back(
         raise TrimtabError(
             f"the pull-back of {vector.label} to the embeddings",
             "a slot from which nothing reaches the vector",
-            "use a slot in front of the last prompt token",
+            "use a slot before the last prompt token",
         )
     return gradient.detach().float().cpu()
 

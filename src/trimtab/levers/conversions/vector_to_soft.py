@@ -1,7 +1,7 @@
 """Vector to soft prompt: vectors in the slot that leave the stream as the steering leaves it.
 
 With r the states of the steered model and h those with k free vectors in the slot, over the tokens of
-the template behind the request and of the answer, at one layer, `state_loss` is lowered, as in state
+the template after the request and of the answer, at one layer, `state_loss` is lowered, as in state
 matching (prompts/soft/states.py), where r comes from a reference prompt.
 """
 
@@ -91,7 +91,7 @@ class VectorAsSoft(Conversion):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Rows with the states that a lever induces at the tokens behind the request.
+    """Rows with the states that a lever induces at the tokens after the request.
 
     Attributes:
         rows: with the lever's answers.
@@ -139,7 +139,7 @@ def vector_to_soft(
             found="strength 0"
             if not vector.strength
             else f"steered layers from {min(vector.layers)}",
-            advice="give a strength that steers, and a layer at or behind the steered ones",
+            advice="give a strength that steers, and a layer at or after the steered ones",
         )
     train = setting.train(8)
     tested = setting.prompts(setting.test)[: train.max_prompts]
@@ -211,7 +211,7 @@ def _tail(lm: LanguageModel, row: PromptRow, layer: int) -> Tensor:
 
 
 def _width(row: PromptRow) -> int:
-    """Tokens read of a row: the template's behind the request, at least one, and the answer's."""
+    """Tokens read of a row: the template's after the request, at least one, and the answer's."""
     return max(1, row.head) + max(0, len(row.target) - 1)
 
 

@@ -37,7 +37,7 @@ class PositionShare:
     Attributes:
         slot: `none`, `prefix` or `suffix`: what was put into the prompts.
         group: `start`, all before the user's text; `prefix`; `request`, the user's own text;
-            `suffix`; `template`, behind it; `last`, the position that is read.
+            `suffix`; `template`, after it; `last`, the position that is read.
         tokens: mean number of tokens.
         share: of the gap's squared gradient.
         uniform: the share of the tokens, what indifference would give.

@@ -7,7 +7,7 @@ g c(s) / rms(c(h)), so attending to one such position writes
 
 with g the norm's gain (Gemma's 1 + w), c centering for a LayerNorm, W_V the key-value head that the
 head reads, W_O its columns of the output projection, r the residual multiplier. Where a norm stands
-behind the attention (Gemma 2 and 3, OLMo 2), p is its gain and its size joins k. Biases are no
+after the attention (Gemma 2 and 3, OLMo 2), p is its gain and its size joins k. Biases are no
 effect of s. Only k depends on the input: what u says does not. Source: arXiv 2604.08524.
 """
 
@@ -53,7 +53,7 @@ def head_scales(
 ) -> dict[int, float]:
     """Return the mean k on prompts and their steered answers, for each layer that reads a push.
 
-    The norm's size is averaged over the steered positions, that of a norm behind the attention over
+    The norm's size is averaged over the steered positions, that of a norm after the attention over
     the positions that predict the answer.
     """
     readers = reading_layers(lm, vector)

@@ -28,7 +28,7 @@ class Descent:
         repair_steps: Replacements made until nothing was violated.
         flips: Accepted replacements of one token.
         swaps: Accepted changes of two tokens at once.
-        restarts: Times it went on from the buffer or from a random kick.
+        restarts: Times it continued from the buffer or from a random kick.
         scored: Candidates given to the kernel.
         model_calls: Calls of the model, a gradient counted as one; those of steps that an interruption
             lost are not counted.

@@ -32,13 +32,13 @@ def gcg(
     """Lower the loss of a slot by greedy coordinate gradient (Zou et al. 2023, 2307.15043).
 
     A step draws `width` candidates, each a random place whose token becomes a random one of the
-    `top_k` of least gradient there, and goes on from the best of them, even where that is worse;
+    `top_k` of least gradient there, and continues from the best of them, even where that is worse;
     with a buffer, from the best slot of the buffer, which the candidate enters if it beats the
     buffer's worst (nanoGCG). What differs from nanoGCG: tokens are drawn from the allowed ones,
     candidates have to be legal in context and are drawn again until `width` are, no candidate is
     scored twice in a step, and an infeasible start is repaired first.
 
-    `buffer` slots are kept; with 0 it always goes on from the newest. All other arguments, and the
+    `buffer` slots are kept; with 0 it always continues from the newest. All other arguments, and the
     errors, are those of `hotflip`.
     """
     settings = {"steps": steps, "width": width, "top_k": top_k, "buffer": buffer}

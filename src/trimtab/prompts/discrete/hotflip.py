@@ -42,7 +42,7 @@ def hotflip(
     best predicted of every place in turn, and accepts the best if it lowers the loss; the gradient
     is then taken again. Otherwise the next step goes deeper in the ranking. When `top_k`
     replacements of each place have not helped, two tokens are changed at once (pairs of the best
-    replacements, and exchanges); when that does not help either, it goes on from the best slot
+    replacements, and exchanges); when that does not help either, it continues from the best slot
     scored so far that it was not at, or, every second time, from the best of some random changes of
     the best slot.
 
@@ -56,7 +56,7 @@ def hotflip(
         width: Candidates scored in a step.
         generator: Randomness; one number is drawn.
         swaps: Whether to change two tokens at once.
-        buffer: Slots kept to go on from.
+        buffer: Slots kept to continue from.
         patience: Restarts in a row without a new best slot before it stops.
         journal: Where accepted steps are written; the same call resumes from it and ends in the
             same result. What was tried since the last accepted step is done again.
@@ -80,7 +80,7 @@ def hotflip(
 
 
 class _HotFlip(Walk):
-    """The best predicted replacements, then two tokens at once, then another place to go on from."""
+    """The best predicted replacements, then two tokens at once, then another place to continue from."""
 
     method = "hotflip"
 
@@ -128,7 +128,7 @@ class _HotFlip(Walk):
         self._take(found, "swap")
 
     def _take(self, found: list[tuple[float, Slot]], event: str) -> None:
-        """Move to the best of what was scored if it is better; keep the others to go on from."""
+        """Move to the best of what was scored if it is better; keep the others to continue from."""
         better = bool(found) and found[0][0] < self.loss - LEAST_GAIN
         for loss, slot in found[1:] if better else found:
             self.buffer.push(loss, slot)

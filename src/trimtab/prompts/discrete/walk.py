@@ -57,7 +57,7 @@ class Walk:
         best: The best slot found, and its `best_loss`.
         curve: The best loss after repair and after each step.
         step: Steps made.
-        stopped: Why it stopped; empty while it goes on.
+        stopped: Why it stopped; empty while it continues.
     """
 
     method: ClassVar[str]
@@ -175,7 +175,7 @@ class Walk:
         if entries[0] != first:
             other = [name for name in first if entries[0].get(name) != first[name]]
             raise TrimtabError(
-                f"to go on with the run {self._run!r} of a journal",
+                f"to continue the run {self._run!r} of a journal",
                 f"a run with other {', '.join(other) or 'settings'}",
                 "give the run another name, or the journal another file",
             )

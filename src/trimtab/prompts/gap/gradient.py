@@ -30,7 +30,7 @@ def gradient_search(
 ) -> Grown:
     """Close a gap by tokens whose embeddings point along its gradient.
 
-    At each step a vector stands behind the slot, at first the mean embedding of the allowed tokens;
+    At each step a vector stands after the slot, at first the mean embedding of the allowed tokens;
     delta* is the gradient of sign * gap with respect to it, meaned over the train prompts. The
     `top_k` allowed tokens by cosine, (E(t) . delta*) / (|E(t)| |delta*|), are measured exactly, and
     the best one is appended, if it gains anything. To first order a token's gain is

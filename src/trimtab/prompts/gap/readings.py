@@ -64,7 +64,7 @@ class Reader:
         return GapReading(*map(torch.cat, zip(*found, strict=True)))
 
     def next_token(self, slot: Sequence[int]) -> Tensor:
-        """Return log-probabilities of the token behind `before + slot`, `[rows, vocab]`."""
+        """Return log-probabilities of the token after `before + slot`, `[rows, vocab]`."""
         return self._log_probs([beginning((*row.before, *slot)) for row in self.rows])
 
     def slot_nll(self, slot: Sequence[int]) -> float:
@@ -83,6 +83,6 @@ class Reader:
         )
 
     def _log_probs(self, items: Sequence[Encoded]) -> Tensor:
-        """Log-probabilities of the token behind each prompt, float32 `[prompts, vocab]`."""
+        """Log-probabilities of the token after each prompt, float32 `[prompts, vocab]`."""
         self.sequences += len(items)
         return self.lm.logits_after(items).log_softmax(-1)

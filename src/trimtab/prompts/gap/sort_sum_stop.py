@@ -30,7 +30,7 @@ def sort_sum_stop(
 ) -> Grown:
     """Close a gap with forward passes only.
 
-    A round: of the tokens that are likely behind the slot (mean p over the prompts above
+    A round: of the tokens that are likely after the slot (mean p over the prompts above
     `least_probability`, mean logit above the vocabulary's mean), each is appended alone and scored
 
         F(t) = change of gap - shift_weight * KL(next token without || with the slot)
@@ -39,8 +39,8 @@ def sort_sum_stop(
     all means over the train prompts; first on `screen_rows` of them, then the best
     `kept_candidates` on all. Tokens are sorted by F and appended while their predicted gains
     are summed, until the sum passes what is still open at the `goal` quantile, plus the margin. Then
-    the slot is measured after each token; what lies behind the point that leaves least open, in the
-    mean over prompts, is taken away, and the next round goes on from there.
+    the slot is measured after each token; what lies after the point that leaves least open, in the
+    mean over prompts, is taken away, and the next round continues from there.
 
     Source: the forward-only search of arXiv 2506.24056, whose exact proxies are not published; the
     in-distribution filter is that of its second version.
@@ -64,7 +64,7 @@ def sort_sum_stop(
     """
 
     def scores(slot: Slot, now: GapReading, tokens: list[int], count: int) -> Scores:
-        """F, gain and shift of each token behind the slot, means over the first `count` prompts."""
+        """F, gain and shift of each token after the slot, means over the first `count` prompts."""
         found = reader.read([(*slot, token) for token in tokens], count)
         changes = (a - b[:, :count] for a, b in zip(found, now, strict=True))
         gains, shifts, masses = (change.mean(-1) for change in changes)
@@ -98,7 +98,7 @@ def _descending(values: Tensor) -> list[int]:
 def _candidates(
     reader: Reader, bound: Bound, slot: Slot, least_probability: float, most: int
 ) -> list[int]:
-    """Allowed tokens that are likely behind the slot, the likeliest first."""
+    """Allowed tokens that are likely after the slot, the likeliest first."""
     log_p = reader.next_token(slot)
     likely = log_p.exp().mean(0)
     # Centered log-probabilities are centered logits.

@@ -25,10 +25,10 @@ class GapStep:
         token: its id.
         text: what it says.
         predicted: gain predicted: that of the token alone (sort), or to first order (gradient).
-        true: gain measured when it was added behind the others.
+        true: gain measured when it was added after the others.
         shift: KL of the next token's distribution that it was predicted to cost, in nats.
         alignment: cosine of its embedding with the gap's gradient there; None where not used.
-        kept: whether it stayed: tokens behind the best point are taken away again.
+        kept: whether it stayed: tokens after the best point are taken away again.
     """
 
     token: int

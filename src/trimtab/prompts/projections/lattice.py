@@ -60,7 +60,7 @@ def lattice(
 def _log_prior(task: ProjectionTask, beam: Sequence[tuple[int, ...]]) -> Tensor:
     """Return log p of the next token after each partial slot, float32 `[beam, vocab]`.
 
-    In front of a suffix stands the request, so the mean over the rows' contexts is taken; four say
+    Before a suffix stands the request, so the mean over the rows' contexts is taken; four say
     enough.
     """
     contexts = list(dict.fromkeys(row.before for row in task.rows))[:4]

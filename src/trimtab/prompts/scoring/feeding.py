@@ -75,7 +75,7 @@ class Feeder:
             return call(self.lm, batch, ids, batch.attention_mask, cache, max(1, keep)), cache
 
     def keys_hold(self, item: Encoded) -> bool:
-        """Whether this model gives the same when it goes on from kept keys: tried on one text."""
+        """Whether this model gives the same when it continues from kept keys: tried on one text."""
         arguments = self.lm.forward_arguments
         stateful = getattr(self.lm.model, "_is_stateful", False)
         if stateful or "past_key_values" not in arguments or len(item.ids) < 2:

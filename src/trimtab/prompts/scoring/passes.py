@@ -3,7 +3,7 @@
     before | slot | after | target
     once   | once per candidate, from where it leaves the common beginning | per candidate and row
 
-Behind the slot nothing can be shared, because it attends to the slot: those tokens times candidates
+After the slot nothing can be shared, because it attends to the slot: those tokens times candidates
 times rows are the floor.
 """
 
@@ -30,7 +30,7 @@ class Passes:
     """The forward passes of one model for a search over the slot of some rows.
 
     The model's weights and steering stay as they are for this object's life. `cached` says whether
-    passes go on from kept keys and values; None until the first losses.
+    passes continue from kept keys and values; None until the first losses.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Passes:
     def _shared(
         self, slots: list[Slot], members: list[int], rows: Sequence[PromptRow], base: Keys | None
     ) -> Tensor:
-        """Each candidate's keys once, then the rows behind them."""
+        """Each candidate's keys once, then the rows after them."""
         totals = torch.zeros(len(slots), dtype=torch.float64)
         before = rows[0].before
 
@@ -108,7 +108,7 @@ class Passes:
         keys: Keys | None,
         sequence: Callable[[int, int], int],
     ) -> Tensor:
-        """Weighted sums over rows; `sequence(slot, row)` says whose keys a pair goes on from."""
+        """Weighted sums over rows; `sequence(slot, row)` says whose keys a pair continues from."""
         totals = torch.zeros(len(slots), dtype=torch.float64)
         first = slots[members[0]]
         fed = [
@@ -198,7 +198,7 @@ class Passes:
 
 
 def common_trunk(slots: Sequence[Slot]) -> Slot:
-    """The beginning that most slots share, token by token; it ends where no two go on alike."""
+    """The beginning that most slots share, token by token; it ends where no two continue alike."""
     trunk: list[int] = []
     left = list(slots)
     while left:

@@ -33,7 +33,7 @@ class Round:
         share: How much of each row's target is read: the first one in so many tokens, eight at
             least.
         draft: Whether the draft model ranks.
-        survivors: How many go on.
+        survivors: How many continue.
     """
 
     places: tuple[int, ...]

@@ -69,7 +69,7 @@ class Requests:
 
 
 def refers_back(prompt: Prompt) -> bool:
-    """Say whether a request asks about the text in front of it, which a prefix would change."""
+    """Say whether a request asks about the text before it, which a prefix would change."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     return _BACKWARDS.search(text) is not None
 

@@ -28,14 +28,14 @@ class PromptRow:
     """One request around a slot.
 
     Attributes:
-        before: Tokens in front of the slot.
-        after: Tokens behind it, to the end of the prompt.
+        before: Tokens before the slot.
+        after: Tokens after it, to the end of the prompt.
         target: The wanted answer's tokens, its end token among them where it ended; none for
             objectives that read the first answer position.
         weights: One per target token.
         head: How many of `after` follow the user's text.
         request: The prompt.
-        texts: The rendered text in front of the slot and behind it.
+        texts: The rendered text before the slot and after it.
     """
 
     before: tuple[int, ...]
@@ -73,7 +73,7 @@ def lay_out(
     """Tokenize requests around a slot (`prefix`, `suffix` or `system`), with `lm.system` as it is.
 
     The model's chat template decides what stands around a request. The separator stands between the
-    slot and the user's text: by default a space behind a prefix, nothing in front of a suffix, whose
+    slot and the user's text: by default a space after a prefix, nothing before a suffix, whose
     own text begins with a space. `targets` are the wanted answers' tokens, one list per request; so
     many `early` ones weigh `early_weight`, the others 1.
 

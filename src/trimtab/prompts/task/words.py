@@ -181,7 +181,7 @@ def _plurals(word: str) -> set[str]:
 
 
 def _stems(word: str) -> set[str]:
-    """What -ed, -ing and -er are put behind."""
+    """What -ed, -ing and -er are put after."""
     if word.endswith("e"):
         bare = word[:-1]
         # "the" is not the root of "thing".

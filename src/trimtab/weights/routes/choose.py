@@ -21,7 +21,7 @@ _POST_NORM = (
 
 
 def refuse_post_norm(changes: Changes, vectors: Sequence[VectorSteering], layout: Layout) -> None:
-    """Take back the maps of sublayers behind a norm; additions there are constants."""
+    """Take back the maps of sublayers after a norm; additions there are constants."""
     if not layout.post_norm:
         return
     for writer in [w for w in changes.maps if w[0] != "embed"]:
@@ -49,7 +49,7 @@ def add_shifts(changes: Changes, layout: Layout) -> None:
 def choose(
     draft: Draft, points: dict[Point, torch.Tensor], route: str | None
 ) -> tuple[Draft, dict[Point, str], str]:
-    """Return the draft to go on with, each point's route, and why there is none otherwise.
+    """Return the draft to continue with, each point's route, and why there is none otherwise.
 
     Fewest added layers first, then no conversion.
     """
@@ -74,7 +74,7 @@ def choose(
             extra = sum("block" in name for name in exact.values())
             options.append((extra, conversion is not None, candidate, exact))
         else:
-            lacking = "bias behind its sublayers" if route != "null_block" else "null block"
+            lacking = "bias after its sublayers" if route != "null_block" else "null block"
             reasons.append(f"{candidate.layout.short} has no {lacking}")
     if options:
         _, _, candidate, exact = min(options, key=lambda option: option[:2])

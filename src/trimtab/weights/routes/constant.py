@@ -2,7 +2,7 @@
 
 Bias: in a pre-norm block, resid_post = resid_mid + r (W x + b): adding alpha c / r to the bias b of
 the MLP's output projection adds alpha c to the block's output, and the same bias of the attention
-adds it to resid_mid. r is 1, or Granite's residual multiplier. Behind a post-norm it would not be
+adds it to resid_mid. r is 1, or Granite's residual multiplier. After a post-norm it would not be
 alpha c.
 
 Null block: one more decoder block that reads nothing and writes a constant.

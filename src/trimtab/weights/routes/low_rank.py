@@ -3,9 +3,9 @@
 A sublayer of a pre-norm block adds r (W x + b0). Its hook makes A r (W x + b0) + b of that, with
 A = I - U V^T from one or several directions, so W becomes A W = W - U (V^T W), b0 becomes A b0, and
 b stays as a constant of the stream after that sublayer, which goes its own route. Ablation of a
-unit direction c by a share m is U = m c, V = c, b = 0; ACE (affine) has b = m t c. Behind a
+unit direction c by a share m is U = m c, V = c, b = 0; ACE (affine) has b = m t c. After a
 post-norm the norm's divisor depends on what is removed, so there it is no change of W. A weights
-lever is W + m B C in front of any projection, so that A W + A m B C is written; no norm matters to it.
+lever is W + m B C before any projection, so that A W + A m B C is written; no norm matters to it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def project_writer(draft: Draft, writer: Writer, map_: Affine) -> None:
 
 
 def update_writers(draft: Draft, lever: WeightSteering) -> None:
-    """Add m B C to the matrices that a weights lever names, behind which their projections stand.
+    """Add m B C to the matrices that a weights lever names, after which their projections stand.
 
     Raises:
         TrimtabError: a sublayer with several output projections, or factors of other shapes.

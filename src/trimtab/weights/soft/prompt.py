@@ -210,9 +210,9 @@ def _suppress(folder: Path, ids: tuple[int, ...]) -> None:
 
 
 _PLACES = {
-    "start": "The chat template puts them in front of every conversation.",
-    "prefix": "The chat template puts them in front of the last user text.",
-    "suffix": "The chat template puts them behind the last user text.",
+    "start": "The chat template puts them before every conversation.",
+    "prefix": "The chat template puts them before the last user text.",
+    "suffix": "The chat template puts them after the last user text.",
 }
 
 
@@ -226,7 +226,7 @@ def _describe(
     use = (
         _PLACES[prompt.slot]
         if report.in_template
-        else f"Write `{''.join(prompt.tokens)}` in front of the prompt to switch it on."
+        else f"Write `{''.join(prompt.tokens)}` before the prompt to switch it on."
     )
     (folder / "README.md").write_text(
         f"{front_matter('transformers', base)}\n"

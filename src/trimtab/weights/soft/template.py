@@ -8,7 +8,7 @@ from typing import Any
 
 _BOS = re.compile(r"\{\{-?\s*bos_token\s*-?\}\}")
 # Gives the last user message other content, whatever the template that follows does with it. What
-# ends it keeps the newline that a template may begin with, which jinja drops behind a block.
+# ends it keeps the newline that a template may begin with, which jinja drops after a block.
 _REWRITE = (
     "{{%- set trimtab = namespace(last=-1, messages=[]) -%}}"
     "{{%- for message in messages -%}}{{%- if message['role'] == 'user' -%}}"
@@ -25,8 +25,8 @@ def add_to_template(tokenizer: Any, slot: str, text: str, separator: str) -> boo
 
     Args:
         tokenizer: its chat template is changed.
-        slot: `start`, after the beginning-of-text token, in front where there is none; `prefix`, in
-            front of the last user text; `suffix`, behind it.
+        slot: `start`, after the beginning-of-text token, in front where there is none; `prefix`, before
+            the last user text; `suffix`, after it.
         text: what is put there.
         separator: between it and the user's text.
     """

@@ -21,14 +21,14 @@ SLOTS = ("start", "prefix", "suffix")
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt:
-    """Vectors of the stream into block 0, in front of the prompt.
+    """Vectors of the stream into block 0, before the prompt.
 
     Attributes:
         vectors: float32 `[n, d_model]`, in the units of the `embed` site (before learned position
             embeddings, which the model adds to them as to any token).
         name: what the new tokens are called, `<name_0>`, `<name_1>`...
         slot: where the chat template puts them: `start`, after its beginning-of-text token;
-            `prefix`, in front of the last user text; `suffix`, behind it.
+            `prefix`, before the last user text; `suffix`, after it.
         separator: text between them and the user's, for `prefix` and `suffix`.
         fingerprint: of the model they were made for; empty when unknown.
 
@@ -108,7 +108,7 @@ class PromptReport(Printable):
 
     Attributes:
         path: folder of the checkpoint.
-        tokens: the new tokens; their text in front of a prompt switches the soft prompt on where
+        tokens: the new tokens; their text before a prompt switches the soft prompt on where
             there is no chat template.
         ids: their numbers.
         in_template: whether the chat template puts them in.
