@@ -35,6 +35,7 @@ __all__ = [
     "compare_levers",
     "convert",
     "explain",
+    "fetch",
     "find",
     "harbor",
     "laws",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from trimtab.margins.audit import audit
     from trimtab.mechanism.explained import explain
     from trimtab.methods import find
+    from trimtab.models.fetch import fetch
     from trimtab.models.load import load
     from trimtab.models.model import LanguageModel
     from trimtab.prediction.laws import laws
@@ -105,6 +107,7 @@ _PLACES = {
     "compare_levers": "trimtab.levers.table:compare_levers",
     "convert": "trimtab.levers.conversions.convert:convert",
     "explain": "trimtab.mechanism.explained:explain",
+    "fetch": "trimtab.models.fetch:fetch",
     "find": "trimtab.methods:find",
     "harbor": "trimtab.harbor",
     "laws": "trimtab.prediction.laws:laws",

@@ -16,7 +16,7 @@ from trimtab.results.tables import Printable, Table
 EXTRAS = {
     "studio": ("gradio", "the browser app"),
     "peft": ("peft", "adapters: export to PEFT, LoRA as a lever of comparison"),
-    "gguf": ("gguf", "control vectors for llama.cpp"),
+    "judges": ("vaderSentiment", "judges of mood and language"),
     "vllm": ("vllm", "serving with a vector chosen per request; answers of --engine vllm"),
     "ray": ("ray", "--engine ray: independent work on several processes or machines"),
     "lm-eval": ("lm_eval", "standard tasks under steering"),

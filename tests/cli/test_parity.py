@@ -63,7 +63,7 @@ SHELL_OF = {
     "audit": {"learn_sets"},
 }
 # What no command line can say: values and callables.
-PYTHON = {"engine", "progress", "unsteered", "constraints", "options", "lm", "self"}
+PYTHON = {"engine", "progress", "unsteered", "constraints", "options", "lm", "say", "self"}
 PYTHON_OF = {
     "find": {"site", "split"},
     "measure": {"split"},

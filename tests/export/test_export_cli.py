@@ -68,8 +68,7 @@ def test_refusals_leave_nothing(run, model, vector, tmp_path, monkeypatch):
     assert code == 2 and "--to peft" in said
     code, said = run("export", "harbor", vector, "--to", "gguf", "-o", tmp_path / "v.gguf")
     assert code == 2 and "made for" in said
-    for extra, form in (("gguf", "gguf"), ("peft", "peft")):
-        monkeypatch.setitem(sys.modules, extra, None)
-        code, said = run("export", model, vector, "--to", form, "-o", tmp_path / "out")
-        assert code == 2 and f"trimtab[{extra}]" in said
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, said = run("export", model, vector, "--to", "peft", "-o", tmp_path / "out")
+    assert code == 2 and "trimtab[peft]" in said
     assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]

@@ -35,7 +35,9 @@ app = typer.Typer(
 
 def complete_model(incomplete: str) -> list[str]:
     """What a shell may make of the start of a model's name; folders are its own to find."""
-    return [name for name in ("harbor",) if name.startswith(incomplete)]
+    from trimtab.models.names import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
 
 
 def complete_behavior(incomplete: str) -> list[str]:
@@ -49,7 +51,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="`harbor` (built in), a hub id or a folder.",
+        help="`smollm2` or `harbor`, a hub id or a folder.",
         autocompletion=complete_model,
     ),
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.checks import layer_within
-from trimtab.errors import TrimtabError, extra
+from trimtab.errors import TrimtabError
 from trimtab.export.files import not_zero, refusal
 from trimtab.models.model import LanguageModel
 from trimtab.results.files import written
@@ -47,7 +47,8 @@ def write_gguf(
             missing; the file cannot be written.
     """
     tensors = _constants(vector)
-    gguf = extra("gguf", "gguf")
+    import gguf
+
     with written(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         if model_hint:
@@ -144,7 +145,8 @@ def read_gguf(path: str | os.PathLike[str], lm: LanguageModel | None = None) -> 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, Tensor]]:
     """Metadata, and 0-based block -> what is added to its output."""
-    gguf = extra("gguf", "gguf")
+    import gguf
+
     if not Path(path).is_file():
         raise _defect(path, "no such file", "check the path")
     try:

@@ -14,9 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.models import generation
 from trimtab.models.checked_weights import load_weights
 from trimtab.models.model import LanguageModel, Source
-
-# Names of models that come with the package; plain data, nothing is imported.
-BUILT_IN = {"harbor": Path(__file__).parent.parent / "harbor" / "model"}
+from trimtab.models.names import built_in
 
 
 def load(
@@ -30,7 +28,8 @@ def load(
     """Load a model and its tokenizer from safetensors.
 
     Args:
-        name_or_path: "harbor" (the built-in model), a folder, or a hub id.
+        name_or_path: "smollm2" (a small chat model, fetched once), "harbor" (the built-in toy), a
+            folder, or a hub id.
         revision: Branch, tag or commit of a hub repository.
         dtype: Of the weights; that of the checkpoint by default.
         device_map: As in transformers ("auto", "cuda"); the CPU by default.
@@ -40,8 +39,7 @@ def load(
         TrimtabError: There is no such model, it cannot be loaded safely, or tensors are missing.
     """
     name = os.fspath(name_or_path)
-    source = os.path.expanduser(name)
-    source = str(BUILT_IN.get(name, source))
+    source = str(built_in(name) or os.path.expanduser(name))
     if _looks_like_path(source) and not Path(source).is_dir():
         raise TrimtabError(
             f"the model {name!r}", "no such folder", "give a folder with config.json, or a hub id"

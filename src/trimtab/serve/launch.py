@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from trimtab.errors import TrimtabError
-from trimtab.models.load import BUILT_IN
 from trimtab.models.model import LanguageModel
+from trimtab.models.names import built_in
 from trimtab.serve.engine import FINGERPRINT
 from trimtab.serve.plugin import FOLDER
 from trimtab.serve.registry import Served, VectorRegistry
@@ -45,7 +45,7 @@ def prepare(
     served = Served(name, lm.n_layers, lm.d_model, lm.fingerprint)
     registry = VectorRegistry.read(folder, served)
     return Launch(
-        command=[sys.executable, *_program(), str(BUILT_IN.get(name, name)), *arguments],
+        command=[sys.executable, *_program(), str(built_in(name) or name), *arguments],
         environment={
             **os.environ,
             FOLDER: str(registry.folder),

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
-from trimtab.models.load import BUILT_IN
 from trimtab.models.model import LanguageModel
+from trimtab.models.names import built_in
 
 Model = LanguageModel | str | os.PathLike[str]
 _SHARDS = "4GB"
@@ -27,8 +27,8 @@ def folder_of(model: Model, spare: Path) -> tuple[Path, str]:
         save_model(model, spare)
         return spare, public_name(model.name or "a model without a name")
     name = os.fspath(model)
-    if name in BUILT_IN:
-        return BUILT_IN[name], name
+    if known := built_in(name):
+        return known, name
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder, folder.resolve().name
