@@ -56,12 +56,17 @@ class Verdict:
 
 
 NEITHER = Verdict(0.0, 0.0)
+# One file each in `kinds`, imported when it is first asked for.
+KINDS = ("language", "pattern", "sentiment")
 
 
 JUDGES: Registry[JudgeFactory] = Registry(
     "judge",
     group="trimtab.judges",
-    later={"harbor": "trimtab.harbor.scoring:harbor_judge"},
+    later={
+        "harbor": "trimtab.harbor.scoring:harbor_judge",
+        **{kind: f"trimtab.evaluation.kinds.{kind}:{kind}" for kind in KINDS},
+    },
 )
 register_judge = JUDGES.register
 

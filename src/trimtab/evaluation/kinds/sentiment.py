@@ -1,0 +1,38 @@
+"""The judge `sentiment`: English mood by VADER's lexicon and rules (Hutto and Gilbert, 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trimtab.errors import TrimtabError, extra
+from trimtab.evaluation.judges import Judge, Options, Verdict
+
+if TYPE_CHECKING:
+    from trimtab.behaviors.behavior import Behavior
+    from trimtab.models.chat import Prompt
+
+
+def sentiment(behavior: Behavior, options: Options) -> Judge:
+    """Judge by VADER's compound score of the answer, from -1 to 1.
+
+    Toward at or above `threshold` (0.5 by default), away at or below its negative, else neither;
+    `toward: negative` turns the sides around.
+    """
+    threshold, side = options.get("threshold", 0.5), options.get("toward", "positive")
+    unknown = sorted(set(options) - {"threshold", "toward"})
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if unknown or not number or not 0 < threshold < 1 or side not in ("positive", "negative"):
+        raise TrimtabError(
+            f"the judge 'sentiment' of the behavior {behavior.name!r}",
+            f"the options {dict(options)}",
+            "give toward: positive or negative, and threshold: between 0 and 1, or nothing",
+        )
+    analyzer = extra("vaderSentiment.vaderSentiment", "judges").SentimentIntensityAnalyzer()
+    sign = 1 if side == "positive" else -1
+
+    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
+        scores = [sign * analyzer.polarity_scores(answer)["compound"] for answer in answers]
+        return [Verdict(float(s >= threshold), float(s <= -threshold)) for s in scores]
+
+    return judge
