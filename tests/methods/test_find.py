@@ -16,6 +16,7 @@ import tiny
 from conftest import tiny_model
 from trimtab.behaviors.behavior import Behavior
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.judges import JUDGES, Judge, Verdict, register_judge
 from trimtab.methods import METHODS, Found, Task, find, read_contrast, register, training
 from trimtab.methods.pca import main_direction
 from trimtab.methods.probe import fit
@@ -128,6 +129,40 @@ def test_answer_position_takes_given_and_own_answers(llama: LanguageModel) -> No
         means.append(torch.stack(rows).mean(0))
     assert cosine(vector.directions[1], means[0] - means[1]) > 1 - 1e-6
     assert vector.provenance["read_at"] == "mean over the answer (8 given, 8 the model's own)"
+    assert str(vector.scope) == "generated"
+
+
+def test_judged_answers_are_read_after_the_same_prompt(llama: LanguageModel) -> None:
+    shown = llama.generate(TOWARD, max_new_tokens=40)
+    good = set(shown[::2])
+
+    @register_judge("every_second")
+    def every_second(behavior: Behavior, options: object) -> Judge:
+        return lambda prompts, answers: [Verdict(float(a in good), 0.0) for a in answers]
+
+    try:
+        vector = find(llama, behavior(judge="every_second"), position="judged_answer", split=None)
+        with pytest.raises(TrimtabError, match="not paired"):
+            find(llama, behavior(paired=False, judge="every_second"), position="judged_answer")
+        good.clear()
+        with pytest.raises(TrimtabError, match="none of them toward"):
+            find(llama, behavior(judge="every_second"), position="judged_answer", split=None)
+    finally:
+        del JUDGES["every_second"]
+    own = llama.generate(AWAY, max_new_tokens=32)
+    rows = []
+    for i in [i for i, answer in enumerate(shown) if answer in set(shown[::2])]:
+        read = []
+        for answer in (shown[i], own[i]):
+            encoded = llama.encode(AWAY[i], answer)
+            start = encoded.prompt_length
+            stop = min(encoded.completion_end or 0, start + 32)
+            read.append(residual(llama, encoded, 1)[start:stop].mean(0))
+        if shown[i] != own[i]:
+            rows.append(read[0] - read[1])
+    assert rows and cosine(vector.directions[1], torch.stack(rows).mean(0)) > 1 - 1e-6
+    read_at = vector.provenance["read_at"]
+    assert read_at == f"mean over the answer, judged, after the same prompt ({len(rows)} of 8 pairs)"
     assert str(vector.scope) == "generated"
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationInfo
 
+from trimtab.behaviors.bank import everyday_requests
+from trimtab.behaviors.instruction import Place, instructed
 from trimtab.behaviors.parts import (
     BehaviorError,
     Example,
@@ -27,6 +31,9 @@ from trimtab.errors import TrimtabError
 from trimtab.models.chat import Message
 
 __all__ = ["Behavior", "BehaviorError", "Example", "JudgeSpec", "Readout", "Splits"]
+
+LONGEST = 2000  # characters of an instruction: more is a text, not a request
+NEUTRAL = 24  # requests set aside for spill
 
 Listed: TypeAlias = Iterable[Example | str | Sequence[Message] | Mapping[str, Any]]
 
@@ -144,6 +151,59 @@ class Behavior(BaseModel):
         # Spelled out because fields hold less than they are made from, and may be given by position.
         given = locals()
         super().__init__(**{field: given[field] for field in type(self).model_fields})
+
+    @classmethod
+    def from_instruction(
+        cls,
+        toward: str,
+        away: str | None = None,
+        *,
+        requests: Listed | None = None,
+        where: Place = "after",
+        judge: JudgeSpec | Mapping[str, Any] | str | None = None,
+        examples: int = 80,
+        name: str | None = None,
+    ) -> Behavior:
+        """Return the behavior that one sentence asks for: requests with it, and the same without.
+
+        Answers are not written here: `find` reads the prompts (`position="last"`), the model's own
+        answers, or those that the judge calls toward (`position="judged_answer"`).
+
+        Args:
+            toward: an instruction, such as "Talk like a pirate."
+            away: the opposite; without one, the requests alone.
+            requests: what is asked; by default drawn from the package's bank of everyday requests.
+            where: the instruction stands `after` or `before` the words of the request, or as its
+                `system` turn. Small models often follow it best after the request.
+            judge: what scores answers; measuring and judged answers need one.
+            examples: at most so many requests.
+            name: the first words of the instruction by default.
+
+        Raises:
+            TrimtabError: an empty instruction, one of over 2,000 characters, twice the same one, or
+                requests that cannot be used.
+        """
+        for field, text in (("toward", toward), ("away", away)):
+            if text is not None and len(text_at(text, (field,))) > LONGEST:
+                refuse((field,), f"an instruction of {len(text):,} characters", "say it shorter")
+        if away is not None and " ".join(away.split()) == " ".join(toward.split()):
+            refuse(("away",), "the same instruction twice", "give the opposite, or leave it out")
+        bank = [Example(request) for request in everyday_requests("plain")]
+        random.Random(0).shuffle(bank)
+        asked = list(examples_at(bank if requests is None else requests, "requests"))[:examples]
+        keys = {example.key for example in asked}
+        words = re.findall(r"\w+", toward.lower())[:5]
+        return cls(
+            name=name or "_".join(words) or "instruction",
+            toward=[instructed(e.prompt, toward, where) for e in asked],
+            away=[instructed(e.prompt, away, where) if away else e.prompt for e in asked],
+            description=toward,
+            neutral=[example for example in bank if example.key not in keys][:NEUTRAL],
+            judge=judge,
+            prompt_toward=toward,
+            prompt_away=away,
+            paired=True,
+        )
 
     @property
     def data_hash(self) -> str:

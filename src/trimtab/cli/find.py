@@ -65,7 +65,8 @@ def find_command(
     position: Annotated[
         str | None,
         typer.Option(
-            help="Where prompts are read: last, post_instruction, answer, k (the most telling of "
+            help="Where prompts are read: last, post_instruction, answer, judged_answer (answers that "
+            "the judge calls toward, after the away prompt), k (the most telling of "
             "the last k positions) or -k (exactly that one)."
         ),
     ] = None,

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from trimtab.behaviors.behavior import Behavior, Example
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.judges import judge_for
 from trimtab.methods.registry import Found, Position, Task
+from trimtab.methods.wanted import cut, wanted_answers
 from trimtab.models.capture import capture
 from trimtab.models.chat import Encoded
 from trimtab.results import Progress
@@ -88,6 +90,15 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     """
     position, behavior = _checked(task.position), task.behavior
     asked = list(task.layers if layers is None else layers)
+    if position == "judged_answer":
+        toward, away, read_at = _judged(task)
+        values = _read(task, [*toward, *away], asked, task.progress).mean(2)
+        return Contrast(
+            toward={layer: values[: len(toward), i] for i, layer in enumerate(asked)},
+            away={layer: values[len(toward) :, i] for i, layer in enumerate(asked)},
+            paired=True,
+            read_at=read_at,
+        )
     if position not in ("post_instruction", "answer"):
         there = read_positions(task, behavior, asked, task.progress)
         return max(there.values(), key=Contrast.separation)
@@ -119,7 +130,7 @@ def _read(
 ) -> Tensor:
     """Return activations, float64 `[examples, layers, positions, d_model]`."""
     at = task.position
-    width = abs(at) if isinstance(at, int) else at
+    width = abs(at) if isinstance(at, int) else at.removeprefix("judged_")
     read = capture(task.lm, encoded, layers, positions=width, site=task.site, progress=progress)
     return read.double()
 
@@ -137,13 +148,51 @@ def _contrast(behavior: Behavior, layers: Sequence[int], values: Tensor, read_at
 
 def _checked(position: Position) -> Position:
     number = isinstance(position, int) and not isinstance(position, bool) and position != 0
-    if not number and position not in ("last", "post_instruction", "answer"):
+    if not number and position not in ("last", "post_instruction", "answer", "judged_answer"):
         raise TrimtabError(
             f"to read at the position {position!r}",
             "no such position",
-            "use last, post_instruction, answer, k (the best of the last k prompt positions) or -k",
+            "use last, post_instruction, answer, judged_answer, k (the best of the last k prompt "
+            "positions) or -k",
         )
     return position
+
+
+def _judged(task: Task) -> tuple[list[Encoded], list[Encoded], str]:
+    """Both answers to each away prompt: one that the judge calls toward, and the model's own.
+
+    The first is written after the toward prompt and read after the away prompt, so that what asked
+    for the behavior is gone and the answers alone differ.
+    """
+    behavior = task.behavior
+    if not behavior.paired:
+        raise TrimtabError(
+            f"to read judged answers of {behavior.name!r}",
+            "sides that are not paired",
+            "pair each toward prompt with an away prompt that asks the same, or read at answer",
+        )
+    wanted = wanted_answers(
+        task, 1, ANSWER_TOKENS, source="paired", judge=judge_for(behavior)
+    )
+    own = task.lm.generate([e.prompt for e in wanted.examples], max_new_tokens=ANSWER_TOKENS)
+    plain = [
+        cut(task.lm.encode(e.prompt, answer), ANSWER_TOKENS)
+        for e, answer in zip(wanted.examples, own, strict=True)
+    ]
+    pairs = [
+        (shown, away)
+        for shown, away, answer in zip(wanted.encoded, plain, own, strict=True)
+        if answer.strip() and shown.ids != away.ids
+    ]
+    if not pairs:
+        raise TrimtabError(
+            f"to read judged answers of {behavior.name!r}",
+            f"{len(plain)} answers toward, each the model's own as it is",
+            "ask for the behavior in other words",
+        )
+    toward, away = zip(*pairs, strict=True)
+    counts = f"{len(pairs)} of {len(behavior.away)} pairs"
+    return list(toward), list(away), f"mean over the answer, judged, after the same prompt ({counts})"
 
 
 def _encode(task: Task, examples: Sequence[Example]) -> tuple[list[Encoded], str]:

@@ -23,7 +23,7 @@ from trimtab.steering.scope import Scope
 from trimtab.steering.vector import VectorSteering
 
 # A direction is added where it was read, unless the caller says otherwise; else at the last token.
-ADDED_WHERE_READ = {"post_instruction": "post_instruction", "answer": "generated"}
+ADDED_WHERE_READ = {"post_instruction": "post_instruction", "answer": "generated", "judged_answer": "generated"}
 
 
 def find(
@@ -54,9 +54,11 @@ def find(
         scope: which tokens are steered; where it was read when absent.
         site: kind of site that is read and written.
         position: where prompts are read: `last` prompt token; `post_instruction`, the mean over the
-            template's tokens after the user's text; `answer`, the mean over the answer; k, the one
-            of the last k prompt positions that tells the sides apart best; -k, exactly the k-th
-            from the end.
+            template's tokens after the user's text; `answer`, the mean over the answer;
+            `judged_answer`, the same, but both answers read after the away prompt, and of the
+            toward prompts' own answers only those that the judge calls toward; k, the one of the
+            last k prompt positions that tells the sides apart best; -k, exactly the k-th from the
+            end.
         split: of the behavior to find it from; None for all of it (then nothing is left to score).
         seed: of the split, and of whatever is random in the method.
         progress: called with steps done and steps in all.

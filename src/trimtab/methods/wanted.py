@@ -98,7 +98,7 @@ def wanted_answers(
     if paired and (source == "paired" or (source == "auto" and judge is not None)):
         fill("paired prompt", lambda at: answer([partners[i].prompt for i in at]), True)
     encoded = [
-        (_cut(task.lm.encode(example.prompt, text), tokens), example)
+        (cut(task.lm.encode(example.prompt, text), tokens), example)
         for example, text in zip(asked, answers, strict=True)
         if text is not None
     ]
@@ -120,7 +120,7 @@ def own_answers(task: Task, examples: Sequence[Example], tokens: int) -> Answere
     """Return prompts with the model's own unsteered greedy answers: what should stay as it is."""
     texts = task.lm.generate([e.prompt for e in examples], max_new_tokens=tokens + SLACK)
     said = [(e, text) for e, text in zip(examples, texts, strict=True) if text.strip()]
-    encoded = tuple(_cut(task.lm.encode(e.prompt, text), tokens) for e, text in said)
+    encoded = tuple(cut(task.lm.encode(e.prompt, text), tokens) for e, text in said)
     return Answered(encoded, {"own": len(encoded)}, tuple(e for e, _ in said))
 
 
@@ -141,6 +141,10 @@ def _shows(verdict: Verdict, sign: int) -> bool:
     return wanted >= 0.5 and wanted > other
 
 
-def _cut(encoded: Encoded, tokens: int) -> Encoded:
+def cut(encoded: Encoded, tokens: int) -> Encoded:
+    """An answered prompt with no more than so many tokens of its answer."""
     end = encoded.prompt_length + tokens
-    return encoded if len(encoded.ids) <= end else replace(encoded, ids=encoded.ids[:end])
+    if len(encoded.ids) <= end:
+        return encoded
+    stop = min(end, encoded.completion_end or end)
+    return replace(encoded, ids=encoded.ids[:end], completion_end=stop)
