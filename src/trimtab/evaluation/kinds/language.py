@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError, extra
 from trimtab.evaluation.judges import Judge, Options, Verdict
@@ -34,7 +34,7 @@ def language(behavior: Behavior, options: Options) -> Judge:
     langid = extra("py3langid.langid", "judges")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
     toward, away = options.get("toward"), options.get("away")
-    among = options.get("among", AMONG)
+    among: Any = options.get("among", AMONG)
     try:
         if set(options) - {"toward", "away", "among"} or toward is None or toward == away:
             raise ValueError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError, extra
 from trimtab.evaluation.judges import Judge, Options, Verdict
@@ -19,7 +19,8 @@ def sentiment(behavior: Behavior, options: Options) -> Judge:
     Toward at or above `threshold` (0.5 by default), away at or below its negative, else neither;
     `toward: negative` turns the sides around.
     """
-    threshold, side = options.get("threshold", 0.5), options.get("toward", "positive")
+    threshold: Any = options.get("threshold", 0.5)
+    side = options.get("toward", "positive")
     unknown = sorted(set(options) - {"threshold", "toward"})
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if unknown or not number or not 0 < threshold < 1 or side not in ("positive", "negative"):
