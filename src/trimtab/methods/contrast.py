@@ -93,12 +93,7 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     if position == "judged_answer":
         toward, away, read_at = _judged(task)
         values = _read(task, [*toward, *away], asked, task.progress).mean(2)
-        return Contrast(
-            toward={layer: values[: len(toward), i] for i, layer in enumerate(asked)},
-            away={layer: values[len(toward) :, i] for i, layer in enumerate(asked)},
-            paired=True,
-            read_at=read_at,
-        )
+        return _contrast(len(toward), True, asked, values, read_at)
     if position not in ("post_instruction", "answer"):
         there = read_positions(task, behavior, asked, task.progress)
         return max(there.values(), key=Contrast.separation)
@@ -107,7 +102,7 @@ def read_contrast(task: Task, layers: Sequence[int] | None = None) -> Contrast:
     read_at = f"mean of the {values.shape[2]} post_instruction tokens"
     if position == "answer":
         read_at = f"mean over the answer ({note})"
-    return _contrast(behavior, asked, values.mean(2), read_at)
+    return _contrast(len(behavior.toward), behavior.paired, asked, values.mean(2), read_at)
 
 
 def read_positions(
@@ -117,10 +112,10 @@ def read_positions(
     at = task.position
     encoded = [task.lm.encode(e.prompt) for e in (*behavior.toward, *behavior.away)]
     values = _read(task, encoded, layers, progress)
-    count = values.shape[2]
+    n, count = len(behavior.toward), values.shape[2]
     chosen = [0] if isinstance(at, int) and at < 0 else range(count)
     return {
-        p - count: _contrast(behavior, layers, values[:, :, p], f"prompt[{p - count}]")
+        p - count: _contrast(n, behavior.paired, layers, values[:, :, p], f"prompt[{p - count}]")
         for p in chosen
     }
 
@@ -135,13 +130,14 @@ def _read(
     return read.double()
 
 
-def _contrast(behavior: Behavior, layers: Sequence[int], values: Tensor, read_at: str) -> Contrast:
-    """Divide `[examples, layers, d_model]` into the sides."""
-    n = len(behavior.toward)
+def _contrast(
+    n: int, paired: bool, layers: Sequence[int], values: Tensor, read_at: str
+) -> Contrast:
+    """Divide `[examples, layers, d_model]` into the sides; the first n are toward."""
     return Contrast(
         toward={layer: values[:n, i] for i, layer in enumerate(layers)},
         away={layer: values[n:, i] for i, layer in enumerate(layers)},
-        paired=behavior.paired,
+        paired=paired,
         read_at=read_at,
     )
 
@@ -171,9 +167,7 @@ def _judged(task: Task) -> tuple[list[Encoded], list[Encoded], str]:
             "sides that are not paired",
             "pair each toward prompt with an away prompt that asks the same, or read at answer",
         )
-    wanted = wanted_answers(
-        task, 1, ANSWER_TOKENS, source="paired", judge=judge_for(behavior)
-    )
+    wanted = wanted_answers(task, 1, ANSWER_TOKENS, source="paired", judge=judge_for(behavior))
     own = task.lm.generate([e.prompt for e in wanted.examples], max_new_tokens=ANSWER_TOKENS)
     plain = [
         cut(task.lm.encode(e.prompt, answer), ANSWER_TOKENS)
@@ -192,7 +186,11 @@ def _judged(task: Task) -> tuple[list[Encoded], list[Encoded], str]:
         )
     toward, away = zip(*pairs, strict=True)
     counts = f"{len(pairs)} of {len(behavior.away)} pairs"
-    return list(toward), list(away), f"mean over the answer, judged, after the same prompt ({counts})"
+    return (
+        list(toward),
+        list(away),
+        f"mean over the answer, judged, after the same prompt ({counts})",
+    )
 
 
 def _encode(task: Task, examples: Sequence[Example]) -> tuple[list[Encoded], str]:

@@ -224,11 +224,13 @@ class LanguageModel:
     @torch.no_grad()
     def logits_after(self, encoded: Sequence[Encoded]) -> Tensor:
         """Logits of the token after each of one or more encoded prompts, as in `next_logits`."""
-        rows: dict[int, Tensor] = {}
+        result = torch.empty(0)
         for batch in self.batches(encoded):
             logits = self.forward(batch, logits_to_keep=1)[:, -1].float().cpu()
-            rows.update(zip(batch.rows.tolist(), logits, strict=True))
-        return torch.stack([rows[place] for place in range(len(encoded))])
+            if not len(result):  # as wide as the logits, which may be wider than the tokenizer
+                result = logits.new_empty(len(encoded), logits.shape[-1])
+            result[batch.rows.cpu()] = logits
+        return result
 
     @overload
     def generate(

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
@@ -30,12 +31,12 @@ ABSENT = "–"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-class Printable:
+class Printable(ABC):
     """Mixin for results: give it `table()`, get the renderings, a dict and a JSON file."""
 
+    @abstractmethod
     def table(self) -> Table:
         """Return the table that stands for this result."""
-        raise NotImplementedError
 
     def __rich__(self) -> RichTable:
         return self.table().__rich__()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError, extra
-from trimtab.evaluation.judges import Judge, Options, Verdict
+from trimtab.evaluation.judges import NEITHER, Judge, Options, Verdict
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
 
 # Fewer letters than this tell no language.
 LETTERS = 12
@@ -48,11 +46,8 @@ def language(behavior: Behavior, options: Options) -> Judge:
 
     def verdict(answer: str) -> Verdict:
         if sum(map(str.isalpha, answer)) < LETTERS:
-            return Verdict(0.0, 0.0)
+            return NEITHER
         found = identifier.classify(answer)[0]
         return Verdict(float(found == toward), float(found != toward and away in (None, found)))
 
-    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
-        return [verdict(answer) for answer in answers]
-
-    return judge
+    return lambda prompts, answers: [verdict(answer) for answer in answers]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.judges import Judge, Options, Verdict
+from trimtab.evaluation.coherence import check_options
+from trimtab.evaluation.judges import NEITHER, Judge, Options, Verdict
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
 
 
 class Side(BaseModel):
@@ -52,27 +52,25 @@ def pattern(behavior: Behavior, options: Options) -> Judge:
     Without a rule for one side, that side is the other's absence; both or neither is neither. An
     empty answer is neither.
     """
-    unknown = sorted(set(options) - {"toward", "away"})
-    if unknown or not options:
+    name = f"judge 'pattern' of the behavior {behavior.name!r}"
+    check_options(name, options, {"toward", "away"})
+    if not options:
         raise TrimtabError(
-            f"the judge 'pattern' of the behavior {behavior.name!r}",
-            f"the options {', '.join(unknown)}" if unknown else "no rules",
+            f"the {name}",
+            "no rules",
             "give toward: and away:, each with any, none, json, min_words or max_words",
         )
-    toward, away = (_side(behavior.name, side, options.get(side)) for side in ("toward", "away"))
+    toward, away = (_side(name, side, options.get(side)) for side in ("toward", "away"))
 
     def verdict(answer: str) -> Verdict:
         shows = toward.met_by(answer) if toward else None
         opposes = away.met_by(answer) if away else not shows
         shows = not opposes if shows is None else shows
         if shows == opposes or not answer.strip():
-            return Verdict(0.0, 0.0)
+            return NEITHER
         return Verdict(float(shows), float(opposes))
 
-    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
-        return [verdict(answer) for answer in answers]
-
-    return judge
+    return lambda prompts, answers: [verdict(answer) for answer in answers]
 
 
 def _side(name: str, side: str, given: object) -> Side | None:
@@ -87,7 +85,7 @@ def _side(name: str, side: str, given: object) -> Side | None:
         return Side(**rules)
     except (ValidationError, ValueError, TypeError, re.error) as error:
         raise TrimtabError(
-            f"{side}: of the judge 'pattern' of the behavior {name!r}",
+            f"{side}: of the {name}",
             str(error).splitlines()[0],
             "give any and none as lists of regular expressions, json as true, min_words and "
             "max_words as numbers",

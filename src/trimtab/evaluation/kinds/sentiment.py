@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError, extra
@@ -10,7 +9,6 @@ from trimtab.evaluation.judges import Judge, Options, Verdict
 
 if TYPE_CHECKING:
     from trimtab.behaviors.behavior import Behavior
-    from trimtab.models.chat import Prompt
 
 
 def sentiment(behavior: Behavior, options: Options) -> Judge:
@@ -32,8 +30,8 @@ def sentiment(behavior: Behavior, options: Options) -> Judge:
     analyzer = extra("vaderSentiment.vaderSentiment", "judges").SentimentIntensityAnalyzer()
     sign = 1 if side == "positive" else -1
 
-    def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
-        scores = [sign * analyzer.polarity_scores(answer)["compound"] for answer in answers]
-        return [Verdict(float(s >= threshold), float(s <= -threshold)) for s in scores]
+    def verdict(answer: str) -> Verdict:
+        score = sign * analyzer.polarity_scores(answer)["compound"]
+        return Verdict(float(score >= threshold), float(score <= -threshold))
 
-    return judge
+    return lambda prompts, answers: [verdict(answer) for answer in answers]
